@@ -1,0 +1,185 @@
+"""CLIP's vision transformer: patch features of a chosen layer, and the preparation of pictures for it.
+
+How it departs from the textbook:
+- Only what an image-language model reads is here: no text tower, no pooled output; layers above `feature_layer` do not
+  run, and the norm and projection behind the last one are not kept.
+- DINOv2 runs in the same tower: conversion folds its LayerScale into the projections, its patch bias into the
+  positions, and sets `pre_norm` off.
+
+Letters: N images, S image side in pixels, p patch side, P patches, D width, H heads, E head size.
+Sources: CLIP (openai/CLIP), LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of a vision tower and how pictures are made ready for it. Raises ValueError where they do not fit."""
+
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    patch: int  # pixels
+    image_px: int
+    activation: str = "quick_gelu"  # or "gelu"
+    norm_eps: float = 1e-5
+    pre_norm: bool = True  # a norm before the first layer
+    feature_layer: int = -2  # -1 the last layer's output, -2 the one before
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    aspect: str = "pad"  # "pad" to a square with the mean colour (LLaVA), or "crop" the centre (CLIP)
+
+    def __post_init__(self):
+        if self.image_px % self.patch:
+            raise ValueError(f"image_px = {self.image_px} is not a multiple of patch = {self.patch}")
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"activation = {self.activation!r}: quick_gelu or gelu")
+        if self.aspect not in ("pad", "crop"):
+            raise ValueError(f"aspect = {self.aspect!r}: pad or crop")
+        if not -self.layers <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer = {self.feature_layer}: -{self.layers} to -1")
+
+    @property
+    def patches(self) -> int:
+        """P: tokens an image takes."""
+        return (self.image_px // self.patch) ** 2
+
+
+SIZES = {
+    "ViT-L/14-336": ClipConfig(1024, 24, 16, 4096, 14, 336),
+    "ViT-L/14": ClipConfig(1024, 24, 16, 4096, 14, 224),
+    "ViT-B/16": ClipConfig(768, 12, 12, 3072, 16, 224),
+    "ViT-B/32": ClipConfig(768, 12, 12, 3072, 32, 224),
+    "tiny": ClipConfig(40, 3, 4, 88, 6, 18),
+}
+
+
+class ClipLayer(nn.Module):
+    """Pre-norm transformer layer: full self-attention and a two-layer MLP."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.quick = config.activation == "quick_gelu"
+        self.attention_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.ffn_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.up = nn.Linear(config.width, config.ffn)
+        self.down = nn.Linear(config.ffn, config.width)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """(N, 1 + P, D) -> (N, 1 + P, D), each position sees all."""
+        images, tokens, width = x.shape
+        qkv = self.qkv(x).view(images, tokens, 3, self.heads, -1)  # (N, 1 + P, 3, H, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, 1 + P, E) each
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(images, tokens, width))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The MLP; OpenAI's weights were trained with x * sigmoid(1.702 x) in place of GELU."""
+        x = self.up(x)
+        x = x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x)
+        return self.down(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1 + P, D) -> (N, 1 + P, D)."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Clip(nn.Module):
+    """The tower: pixels -> patch features of `feature_layer`."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.patches = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
+        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1 + config.patches, config.width) * 0.02)
+        self.pre_norm = nn.LayerNorm(config.width, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (N, 3, S, S) as `preprocess` makes them -> (N, P, D); the class token takes part, and is dropped."""
+        x = self.patches(images.to(self.positions.dtype))  # (N, D, S/p, S/p)
+        x = x.flatten(2).transpose(1, 2)  # (N, P, D)
+        class_token = self.class_token.expand(len(x), 1, -1)  # (N, 1, D)
+        x = torch.cat((class_token, x), 1) + self.positions  # (N, 1 + P, D)
+        x = self.pre_norm(x)
+        for layer in self.layers[: self.config.layers + self.config.feature_layer + 1]:
+            x = layer(x)
+        return x[:, 1:]
+
+
+def open_image(path) -> Image.Image:
+    """The picture at `path` as upright RGB, whatever its mode: grey, palette, RGBA (on white), CMYK, 16 bit, EXIF.
+
+    Raises FileNotFoundError, or ValueError where the file is no picture, is cut short, or is absurdly large.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{path}: {file.width} x {file.height} pixels, at most {MAX_PIXELS} are read")
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's word for broken PNG
+        raise ValueError(f"{path}: not a readable picture ({error})") from None
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB; what is transparent becomes white, 16-bit grey is scaled to 8 bits."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The RGB picture centred on a square of its longer side (LLaVA's expand2square; borders round down)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
+    """A picture as the tower takes it: (3, S, S) fp32, normalised by `mean` and `std`.
+
+    "pad" loses nothing and is the frame of boxes; "crop" scales the shorter side to S and keeps the centre.
+    Source: CLIPImageProcessor (bicubic), LLaVA's process_images.
+    """
+    image, side = to_rgb(image), config.image_px
+    if config.aspect == "pad":
+        image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
+    # Scale a box of the source, not the whole: a 1 x 10,000 picture must not become 336 x 3,360,000 to be cropped.
+    short = min(image.size)
+    width, height = (int(side * n / short) for n in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    scale_x, scale_y = image.width / width, image.height / height
+    box = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
+    image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))  # (3, 1, 1)
+    return (pixels - mean) / std

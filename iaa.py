@@ -1,0 +1,400 @@
+"""IAA, the Inner-Adaptor Architecture (arXiv 2408.12902): a frozen Llama learns to see.
+
+    pixels -> CLIP (frozen) -> projector ----+        P image features stand where the P placeholders stood
+    tokens -> EL_mm (own embedding) ---------+-> x
+    x -> [frozen layer 0 -> insertion layer] -> [frozen layer 1] -> ... -> LH_mm (own norm and head) -> logits
+
+- An *adaptor* holds all that is trained: projector, embedding, insertion layers, gates, norm, head. One frozen Llama and
+  one frozen CLIP serve any number of adaptors, each a *workflow* by its name ("mm", "grounding", ...).
+- The workflow "text" uses none of it: same code path, no hook, the frozen embedding and head. Its logits are those of
+  plain Llama, bit for bit, whatever adaptors are loaded or trained.
+- Structures (Fig. 3, Table 5): c puts insertion layers in series (Eq. 2), b adds their gated output, a runs them as a side
+  stream (Eq. 1). A gate starts at zero, so a and b start as the frozen model, exactly.
+- An adaptor may bring its own trained copy of the whole LLM (`own_llm`): the LLaVA-1.5 baseline of Tables 2, 3 and 8.
+
+Letters: B batch, T tokens, D width, V vocabulary, P image tokens, N images (in shapes) or insertion layers (in text).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clip import Clip, ClipConfig
+from llama import AfterLayer, DecoderLayer, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Rope, attention_mask
+
+TEXT = "text"
+OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # i with i mod 5 < 2, as in the release
+
+
+def spread(number: int, layers: int) -> tuple[int, ...]:
+    """Indices of the frozen layers that `number` insertion layers follow: evenly from first to last.
+
+    >>> spread(8, 30)
+    (0, 4, 8, 12, 17, 21, 25, 29)
+    """
+    if not 0 <= number <= layers:
+        raise ValueError(f"insertion = {number}: 0 to {layers} layers can be inserted in {layers}")
+    if (number, layers) == (14, 32):
+        return OFFICIAL_14_OF_32
+    return tuple(round(n * (layers - 1) / max(number - 1, 1)) for n in range(number))
+
+
+@dataclass(frozen=True)
+class AdaptorConfig:
+    """What an adaptor is made of. Raises ValueError for an impossible combination."""
+
+    insertion: tuple[int, ...] = ()  # frozen layers that an insertion layer follows, ascending
+    structure: str = "c"  # "a", "b" or "c" of Fig. 3
+    own_embedding: bool = True  # EL_mm
+    own_head: bool = True  # LH_mm, with its norm
+    own_llm: bool = False  # a trained copy of the whole LLM (LLaVA baseline); then nothing is inserted
+
+    def __post_init__(self):
+        object.__setattr__(self, "insertion", tuple(self.insertion))
+        if self.structure not in ("a", "b", "c"):
+            raise ValueError(f"structure = {self.structure!r}: a, b or c (Fig. 3)")
+        if list(self.insertion) != sorted(set(self.insertion)) or any(i < 0 for i in self.insertion):
+            raise ValueError(f"insertion = {list(self.insertion)}: layer indices, ascending, each once")
+        if self.own_llm and (self.insertion or self.own_embedding or self.own_head):
+            raise ValueError("own_llm has its own embedding and head, and takes no insertion layers: "
+                             "set insertion = 0, own_embedding = false, own_head = false")
+
+
+class Projector(nn.Module):
+    """Vision features to the LLM's width: the two-layer MLP of LLaVA-1.5."""
+
+    def __init__(self, vision_width: int, width: int):
+        super().__init__()
+        self.up = Linear(vision_width, width, bias=True)
+        self.down = Linear(width, width, bias=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, P, D_vision) -> (N, P, D)."""
+        return self.down(F.gelu(self.up(features)))
+
+
+class Adaptor(nn.Module):
+    """All that one workflow adds to the frozen models."""
+
+    def __init__(self, config: AdaptorConfig, llama: LlamaConfig, vision_width: int):
+        super().__init__()
+        if config.insertion and config.insertion[-1] >= llama.layers:
+            raise ValueError(f"insertion layer after layer {config.insertion[-1]}, but the LLM ends at {llama.layers - 1}")
+        self.config = config
+        self.projector = Projector(vision_width, llama.width)
+        self.embedding = nn.Embedding(llama.vocab_size, llama.width) if config.own_embedding else None
+        self.layers = nn.ModuleList(DecoderLayer(llama) for _ in config.insertion)
+        gates = len(config.insertion) if config.structure in "ab" else 0
+        self.gates = nn.ModuleList(Linear(llama.width, llama.width) for _ in range(gates))
+        self.norm = RMSNorm(llama.width, llama.norm_eps) if config.own_head else None
+        self.head = Linear(llama.width, llama.vocab_size) if config.own_head else None
+        self.llm = Llama(llama) if config.own_llm else None
+
+    @torch.no_grad()
+    def copy_frozen(self, llama: Llama) -> None:
+        """Start every part as a copy of its frozen counterpart, gates at zero; the projector stays random."""
+        if self.embedding is not None:
+            self.embedding.weight.copy_(llama.embedding.weight)
+        for index, layer in zip(self.config.insertion, self.layers, strict=True):
+            layer.load_state_dict(llama.layers[index].state_dict())  # copies values into storage of its own
+        for gate in self.gates:
+            gate.weight.zero_()
+        if self.head is not None:
+            self.norm.load_state_dict(llama.norm.state_dict())
+            self.head.weight.copy_((llama.embedding if llama.head is None else llama.head).weight)
+        if self.llm is not None:
+            self.llm.load_state_dict(llama.state_dict())
+
+    def after_layer(self, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> AfterLayer:
+        """The hook that `Llama.forward` calls: the insertion layers at their places (Eq. 1, Eq. 2, Fig. 3)."""
+        number = {index: n for n, index in enumerate(self.config.insertion)}
+        structure, side = self.config.structure, None
+
+        def hook(i: int, x_in: Tensor, x_out: Tensor) -> Tensor:
+            nonlocal side
+            if i not in number:
+                return x_out
+            n = number[i]
+            layer = self.layers[n]
+            if structure == "c":
+                return layer(x_out, rope, mask, cache)  # Eq. 2
+            if structure == "b":
+                return x_out + self.gates[n](layer(x_out, rope, mask, cache))
+            side = layer(x_in if side is None else side, rope, mask, cache)  # Eq. 1: a stream of its own
+            return x_out + self.gates[n](side)
+
+        return hook
+
+
+class IAA(nn.Module):
+    """One frozen Llama, one frozen CLIP, and adaptors by name: `self.adaptors["mm"] = adaptor` adds a workflow."""
+
+    def __init__(self, llama: Llama, clip: Clip, image_token: int):
+        super().__init__()
+        self.llama = llama.requires_grad_(False)
+        self.clip = clip.requires_grad_(False)
+        self.image_token = image_token  # the placeholder's id
+        self.adaptors = nn.ModuleDict()
+
+    def adaptor(self, workflow: str) -> Adaptor | None:
+        """The named adaptor; None for "text". Raises ValueError that lists the known names."""
+        if workflow == TEXT:
+            return None
+        if workflow not in self.adaptors:
+            raise ValueError(f"no adaptor named {workflow!r}; there are: {', '.join([TEXT, *self.adaptors])}")
+        return self.adaptors[workflow]
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int64, each image as P placeholders
+        workflow: str = TEXT,
+        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders
+        positions: Tensor | None = None,  # (B, T), default 0 .. T - 1 after the cache
+        mask: Tensor | None = None,  # from `attention_mask`, default causal
+        cache: KVCache | None = None,
+    ) -> Tensor:  # (B, T, D) hidden states for `logits`
+        """The workflow's pass through the frozen layers (Fig. 2). Raises ValueError for images that do not fit."""
+        adaptor = self.adaptor(workflow)
+        llama = self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
+        embedding = llama.embedding if adaptor is None or adaptor.embedding is None else adaptor.embedding
+        x = embedding(tokens).to(self.llama.dtype)  # (B, T, D)
+        if images is not None and adaptor is None:
+            raise ValueError('the workflow "text" takes no image')
+        if images is not None:
+            x = self.place_images(x, tokens, images, adaptor)
+        if positions is None:
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        rope = llama.rope(positions, x.dtype)
+        hook = None if adaptor is None else adaptor.after_layer(rope, mask, cache)
+        return llama(x, rope, mask, cache, hook)
+
+    def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
+        """x (B, T, D) with the projected features of `images` in place of the placeholders' embeddings."""
+        slots = tokens == self.image_token  # (B, T)
+        wanted = len(images) * self.clip.config.patches
+        if slots.sum() != wanted:
+            raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
+                             f"of {self.clip.config.patches} tokens ({wanted})")
+        with torch.no_grad():
+            features = self.clip(images)  # (N, P, D_vision)
+        features = adaptor.projector(features.to(x.dtype))  # (N, P, D)
+        return x.masked_scatter(slots[..., None], features)
+
+    def logits(self, x: Tensor, workflow: str = TEXT) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V) by the workflow's norm and head."""
+        adaptor = self.adaptor(workflow)
+        if adaptor is None or (adaptor.head is None and adaptor.llm is None):
+            return self.llama.logits(x)
+        return adaptor.llm.logits(x) if adaptor.head is None else adaptor.head(adaptor.norm(x))
+
+    def loss(
+        self,
+        tokens: Tensor,  # (B, T)
+        targets: Tensor,  # (B, T), -100 where not scored
+        workflow: str,
+        images: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,  # (B, T), see `attention_mask`
+    ) -> Tensor:  # scalar fp32
+        """Sum, not mean, of the cross-entropy over the scored positions; logits exist for those alone."""
+        mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
+        x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
+        scored = targets != -100
+        logits = self.logits(x[scored], workflow)  # (scored, V)
+        return F.cross_entropy(logits.float(), targets[scored], reduction="sum")
+
+    def new_cache(self, batch: int, length: int, workflow: str = TEXT) -> KVCache:
+        """An empty cache for `length` tokens of the workflow: a slot for each frozen and each inserted layer."""
+        adaptor = self.adaptor(workflow)
+        slots = self.llama.config.layers + (0 if adaptor is None else len(adaptor.layers))
+        device = self.llama.embedding.weight.device
+        return KVCache(self.llama.config, slots, batch, length, self.llama.dtype, device)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: list[list[int]],  # token ids, each image as P placeholders; lengths may differ
+        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders
+        workflow: str = TEXT,
+        max_tokens: int = 128,  # new ones, at most
+        stop: tuple[int, ...] = (),  # ids that end an answer; not returned
+        temperature: float = 0.0,  # 0 = greedy
+        top_p: float = 1.0,
+        seed: int = 0,  # row r draws from its own stream, seeded with seed + r
+        on_token: Callable[[int, int], None] | None = None,  # called with (row, token) as each one comes
+    ) -> list[list[int]]:
+        """The new tokens of each prompt. Raises ValueError where a prompt and its answer exceed the context."""
+        longest, device = max(map(len, prompts)), self.llama.embedding.weight.device
+        context = self.llama.config.context
+        if longest + max_tokens > context:
+            raise ValueError(f"prompt of {longest} tokens + {max_tokens} new ones exceed the context of {context}")
+        starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,) padding on the left
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)  # (B, T)
+        ragged = bool(starts.any())
+        cache = self.new_cache(len(prompts), longest + max_tokens, workflow)
+        generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
+        answers, open_rows = [[] for _ in prompts], set(range(len(prompts)))
+        for _ in range(max_tokens):
+            columns = torch.arange(cache.length, cache.length + tokens.shape[1], device=device)
+            positions = (columns - starts[:, None]).clamp(min=0)  # (B, T)
+            mask = attention_mask(tokens.shape[1], cache.length, starts if ragged else None, device=device)
+            x = self(tokens, workflow, images, positions, mask, cache)  # (B, T, D)
+            images = None  # they stand in the cache now
+            logits = self.logits(x[:, -1], workflow).float()  # (B, V)
+            chosen = choose(logits, temperature, top_p, generators).tolist()
+            for row in sorted(open_rows):
+                if chosen[row] in stop:
+                    open_rows.discard(row)
+                    continue
+                answers[row].append(chosen[row])
+                if on_token is not None:
+                    on_token(row, chosen[row])
+            if not open_rows:
+                break
+            tokens = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
+        return answers
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    """One token a row: logits (B, V) -> (B,). Greedy at temperature 0, else from the smallest set of mass top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely one always stays
+    rows = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)]
+    return order.gather(-1, torch.stack(rows))[:, 0]
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` (replacing it) once the block ends; nothing on failure.
+
+    Its files are fsynced before the rename: what is there under its own name is complete, whenever the power goes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        parent = os.open(path.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object at `path`. Raises FileNotFoundError or ValueError naming it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def load_tensors(model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str) -> None:
+    """Fill a model built on the meta device: every tensor exactly once, shapes equal. Raises ValueError naming it."""
+    expected, seen = model.state_dict(), set()
+    for file in files:
+        try:
+            tensors = load_file(file, device)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: broken or cut short ({error})") from None
+        for name, tensor in tensors.items():
+            if name not in expected or name in seen:
+                raise ValueError(f"{file}: tensor {name!r} {'comes twice' if name in seen else 'is not known'}")
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{file}: {name} is {list(tensor.shape)}, should be {list(expected[name].shape)}")
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)  # strictness: the checks around it
+        seen.update(tensors)
+    missing = sorted(expected.keys() - seen)
+    if missing:
+        raise ValueError(f"{files[0].parent if files else 'no file'}: {len(missing)} tensors missing, such as {missing[0]}")
+
+
+def load_base(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Llama | Clip, str]:
+    """A frozen model that `convert_weights.py` wrote, in eval mode, and its SHA-256."""
+    folder = Path(folder)
+    meta = read_json(folder / "config.json")
+    kinds = {"llama": (Llama, LlamaConfig), "clip": (Clip, ClipConfig)}
+    if meta.get("kind") not in kinds:
+        raise ValueError(f"{folder}/config.json: kind is {meta.get('kind')!r}, not llama or clip: "
+                         "was this folder written by convert_weights.py?")
+    model_class, config_class = kinds[meta["kind"]]
+    with torch.device("meta"):
+        model = model_class(config_class(**meta["config"]))
+    load_tensors(model, sorted(folder.glob("model-*.safetensors")), dtype, device)
+    return model.eval().requires_grad_(False), meta["sha256"]
+
+
+def save_adaptor(adaptor: Adaptor, folder: Path, base: dict[str, str], extra: dict, dtype: torch.dtype) -> None:
+    """Write `adaptor.safetensors` and `config.json` into `folder` (made ready by `new_folder`).
+
+    base: SHA-256 of the frozen "llama" and "clip"; extra: what users of the adaptor need to know, such as the prompt.
+    """
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in adaptor.state_dict().items()}
+    save_file(tensors, folder / "adaptor.safetensors")
+    meta = {"adaptor": asdict(adaptor.config), "base": base, **extra}
+    (folder / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def load_adaptor(
+    folder: str | Path,
+    llama: LlamaConfig,
+    vision_width: int,
+    base: dict[str, str],
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> tuple[Adaptor, dict]:
+    """An adaptor and its config.json. Raises ValueError, naming both, where it was trained on another base."""
+    folder = Path(folder)
+    meta = read_json(folder / "config.json")
+    for part, digest in base.items():
+        if meta["base"][part] != digest:
+            raise ValueError(f"{folder} was trained on {part} {meta['base'][part][:16]}..., this {part} is {digest[:16]}...")
+    with torch.device("meta"):
+        adaptor = Adaptor(AdaptorConfig(**meta["adaptor"]), llama, vision_width)
+    load_tensors(adaptor, [folder / "adaptor.safetensors"], dtype, device)
+    return adaptor, meta
+
+
+def load_iaa(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[IAA, dict]:
+    """A whole model by its `iaa.json`: base, and every adaptor that it names.
+
+    Returns the model and {"llm": folder of the frozen LLM and its tokenizer, "prompts": {workflow: prompt settings}}.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "iaa.json")
+    llama, llama_sha = load_base(folder / index["llm"], dtype, device)
+    clip, clip_sha = load_base(folder / index["vision"], dtype, device)
+    model, prompts = IAA(llama, clip, index["image_token"]), {}
+    for name, place in index["adaptors"].items():
+        base = {"llama": llama_sha, "clip": clip_sha}
+        adaptor, meta = load_adaptor(folder / place, llama.config, clip.config.width, base, dtype, device)
+        model.adaptors[name] = adaptor.requires_grad_(False)
+        prompts[name] = meta["prompt"]
+    return model.eval(), {"llm": folder / index["llm"], "prompts": prompts}
