@@ -1,16 +1,16 @@
 """Speed and memory, ours beside transformers on the same weights, and both beside what the machine can do, in one run.
 
-- Every figure is a median over `--runs`; the variants take turns within a run, so that whatever else the machine does
-  hits all of them, and a ratio is the median of the ratios within a run.
-- Share of limit: prefill and training, FLOPs that must be done / time / measured matrix-product rate of the dtype; decode,
-  bytes that must be read / time / measured bandwidth.
-- The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for training, `Peer`: the same
+- Every figure is a median over `--runs`; the variants take turns within a run, so whatever else the machine does hits
+  all of them, and a ratio is the median of the ratios within a run.
+- Share of limit: FLOPs that must be done / time / measured rate of matrix products (prefill, training), bytes that must
+  be read / time / measured bandwidth (decode).
+- The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for training, `Peer`: this
   IAA model from transformers' layers, with all logits, and autocast over fp32 weights where ours casts them itself.
 - Peak memory: of a process of its own, from after the weights are built; on a GPU what the allocator counted.
 
     python bench.py --llm weights/smollm2 --vision weights/dinov2 [--runs 5] [--dtype bf16] [--json bench.json]
 
-Letters: B rows, T tokens, D width, H query heads, K key/value heads, E head size, V vocabulary, S context, P image tokens.
+Letters: B rows, T tokens a row, D width, V vocabulary.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def forward_flops(config, layers: int, rows: int, tokens: int, logits: int) -> i
 
 
 def training_flops(config, inserted: int, rows: int, tokens: int, scored: int) -> int:
-    """FLOPs of a step: forward, gradients of activations, gradients of the weights trained; without the vision tower."""
+    """FLOPs of a step: forward, gradients of activations and of the weights trained; without the vision tower."""
     layers = config.layers + inserted
     attention = 2 * rows * tokens * tokens * layers * config.heads * config.head_size  # its backward is twice itself
     trained = 2 * rows * tokens * inserted * layer_weights(config) + 2 * scored * config.width * config.vocab_size
@@ -135,23 +136,6 @@ class Peer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-class Stopwatch:
-    """Notes the time of each token; passes as our `on_token` and as transformers' streamer."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, _) -> None:
-        """transformers' call: once for the prompt, then once a token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """transformers' call after the last token."""
-
-    def __call__(self, row: int, token: int) -> None:
-        self.put(token)
-
-
 def timed(work: Callable[[], object], device: str) -> float:
     """Seconds that `work` takes, the device's queue included."""
     if device != "cpu":
@@ -204,9 +188,8 @@ class Bench:
         peer = peer_llama(self.model.llama) if name.startswith("transformers") else None
         if kind == "training":
             return self.build_training(self.variants[name], peer)
-        workflow = "text"
-        if self.variants[name]:
-            workflow = "mm"
+        workflow = "mm" if self.variants[name] else "text"
+        if workflow == "mm":
             self.model.adaptors["mm"] = self.adaptor(self.variants[name]).to(self.model.llama.dtype)
         return self.build_prefill(workflow, peer) if kind == "prefill" else self.build_decode(workflow, peer)
 
@@ -228,13 +211,17 @@ class Bench:
         tokens = torch.tensor([self.prompt], device=self.device)
 
         def measure() -> float:
-            watch = Stopwatch()
+            times = []
+
+            def note(*_) -> None:
+                times.append(time.perf_counter())
+
             if peer is not None:
                 peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW + 1,
-                              streamer=watch)
+                              streamer=SimpleNamespace(put=note, end=lambda: None))  # put: the prompt, then each token
             else:
-                self.model.generate([self.prompt], workflow=workflow, max_tokens=NEW + 1, on_token=watch)
-            return watch.times[-1] - watch.times[-NEW - 1]
+                self.model.generate([self.prompt], workflow=workflow, max_tokens=NEW + 1, on_token=note)
+            return times[-1] - times[-NEW - 1]
 
         return measure
 
@@ -325,7 +312,7 @@ def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
 
 
 def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: dict[str, float]) -> list[dict]:
-    """The table's rows of one kind: tokens/s, share of the limit, and how many times as fast as the same by the peer."""
+    """The table's rows of one kind: tokens/s, share of the limit, and the peer's time over ours."""
     out = []
     for name, times in seconds.items():
         peer = seconds.get(name.replace("ours", "transformers")) if name.startswith("ours") else None
@@ -338,7 +325,8 @@ def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: di
 def show(result: dict) -> str:
     """The result as a Markdown table under the machine's limits."""
     lines = [", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items()), "",
-             "| what | model | tokens/s | share of limit | ours / theirs | peak memory, MB |", "|---|---|--:|--:|--:|--:|"]
+             "| what | model | tokens/s | share of limit | ours / theirs | peak memory, MB |",
+             "|---|---|--:|--:|--:|--:|"]
     for row in result["rows"]:
         ratio = "" if row["ours_to_theirs"] is None else f"{row['ours_to_theirs']:.2f}"
         memory = f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else ""

@@ -43,6 +43,8 @@ class ClipConfig:
     aspect: str = "pad"  # "pad" to a square with the mean colour (LLaVA), or "crop" the centre (CLIP)
 
     def __post_init__(self):
+        for name in ("mean", "std"):  # lists, as read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.image_px % self.patch:
             raise ValueError(f"image_px = {self.image_px} is not a multiple of patch = {self.patch}")
         if self.width % self.heads:
@@ -128,7 +130,7 @@ class Clip(nn.Module):
 
 
 def open_image(path) -> Image.Image:
-    """The picture at `path` as upright RGB, whatever its mode: grey, palette, RGBA (on white), CMYK, 16 bit, EXIF.
+    """The picture at `path` by `to_rgb`.
 
     Raises FileNotFoundError, or ValueError where the file is no picture, is cut short, or is absurdly large.
     """
@@ -136,8 +138,8 @@ def open_image(path) -> Image.Image:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"{path}: {file.width} x {file.height} pixels, at most {MAX_PIXELS} are read")
-            image = ImageOps.exif_transpose(file)
-            image.load()
+            file.load()
+            image = file.copy()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's word for broken PNG
@@ -146,7 +148,8 @@ def open_image(path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB; what is transparent becomes white, 16-bit grey is scaled to 8 bits."""
+    """Upright RGB from any Pillow mode: EXIF turns, what is transparent becomes white, 16-bit grey is scaled to 8."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))

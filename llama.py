@@ -70,7 +70,9 @@ SIZES = {
     "3.2-1B": LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, 131072, rope_scaling=RopeScaling(32.0), tied=True),
     "3.2-3B": LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, 131072, rope_scaling=RopeScaling(32.0), tied=True),
     "tiny": LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256),
-    "tiny-tied": LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256, rope_scaling=RopeScaling(8.0, original_context=64), tied=True),
+    "tiny-tied": LlamaConfig(
+        512, 48, 4, 6, 2, 8, 112, 256, rope_scaling=RopeScaling(8.0, original_context=64), tied=True
+    ),
 }
 
 
@@ -102,8 +104,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Rotation per token of each pair of dimensions, in radians: (E/2,) fp32.
 
-    With Llama 3.1's scaling, waves longer than the original context / low_freq_factor are slowed down by `factor`, waves
-    shorter than the original context / high_freq_factor stay, and those between are blended.
+    With Llama 3.1's scaling, waves longer than the original context / low_freq_factor are slowed down by `factor`,
+    waves shorter than the original context / high_freq_factor stay, and those between are blended.
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_theta**exponents

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from chat import Tokenizer, render
 from clip import open_image, preprocess
-from data import GROUNDING_PROMPT, Box, Tokenizer, render, text_to_boxes
+from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

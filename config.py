@@ -1,0 +1,150 @@
+"""The typed configuration of a training run: dataclass defaults, a TOML file, then `--set` overrides.
+
+Every value is checked: an unknown key, a wrong type or an impossible value is one line that says what is accepted.
+"""
+
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from iaa import TEXT
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One `[[stage]]`. Defaults are Table 1's."""
+
+    name: str
+    data: list[str]  # JSONL files
+    steps: int
+    held_out: list[str] = ()  # JSONL files for the held-out loss
+    adaptor: str = "mm"  # the workflow that it trains
+    start: str = ""  # stage to start from; "" the one before, "none" the frozen model
+    trains: str = "adaptor"  # "projector" (text embedding and head, nothing inserted) or "adaptor"
+    template: str = ""  # "" the tokenizer's own, "plain" picture then caption
+    lr: float = 2e-5
+    lr_projector: float = 0.0  # 0 = lr
+    batch: int = 128  # rows a step, over all ranks
+    micro_batch: int = 8  # rows a forward pass of one rank
+    warmup: float = 0.03  # share of the steps
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    save_every: int = 100  # steps
+    eval_every: int = 100  # steps
+    eval_rows: int = 64
+
+    def __post_init__(self):
+        ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1, "eval_rows": 1,
+                  "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0}
+        for key, low in ranges.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"stage {self.name}: {key} = {getattr(self, key)}: must be {low} or more")
+        if self.trains not in ("projector", "adaptor"):
+            raise ValueError(f'stage {self.name}: trains = {self.trains!r}: "projector" or "adaptor"')
+        if not self.name.isidentifier() or not self.adaptor.isidentifier() or self.adaptor == TEXT:
+            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and _, and not {TEXT!r}")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"stage {self.name}: batch = {self.batch} is not a multiple of "
+                             f"micro_batch = {self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    out: str  # folder of the run
+    llm: str  # folder of the frozen Llama, from convert_weights.py
+    vision: str  # folder of the frozen vision tower
+    images: str  # root of the pictures that rows name
+    stage: list[StageConfig]
+    insertion: int | list[int] = 8  # insertion layers: how many (spread evenly), or after which frozen layers
+    structure: str = "c"
+    own_embedding: bool = True
+    own_head: bool = True
+    own_llm: bool = False  # the LLaVA baseline: insertion = 0, own_embedding = own_head = false
+    system: str | None = None  # system message; left out: the template's own, "": none
+    max_tokens: int = 2048  # longer rows are cut
+    dtype: str = "bf16"
+    recompute: bool = False  # activation checkpointing
+    seed: int = 0
+    threads: int = 0  # of the processor; 0 = as torch chooses
+    workers: int = 1  # processes that load data
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
+        if not self.stage:
+            raise ValueError("no [[stage]] given")
+        names = [s.name for s in self.stage]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages have the same name: {names}")
+
+
+def checked(where: str, value, kind):
+    """`value` as TOML gave it, if it is of `kind` (an int counts as a float). Raises ValueError that says what is."""
+    if isinstance(kind, types.UnionType):
+        for option in typing.get_args(kind):
+            if option is not type(None) and isinstance(value, typing.get_origin(option) or option):
+                return checked(where, value, option)
+    elif typing.get_origin(kind) is list:
+        if isinstance(value, list):
+            return [checked(f"{where}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
+    elif isinstance(kind, type) and issubclass(kind, (StageConfig, Config)):
+        return build(kind, value, where)
+    elif type(value) is kind:
+        return value
+    elif kind is float and type(value) is int:
+        return float(value)
+    raise ValueError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
+
+
+def build(kind, values: dict, where: str = ""):
+    """The dataclass `kind` from a TOML table. Raises ValueError for unknown, missing, mistyped, impossible values."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} = {values!r}: expected a table")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}{f' in {where}' if where else ''}; known: {', '.join(sorted(hints))}")
+    try:
+        return kind(**{key: checked(f"{where}.{key}".lstrip("."), v, hints[key]) for key, v in values.items()})
+    except TypeError as error:
+        raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", where or "the config")) from None
+
+
+def read_config(path: str, settings: list[str]) -> Config:
+    """The TOML file, then `--set` overrides: key=value, STAGE.key=value, or stage.key=value for every stage."""
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+    stages = values.get("stage", [])
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write key=value")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except ValueError:
+            value = text  # a bare word is a string
+        name, dot, key = key.rpartition(".")
+        tables = [s for s in stages if name in ("stage", s.get("name"))] if dot else [values]
+        if not tables:
+            raise ValueError(f"--set {setting}: no stage {name!r}; there are: {', '.join(s.get('name', '?') for s in stages)}")
+        for table in tables:
+            table[key] = value
+    try:
+        return build(Config, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
