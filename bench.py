@@ -1,20 +1,19 @@
-"""Speed and memory, ours beside transformers on the same weights, and both beside what the machine can do, in one run.
+"""Speed and memory: ours beside transformers on the same weights, both beside the machine's limits.
 
-- Every figure is a median over `--runs`; the variants take turns within a run, so whatever else the machine does hits
-  all of them, and a ratio is the median of the ratios within a run.
-- Share of limit: FLOPs that must be done / time / measured rate of matrix products (prefill, training), bytes that must
-  be read / time / measured bandwidth (decode).
-- The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for training, `Peer`: this
-  IAA model from transformers' layers, with all logits, and autocast over fp32 weights where ours casts them itself.
-- Peak memory: of a process of its own, from after the weights are built; on a GPU what the allocator counted.
+- Every figure is a median over `--runs`; the variants take turns within a run, so whatever else the
+  machine does hits all of them, and a ratio is the median of the ratios within a run.
+- Share of limit: FLOPs that must be done / time / measured rate of matrix products (prefill,
+  training), bytes that must be read / time / measured bandwidth (decode).
+- The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for
+  training, `bench_peer.Peer`: this IAA model from transformers' layers, with all logits, and
+  autocast over fp32 weights where ours casts them itself.
+- Peak memory: of a process of its own, from after the weights are built; on a GPU what the
+  allocator counted.
 
-    python bench.py --llm weights/smollm2 --vision weights/dinov2 [--runs 5] [--dtype bf16] [--json bench.json]
-
-Letters: B rows, T tokens a row, D width, V vocabulary.
+    python bench.py --llm weights/smollm2 --vision weights/dinov2 [--runs 5] [--json bench.json]
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import subprocess
@@ -26,14 +25,15 @@ from statistics import median
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from bench_peer import Peer, peer_llama
 from iaa import IAA, Adaptor, AdaptorConfig, load_base, spread
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("prefill", "decode", "training")
-PROMPT, NEW, ROWS, TEXT, SCORED = 320, 64, 8, 116, 20  # tokens, new tokens, rows, tokens a row behind its image, scored
+PROMPT, NEW = 320, 64  # tokens
+ROWS, TEXT, SCORED = 8, 116, 20  # training: rows, tokens a row behind its image, scored ones
 
 
 def layer_weights(config) -> int:
@@ -43,97 +43,27 @@ def layer_weights(config) -> int:
 
 
 def forward_flops(config, layers: int, rows: int, tokens: int, logits: int) -> int:
-    """FLOPs of a forward pass: 2 a weight and token, the causal half of attention, and `logits` rows of the head."""
+    """FLOPs of a forward pass: 2 a weight and token, causal attention, `logits` rows of head."""
     matrices = 2 * rows * tokens * layers * layer_weights(config)
-    attention = 2 * rows * tokens * tokens * layers * config.heads * config.head_size  # 4 T T / 2 a head dimension
+    attention = 2 * rows * tokens**2 * layers * config.heads * config.head_size  # causal: half
     return matrices + attention + 2 * logits * config.width * config.vocab_size
 
 
 def training_flops(config, inserted: int, rows: int, tokens: int, scored: int) -> int:
-    """FLOPs of a step: forward, gradients of activations and of the weights trained; without the vision tower."""
+    """FLOPs of a step without the vision tower: forward, activations' and weights' gradients."""
     layers = config.layers + inserted
-    attention = 2 * rows * tokens * tokens * layers * config.heads * config.head_size  # its backward is twice itself
-    trained = 2 * rows * tokens * inserted * layer_weights(config) + 2 * scored * config.width * config.vocab_size
-    return 2 * forward_flops(config, layers, rows, tokens, scored) + attention + trained
+    attention = 2 * rows * tokens**2 * layers * config.heads * config.head_size
+    trained = 2 * rows * tokens * inserted * layer_weights(config)
+    trained += 2 * scored * config.width * config.vocab_size
+    forward = forward_flops(config, layers, rows, tokens, scored)
+    return 2 * forward + attention + trained  # attention's backward is twice its forward
 
 
 def decode_bytes(config, layers: int, context: int, itemsize: int) -> int:
-    """Bytes that one new token must read: every layer, the head, and the keys and values of the context."""
-    weights = layers * (layer_weights(config) + 2 * config.width) + (config.vocab_size + 1) * config.width
+    """Bytes that one new token must read: every layer, the head, the context's keys and values."""
+    weights = layers * (layer_weights(config) + 2 * config.width)
+    weights += (config.vocab_size + 1) * config.width
     return itemsize * (weights + layers * 2 * config.kv_heads * config.head_size * context)
-
-
-def unfused(state: dict[str, Tensor], config) -> dict[str, Tensor]:
-    """Our state dict of a Llama -> the names of transformers, q, k, v and gate, up apart again."""
-    out = {"model.embed_tokens.weight": state["embedding.weight"], "model.norm.weight": state["norm.weight"],
-           "lm_head.weight": state["embedding.weight" if config.tied else "head.weight"]}
-    sizes = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
-    for i in range(config.layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        for letter, part in zip("qkv", state[ours + "attention.qkv.weight"].split(sizes), strict=True):
-            out[f"{theirs}self_attn.{letter}_proj.weight"] = part
-        for name, part in zip(("gate", "up"), state[ours + "ffn.gate_up.weight"].chunk(2), strict=True):
-            out[f"{theirs}mlp.{name}_proj.weight"] = part
-        out[theirs + "self_attn.o_proj.weight"] = state[ours + "attention.out.weight"]
-        out[theirs + "mlp.down_proj.weight"] = state[ours + "ffn.down.weight"]
-        out[theirs + "input_layernorm.weight"] = state[ours + "attention_norm.weight"]
-        out[theirs + "post_attention_layernorm.weight"] = state[ours + "ffn_norm.weight"]
-    return out
-
-
-def peer_llama(llama) -> nn.Module:
-    """`LlamaForCausalLM` with the weights of our Llama, frozen, in its dtype."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c, rope = llama.config, {"rope_type": "default"}
-    if c.rope_scaling is not None:
-        s = c.rope_scaling
-        rope = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_context}
-    config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_size, rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.context, tie_word_embeddings=c.tied, attn_implementation="sdpa",
-        rope_parameters={"rope_theta": c.rope_theta, **rope}, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )
-    peer = LlamaForCausalLM(config).to(llama.dtype)
-    peer.load_state_dict(unfused(llama.state_dict(), c), strict=True)
-    return peer.to(llama.embedding.weight.device).eval().requires_grad_(False)
-
-
-class Peer(nn.Module):
-    """IAA (structure c, own embedding and head) written with transformers' layers: all logits, then cross-entropy."""
-
-    def __init__(self, base: nn.Module, clip: nn.Module, ours: Adaptor, image_token: int):
-        super().__init__()
-        self.base, self.clip, self.places, self.image_token = base, clip, ours.config.insertion, image_token
-
-        def trained(module: nn.Module) -> nn.Module:
-            return copy.deepcopy(module).float().requires_grad_()
-
-        self.layers = nn.ModuleList(trained(base.model.layers[i]) for i in self.places)
-        self.embedding, self.norm = trained(base.model.embed_tokens), trained(base.model.norm)
-        self.head = trained(base.lm_head)
-        self.head.weight = nn.Parameter(self.head.weight.detach().clone())
-        self.projector = ours.projector
-
-    def loss(self, tokens: Tensor, targets: Tensor, workflow: str, images: Tensor) -> Tensor:
-        """As `IAA.loss`: the sum over scored positions."""
-        model = self.base.model
-        with torch.autocast(tokens.device.type, self.base.dtype, enabled=self.base.dtype != torch.float32):
-            with torch.no_grad():
-                features = self.clip(images)
-            x = self.embedding(tokens).to(self.base.dtype)  # (B, T, D)
-            features = self.projector(features.to(x.dtype)).to(x.dtype)
-            x = x.masked_scatter((tokens == self.image_token)[..., None], features)
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            rope = model.rotary_emb(x, positions)
-            for i, layer in enumerate(model.layers):
-                x = layer(x, position_embeddings=rope)
-                if i in self.places:
-                    x = self.layers[self.places.index(i)](x, position_embeddings=rope)
-            logits = self.head(self.norm(x))  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -163,17 +93,20 @@ class Bench:
             variants |= {name.replace("ours", "transformers"): n for name, n in variants.items()}
         self.variants = variants  # name -> insertion layers
         generator = torch.Generator().manual_seed(0)
-        self.prompt = torch.randint(0, self.config.vocab_size - 1, (PROMPT,), generator=generator).tolist()
-        tokens = torch.randint(0, self.config.vocab_size - 1, (ROWS, self.row), generator=generator)
+        words = self.config.vocab_size - 1
+        self.prompt = torch.randint(0, words, (PROMPT,), generator=generator).tolist()
+        tokens = torch.randint(0, words, (ROWS, self.row), generator=generator)
         targets = torch.full_like(tokens, -100)
         targets[:, -SCORED:] = tokens.roll(-1, 1)[:, -SCORED:]
         tokens[:, 1 : 1 + clip.config.patches] = self.model.image_token
-        images = torch.randn(ROWS, 3, clip.config.image_px, clip.config.image_px, generator=generator)
+        side = clip.config.image_px
+        images = torch.randn(ROWS, 3, side, side, generator=generator)
         self.batch = [t.to(self.device) for t in (tokens, targets, images)]
 
     def names(self, kind: str) -> list[str]:
-        """Variants that exist for a kind: transformers knows no insertion layers, but `Peer` trains them."""
-        return [name for name, n in self.variants.items() if kind == "training" or name.startswith("ours") or n == 0]
+        """Variants of a kind: transformers has no insertion layers, but `Peer` trains them."""
+        return [name for name, inserted in self.variants.items()
+                if kind == "training" or name.startswith("ours") or not inserted]
 
     def adaptor(self, inserted: int) -> Adaptor:
         """A fresh adaptor (fp32, trainable) with its own embedding and head."""
@@ -191,7 +124,8 @@ class Bench:
         workflow = "mm" if self.variants[name] else "text"
         if workflow == "mm":
             self.model.adaptors["mm"] = self.adaptor(self.variants[name]).to(self.model.llama.dtype)
-        return self.build_prefill(workflow, peer) if kind == "prefill" else self.build_decode(workflow, peer)
+        build = self.build_prefill if kind == "prefill" else self.build_decode
+        return build(workflow, peer)
 
     def build_prefill(self, workflow: str, peer: nn.Module | None) -> Callable[[], float]:
         """The prompt into a cache, and the logits of its last token."""
@@ -216,11 +150,13 @@ class Bench:
             def note(*_) -> None:
                 times.append(time.perf_counter())
 
-            if peer is not None:
-                peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW + 1,
-                              streamer=SimpleNamespace(put=note, end=lambda: None))  # put: the prompt, then each token
+            if peer is None:
+                self.model.generate([self.prompt], workflow=workflow, max_tokens=NEW + 1,
+                                    on_token=note)
             else:
-                self.model.generate([self.prompt], workflow=workflow, max_tokens=NEW + 1, on_token=note)
+                streamer = SimpleNamespace(put=note, end=lambda: None)  # notes the prompt too
+                peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+                              max_new_tokens=NEW + 1, streamer=streamer)
             return times[-1] - times[-NEW - 1]
 
         return measure
@@ -234,7 +170,8 @@ class Bench:
             model.adaptors["mm"] = adaptor
         else:
             model = Peer(peer, frozen.clip, adaptor, frozen.image_token)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
         def work():
             loss = model.loss(tokens, targets, "mm", images) / (ROWS * SCORED)
@@ -261,23 +198,24 @@ class Bench:
         return flops / (limits["matrix product, TFLOP/s"] * 1e12)
 
 
-def measure_limits(dtype: torch.dtype, device: str, side: int = 2048, megabytes: int = 256) -> dict[str, float]:
-    """One look at the machine: matrix products of `side` in the dtype and in fp32, and reading a large tensor."""
-    out = {}
-    for name, kind in (("matrix product, TFLOP/s", dtype), ("matrix product fp32, TFLOP/s", torch.float32)):
+def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """One look at the machine: matrix products in the dtype and in fp32, reading a large tensor."""
+    out, side = {}, 2048
+    for name, kind in (("", dtype), (" fp32", torch.float32)):
         a = torch.randn(side, side, device=device).to(kind)
         timed(lambda a=a: a @ a, device)
-        out[name] = 2 * side**3 / timed(lambda a=a: a @ a, device) / 1e12
-    big = torch.zeros(megabytes * 2**18, device=device)
+        rate = 2 * side**3 / timed(lambda a=a: a @ a, device)
+        out[f"matrix product{name}, TFLOP/s"] = rate / 1e12
+    big = torch.zeros(2**26, device=device)  # 256 MB
     timed(big.sum, device)
     out["memory, GB/s"] = big.numel() * 4 / timed(big.sum, device) / 1e9
     return out
 
 
 def peak_memory(work: Callable[[], float], device: str) -> int:
-    """Bytes at the peak of two calls of `work`; on a CPU (Linux) of the whole process, weights included."""
+    """Bytes at the peak of two calls of `work`; on a CPU (Linux) of the whole process."""
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of building the weights
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the weights
     else:
         torch.cuda.reset_peak_memory_stats()
     work()
@@ -300,7 +238,7 @@ def memory_elsewhere(args: argparse.Namespace, kind: str, name: str) -> int:
 
 
 def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
-    """Seconds by variant, a value a run; the variants take turns, after one call each to warm up."""
+    """Seconds by variant, a value a run; they take turns, after one call each to warm up."""
     works = {name: bench.build(kind, name) for name in bench.names(kind)}
     seconds = {name: [] for name in works}
     for run in range(runs + 1):
@@ -311,44 +249,49 @@ def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: dict[str, float]) -> list[dict]:
+def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: dict) -> list[dict]:
     """The table's rows of one kind: tokens/s, share of the limit, and the peer's time over ours."""
     out = []
     for name, times in seconds.items():
-        peer = seconds.get(name.replace("ours", "transformers")) if name.startswith("ours") else None
+        row = {"what": kind, "model": name, "tokens_per_s": bench.tokens(kind) / median(times),
+               "share_of_limit": bench.least_seconds(kind, name, limits) / median(times)}
+        ours = name.startswith("ours")
+        peer = seconds.get(name.replace("ours", "transformers")) if ours else None
         ratio = None if peer is None else median(b / a for a, b in zip(times, peer, strict=True))
-        out.append({"what": kind, "model": name, "tokens_per_s": bench.tokens(kind) / median(times),
-                    "share_of_limit": bench.least_seconds(kind, name, limits) / median(times), "ours_to_theirs": ratio})
+        out.append({**row, "ours_to_theirs": ratio})
     return out
 
 
 def show(result: dict) -> str:
     """The result as a Markdown table under the machine's limits."""
-    lines = [", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items()), "",
+    limits = ", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items())
+    lines = [limits, "",
              "| what | model | tokens/s | share of limit | ours / theirs | peak memory, MB |",
              "|---|---|--:|--:|--:|--:|"]
     for row in result["rows"]:
         ratio = "" if row["ours_to_theirs"] is None else f"{row['ours_to_theirs']:.2f}"
         memory = f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else ""
-        lines.append(f"| {row['what']} | {row['model']} | {row['tokens_per_s']:,.1f} | {row['share_of_limit']:.0%} | "
-                     f"{ratio} | {memory} |")
+        lines.append(f"| {row['what']} | {row['model']} | {row['tokens_per_s']:,.1f} | "
+                     f"{row['share_of_limit']:.0%} | {ratio} | {memory} |")
     return "\n".join(lines)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--llm", default="weights/smollm2", help="folder of the frozen LLM [%(default)s]")
-    parser.add_argument("--vision", default="weights/dinov2", help="folder of the vision tower [%(default)s]")
-    parser.add_argument("--runs", type=int, default=5, help="measurements of each variant [%(default)s]")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of frozen weights and compute [%(default)s]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    parser.add_argument("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [%(default)s]")
-    parser.add_argument("--only", choices=KINDS, action="append", help="leave the others out (may be repeated)")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: a process a row")
-    parser.add_argument("--json", type=Path, help="write the result here too")
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--llm", default="weights/smollm2", help="folder of the frozen LLM [%(default)s]")
+    add("--vision", default="weights/dinov2", help="folder of the vision tower [%(default)s]")
+    add("--runs", type=int, default=5, help="measurements of each variant [%(default)s]")
+    add("--dtype", choices=DTYPES, default="bf16", help="of frozen weights, compute [%(default)s]")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="[%(default)s]")
+    add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [%(default)s]")
+    add("--only", choices=KINDS, action="append", help="leave the others out (may be repeated)")
+    add("--no-memory", action="store_true", help="leave peak memory out: a process a row")
+    add("--json", type=Path, help="write the result here too")
+    add("--memory-of", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -369,7 +312,8 @@ def main(argv: list[str] | None = None) -> dict:
     rows = [row for kind, seconds in times.items() for row in rows_of(bench, kind, seconds, limits)]
     for row in rows if not args.no_memory else ():
         row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
-    about = {name: str(getattr(args, name)) for name in ("llm", "vision", "dtype", "device", "threads", "runs")}
+    settings = ("llm", "vision", "dtype", "device", "threads", "runs")
+    about = {name: str(getattr(args, name)) for name in settings}
     result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows}
     print(show(result))
     if args.json:

@@ -1,12 +1,12 @@
 """Text to token ids and back: tokenizers, and the templates of a conversation.
 
-- Text is always encoded as ordinary text: a user who types `<|eot_id|>` gets letters, not the special token.
-  Special ids are put in by templates, by name.
-- Every piece (header, question, answer) is tokenised on its own: a prompt's ids begin the ids trained.
-- Byte-level BPE of any origin runs in tiktoken, by rank in the merge list. (Measured on 200,000 random pairs
-  and triples of SmolLM2's tokens: the ids are those of merging by the list itself.)
+- Text is always encoded as ordinary text: a user who types `<|eot_id|>` gets letters, not the
+  special token. Special ids are put in by templates, by name.
+- Every piece (header, question, answer) is tokenised alone: a prompt's ids begin the ids trained.
+- Byte-level BPE of any origin runs in tiktoken, by rank in the merge list. (Measured on 200,000
+  random pairs and triples of SmolLM2's tokens: the ids are those of merging by the list itself.)
 
-Sources: meta-llama/llama3, LLaVA (arXiv 2304.08485), the official IAA release, SmolLM2's own template.
+Sources: meta-llama/llama3, LLaVA (arXiv 2304.08485), the official IAA release, SmolLM2's template.
 """
 
 import base64
@@ -23,8 +23,11 @@ import tiktoken
 from files import read_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Each digit on its own, then GPT-2's split of what lies between: white space ahead of a digit ends a stretch.
-DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+# Each digit alone, and GPT-2's split of what lies between: a digit ends white space ahead of it.
+DIGITS_SPLIT = (
+    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,7 +38,7 @@ GGUF_SPLITS = {
     "gpt-2": GPT2_SPLIT,
     "default": GPT2_SPLIT,
 }
-LONG_SPACE = re.compile(r"(\s{10000})")  # cut there: tiktoken's regex overflows on a run of a million
+LONG_SPACE = re.compile(r"(\s{10000})")  # cut there: a million overflow tiktoken's regex
 LLAMA3_TOKENS = 128000  # ahead of the special ones
 IMAGE = "<image>\n"  # how a row marks its picture, ahead of the first question
 CURIOUS_SYSTEM = (  # the official release of IAA, and Vicuna v1
@@ -44,12 +47,13 @@ CURIOUS_SYSTEM = (  # the official release of IAA, and Vicuna v1
 )
 
 
-# ---------------------------------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------------------------- tokenizers
 
 
 def llama3_specials(version: str) -> dict[str, int]:
     """Name -> id of the 256 special tokens of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1")."""
-    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
+             9: "eot_id"}
     if version == "3.1":
         named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
     elif version != "3":
@@ -60,14 +64,14 @@ def llama3_specials(version: str) -> dict[str, int]:
 
 
 def gpt2_bytes() -> dict[str, int]:
-    """GPT-2's printable character -> byte: tokens in a `tokenizer.json` or a GGUF are spelled in it."""
+    """GPT-2's printable character -> byte: in these a `tokenizer.json` or a GGUF spells tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + number): b for number, b in enumerate(others)}
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def merge_order(vocab: dict[str, int], merges: list) -> dict[bytes, int]:
-    """Bytes -> id in the order in which tiktoken shall merge: bytes, the merges, what no merge makes."""
+    """Bytes -> id in the order for tiktoken to merge: bytes, the merges, what no merge makes."""
     table = gpt2_bytes()
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     order = [*table, *("".join(pair) for pair in pairs), *vocab]
@@ -78,7 +82,7 @@ def merge_order(vocab: dict[str, int], merges: list) -> dict[bytes, int]:
 
 
 def hf_split(tokenizer_json: dict) -> str:
-    """The one regex for the pre-tokenizers of a Hugging Face byte-level BPE. ValueError for another kind."""
+    """The regex by which a Hugging Face byte-level BPE splits. ValueError for another kind."""
     model, pre = tokenizer_json.get("model") or {}, tokenizer_json.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
     *before, last = [{"use_regex": True} | step for step in steps] or [{}]
@@ -86,34 +90,42 @@ def hf_split(tokenizer_json: dict) -> str:
     match before, last:
         case [], {"type": "ByteLevel", "use_regex": True}:
             pattern = GPT2_SPLIT
-        case [{"type": "Digits", "individual_digits": True}], {"type": "ByteLevel", "use_regex": True}:
+        case (
+            [{"type": "Digits", "individual_digits": True}],
+            {"type": "ByteLevel", "use_regex": True},
+        ):
             pattern = DIGITS_SPLIT
         case (
-            [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": regex}}],
+            [{"type": "Split", "behavior": "Isolated", "invert": False,
+              "pattern": {"Regex": regex}}],
             {"type": "ByteLevel", "use_regex": False},
         ):
             pattern = regex
-    unknown = ("unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
-    odd = [key for key in unknown if model.get(key)] + ["normalizer"] * bool(tokenizer_json.get("normalizer"))
+    unknown = ("unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
+               "dropout")
+    odd = [key for key in unknown if model.get(key)]
+    odd += ["normalizer"] if tokenizer_json.get("normalizer") else []
     if not pattern or odd or model.get("type") != "BPE" or last.get("add_prefix_space", True):
+        found = [step.get("type") for step in steps]
         raise ValueError(
-            f"{model.get('type')} with {odd} after {[step.get('type') for step in steps]}: supported is plain"
-            " BPE after ByteLevel, Split (regex, isolated) + ByteLevel or Digits (individual) + ByteLevel,"
+            f"{model.get('type')} with {odd} after {found}: supported is plain BPE after ByteLevel,"
+            " Split (regex, isolated) + ByteLevel or Digits (individual) + ByteLevel,"
             " without prefix space; or sentencepiece in tokenizer.model"
         )
     return pattern
 
 
 class Tokenizer:
-    """Text to ids and back, over tiktoken or sentencepiece; made by a `from_...` method or by `load`.
+    """Text to ids and back, over tiktoken or sentencepiece; made by a `from_...` method or `load`.
 
-    `encode` is literal: nothing is put in front, names of special tokens are text. A byte that the vocabulary
-    lacks (SmolLM2: six control characters, lead bytes of unassigned ones) is left out, as by Hugging Face.
+    `encode` is literal: nothing is put in front, names of special tokens are text. A byte that the
+    vocabulary lacks (SmolLM2: six control characters, lead bytes of unassigned ones) is left out,
+    as by Hugging Face.
     """
 
     def __init__(
         self,
-        engine: dict[bytes, int] | bytes,  # in merge order (tiktoken), or a serialised sentencepiece model
+        engine: dict[bytes, int] | bytes,  # tiktoken's in merge order, or sentencepiece's protobuf
         special_tokens: dict[str, int],
         template: str,  # a key of TEMPLATES
         image_token: str,  # the special token that stands for an image
@@ -122,75 +134,85 @@ class Tokenizer:
         self.kind = "tiktoken" if isinstance(engine, dict) else "sentencepiece"
         self.engine, self.special_tokens, self.pattern = engine, special_tokens, pattern
         self.template, self.image_token = template, image_token
-        words = self._start_tiktoken() if self.kind == "tiktoken" else self._start_sentencepiece()  # by id
+        words = self._start_tiktoken() if self.kind == "tiktoken" else self._start_sentencepiece()
         self.vocab_size = 1 + max(*words, *special_tokens.values())
-        self.token_bytes = [words.get(token, b"") for token in range(self.vocab_size)]  # special ones: none
-        stops = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<|endoftext|>")
+        # By id; special tokens have no bytes.
+        self.token_bytes = [words.get(token, b"") for token in range(self.vocab_size)]
+        stops = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end_of_text|>",
+                 "<|endoftext|>")
         self.bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<s>"))
         self.stop_ids = tuple(special_tokens[name] for name in stops if name in special_tokens)
         self.image_id = self.special(image_token)
         self.pad_id = self.stop_ids[-1] if self.stop_ids else 0
         if self.image_id in (*self.stop_ids, self.bos_id, self.pad_id):
-            raise ValueError(f"image token {image_token} has another use: choose an unused special token")
+            raise ValueError(f"image token {image_token} has another use: "
+                             "choose an unused special token")
 
     def _start_tiktoken(self) -> dict[int, bytes]:
         ranks = {word: rank for rank, word in enumerate(self.engine)}
         for byte in range(256):
-            ranks.setdefault(bytes([byte]), len(ranks))  # tiktoken needs all bytes; -1: dropped again
+            ranks.setdefault(bytes([byte]), len(ranks))  # tiktoken needs all bytes; -1: dropped
         ids = [*self.engine.values()] + [-1] * (len(ranks) - len(self.engine))
         self._ids = None if ids == list(range(len(ids))) else ids  # rank -> id, None: equal
         try:
-            self._bpe = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+            self._bpe = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks,
+                                          special_tokens={})
         except Exception as error:  # tiktoken has its own kinds
             raise ValueError(f"tiktoken refuses the split {self.pattern!r}: {error}") from None
         return {token: word for word, token in self.engine.items()}
 
     def _start_sentencepiece(self) -> dict[int, bytes]:
         # Protobuf merges what comes twice: this sets normalizer_spec.add_dummy_prefix to false.
-        no_prefix = b"\x1a\x02\x18\x00"
+        model = self.engine + b"\x1a\x02\x18\x00"
         try:
-            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self.engine + no_prefix)
+            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a sentencepiece model: {error}") from None
         pieces = {token: sp.IdToPiece(token) for token in range(sp.GetPieceSize())}
-        if [pieces.get(token) for token in range(3)] != list(self.special_tokens) or not sp.IsByte(3):
-            raise ValueError("another kind of sentencepiece model: Llama's has <unk>, <s>, </s>, then bytes")
+        first = [pieces.get(token) for token in range(3)]
+        if first != list(self.special_tokens) or not sp.IsByte(3):
+            raise ValueError("another kind of sentencepiece model: "
+                             "Llama's has <unk>, <s>, </s>, then bytes")
         words = {token: piece.replace("\u2581", " ").encode() for token, piece in pieces.items()}
-        words |= {token: bytes([int(piece[3:5], 16)]) for token, piece in pieces.items() if sp.IsByte(token)}
+        bytewise = [token for token in pieces if sp.IsByte(token)]  # spelled <0x0A>
+        words |= {token: bytes.fromhex(pieces[token][3:5]) for token in bytewise}
         return words | dict.fromkeys(self.special_tokens.values(), b"")
 
     @classmethod
     def from_llama3(cls, path: str | Path, version: str = "3") -> "Tokenizer":
-        """Meta's `tokenizer.model` (a line: base64 of the bytes, rank) of Llama "3", or "3.1" (3.2 too)."""
+        """Meta's `tokenizer.model` (lines: base64, rank) of Llama "3", or "3.1" (3.2 too)."""
         engine, specials = read_ranks(Path(path)), llama3_specials(version)
         if list(engine.values()) != list(range(LLAMA3_TOKENS)):
-            raise ValueError(f"{path}: {len(engine)} tokens: Llama 3 has {LLAMA3_TOKENS}, numbered from 0")
+            raise ValueError(f"{path}: {len(engine)} tokens: "
+                             f"Llama 3 has {LLAMA3_TOKENS}, numbered from 0")
         return cls(engine, specials, *guess_template(specials), LLAMA3_SPLIT)
 
     @classmethod
     def from_sentencepiece(cls, path: str | Path) -> "Tokenizer":
-        """Llama 2's or Vicuna's `tokenizer.model`. Image token: <unk>, made of no text (byte fallback)."""
+        """Llama 2's or Vicuna's `tokenizer.model`. Image token: <unk>, which no text makes."""
         return cls(read_bytes(Path(path)), {"<unk>": 0, "<s>": 1, "</s>": 2}, "vicuna", "<unk>")
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "Tokenizer":
-        """A Hugging Face folder: sentencepiece in `tokenizer.model`, else BPE in `tokenizer.json`."""
+        """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
         path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
-        if model_path.is_file() and read_bytes(model_path)[:1] == b"\n":  # a protobuf: sentencepiece
+        if model_path.is_file() and read_bytes(model_path)[:1] == b"\n":  # protobuf: sentencepiece
             return cls.from_sentencepiece(model_path)
         settings = read_json(path)
         try:
             pattern, model = hf_split(settings), settings["model"]
             specials = {token["content"]: token["id"] for token in settings["added_tokens"]}
-            vocab = {token: number for token, number in model["vocab"].items() if token not in specials}
-            return cls(merge_order(vocab, model["merges"]), specials, *guess_template(specials), pattern)
+            vocab = {token: n for token, n in model["vocab"].items() if token not in specials}
+            engine = merge_order(vocab, model["merges"])
+            return cls(engine, specials, *guess_template(specials), pattern)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_gguf(cls, fields: dict) -> "Tokenizer":
         """The metadata of a GGUF file, name -> value; of its kinds byte-level BPE ("gpt2")."""
-        model, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+        model = fields.get("tokenizer.ggml.model")
+        split = fields.get("tokenizer.ggml.pre", "default")
         if model != "gpt2" or split not in GGUF_SPLITS:
             raise ValueError(
                 f"GGUF tokenizer {model!r} split as {split!r}: supported is 'gpt2' split as one of"
@@ -199,36 +221,43 @@ class Tokenizer:
         names = ("tokens", "token_type", "merges")
         tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in names)
         ids = {token: number for number, token in enumerate(tokens)}
-        specials = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}  # 1: ordinary
+        pairs = zip(tokens, kinds, strict=True)
+        specials = {token: ids[token] for token, kind in pairs if kind != 1}  # 1: ordinary
         vocab = {token: number for token, number in ids.items() if token not in specials}
-        return cls(merge_order(vocab, merges), specials, *guess_template(specials), GGUF_SPLITS[split])
+        engine = merge_order(vocab, merges)
+        return cls(engine, specials, *guess_template(specials), GGUF_SPLITS[split])
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer.model` (tiktoken's lines in merge order, or the protobuf)."""
+        """Write `tokenizer.json` and `tokenizer.model` (lines in merge order, or the protobuf)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = ("kind", "pattern", "template", "image_token", "special_tokens")
         settings = {name: getattr(self, name) for name in names} | {"engine_size": len(self.engine)}
-        lines = self.engine
+        model = self.engine
         if self.kind == "tiktoken":
-            lines = b"".join(base64.b64encode(word) + b" %d\n" % token for word, token in lines.items())
-        (folder / "tokenizer.model").write_bytes(lines)
-        (folder / "tokenizer.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            lines = (base64.b64encode(word) + b" %d\n" % token for word, token in model.items())
+            model = b"".join(lines)
+        (folder / "tokenizer.model").write_bytes(model)
+        text = json.dumps(settings, indent=1) + "\n"
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """What `save` wrote. FileNotFoundError, or ValueError where a file is not ours or damaged."""
+        """What `save` wrote. FileNotFoundError, or ValueError for a foreign or damaged file."""
         path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
         settings = read_json(path)
         try:
             read = {"tiktoken": read_ranks, "sentencepiece": read_bytes}[settings["kind"]]
-            rest = [settings[name] for name in ("special_tokens", "template", "image_token", "pattern")]
+            names = ("special_tokens", "template", "image_token", "pattern")
+            rest = [settings[name] for name in names]
             tokenizer = cls(read(model_path), *rest)
         except KeyError as error:
-            raise ValueError(f"{path}: {error} is missing or unknown: not made by Tokenizer.save") from None
+            raise ValueError(f"{path}: {error} is missing or unknown: "
+                             "not made by Tokenizer.save") from None
         found, saved = len(tokenizer.engine), settings.get("engine_size")
         if found != saved:
-            raise ValueError(f"{model_path}: damaged, {saved} entries were saved and {found} are there")
+            raise ValueError(f"{model_path}: damaged, "
+                             f"{saved} entries were saved and {found} are there")
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -236,11 +265,14 @@ class Tokenizer:
         text = text.encode("utf-8", "replace").decode()
         if self.kind == "sentencepiece":
             return self._sp.Encode(text)
-        ranks = [rank for part in LONG_SPACE.split(text) for rank in self._bpe.encode_ordinary(part)]
-        return ranks if self._ids is None else [self._ids[rank] for rank in ranks if self._ids[rank] >= 0]
+        parts = LONG_SPACE.split(text)
+        ranks = [rank for part in parts for rank in self._bpe.encode_ordinary(part)]
+        if self._ids is None:
+            return ranks
+        return [self._ids[rank] for rank in ranks if self._ids[rank] >= 0]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`; special tokens and ids past the vocabulary (of a padded head) are skipped."""
+        """Bytes of `ids`; special tokens and ids past the vocabulary (a padded head) have none."""
         return b"".join(self.token_bytes[token] for token in ids if 0 <= token < self.vocab_size)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -248,26 +280,28 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def stream(self) -> Callable[..., str]:
-        """A function that takes the next ids and returns the text now complete; `final=True` ends it."""
+        """A function of the next ids that returns the text now complete; `final=True` ends it."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda *ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
     def special(self, name: str) -> int:
         """Id of a special token. ValueError where there is none of that name."""
         if name not in self.special_tokens:
-            raise ValueError(f"no special token {name!r}; there are {list(self.special_tokens)[:20]}")
+            known = list(self.special_tokens)[:20]
+            raise ValueError(f"no special token {name!r}; there are {known}")
         return self.special_tokens[name]
 
 
 def guess_template(specials: dict[str, int]) -> tuple[str, str]:
-    """(template, image token) that these special tokens speak for. ValueError where none can be an image."""
+    """(template, image token) for these special tokens. ValueError where none can be an image."""
     marks = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
     template = next((name for mark, name in marks.items() if mark in specials), "plain")
     known = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>")
     for name in known:
         if name in specials:
             return template, name
-    raise ValueError(f"no special token for images: {' or '.join(known)} is needed, not {[*specials][:20]}")
+    raise ValueError(f"no special token for images: {' or '.join(known)} is needed, "
+                     f"not {[*specials][:20]}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -278,7 +312,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """tiktoken's file, in merge order, a line a token: base64 of the bytes, id. ValueError names the line."""
+    """tiktoken's file in merge order, lines of base64 and id. ValueError names a broken line."""
     ranks = {}
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
@@ -289,7 +323,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-# ---------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------- templates
 
 
 @dataclass(frozen=True)
@@ -324,7 +358,8 @@ TEMPLATES = {
         again="\n",
     ),
     # Spaces stand where the tokenizer of LLaVA puts them, also after </s> and the image.
-    "vicuna": Template(CURIOUS_SYSTEM, "{}", " USER:", " ASSISTANT:", "</s>", space=" ", image_end=" \n"),
+    "vicuna": Template(CURIOUS_SYSTEM, "{}", " USER:", " ASSISTANT:", "</s>",
+                       space=" ", image_end=" \n"),
     # LLaVA's first stage: image, caption, newline.
     "plain": Template("", "", "", "", "\n", image_end="", asks=False),
 }
@@ -333,18 +368,22 @@ Scored = tuple[list[int], list[bool]]  # ids, and which of them are scored
 
 def spell(tokenizer: Tokenizer, form: str) -> list[int]:
     """Ids of a template's own text, its special tokens by name."""
-    pieces = [piece for piece in re.split(r"(<[^<>]+>)", form) if piece]
-    return [token for piece in pieces
-            for token in ([tokenizer.special(piece)] if piece[0] == "<" else tokenizer.encode(piece))]
+    ids = []
+    for piece in filter(None, re.split(r"(<[^<>]+>)", form)):
+        ids += [tokenizer.special(piece)] if piece[0] == "<" else tokenizer.encode(piece)
+    return ids
 
 
-def opening(tokenizer: Tokenizer, form: Template, system: str | None, image_tokens: int) -> list[int]:
-    """Ids ahead of the first question: start, system message ("" none, None the default), header, image."""
+def opening(
+    tokenizer: Tokenizer, form: Template, system: str | None, image_tokens: int
+) -> list[int]:
+    """Ids ahead of the first question: start, system ("" none, None the default), header, image."""
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     system = (form.default_system if system is None else system).strip()
     if system and form.asks:
         before, after = form.system.split("{}")
-        ids += spell(tokenizer, before) + tokenizer.encode(form.space + system) + spell(tokenizer, after)
+        ids += spell(tokenizer, before) + tokenizer.encode(form.space + system)
+        ids += spell(tokenizer, after)
     ids += spell(tokenizer, form.user)
     if image_tokens:
         ids += tokenizer.encode(form.space) + [tokenizer.image_id] * image_tokens
@@ -352,10 +391,13 @@ def opening(tokenizer: Tokenizer, form: Template, system: str | None, image_toke
     return ids
 
 
-def exchange(tokenizer: Tokenizer, form: Template, question: str, answer: str | None, space: str) -> Scored:
-    """A question, its answer's header and (unless None) the answer with its end: these two are scored."""
-    ids = tokenizer.encode(space + question.strip()) + spell(tokenizer, form.answer) if form.asks else []
-    words = []
+def exchange(
+    tokenizer: Tokenizer, form: Template, question: str, answer: str | None, space: str
+) -> Scored:
+    """Question and header of the answer; then, unless None, the answer and its end, scored."""
+    ids, words = [], []
+    if form.asks:
+        ids = tokenizer.encode(space + question.strip()) + spell(tokenizer, form.answer)
     if answer is not None:
         words = tokenizer.encode(form.space + answer.strip()) + spell(tokenizer, form.end)
     return ids + words, [False] * len(ids) + [True] * len(words)
@@ -374,11 +416,11 @@ def render(
     turns: list[tuple[str, str]],  # ("user", text), ("assistant", text), ...
     template: str | None = None,  # a key of TEMPLATES, None: the tokenizer's own
     system: str | None = None,  # None: the template's own, "": none
-    image_tokens: int = 0,  # placeholders ahead of the first question, in place of its IMAGE if it has one
+    image_tokens: int = 0,  # placeholders ahead of the first question, for its IMAGE if any
 ) -> Scored:
-    """A conversation as (ids, which of them are scored); if the user speaks last, a prompt for the answer.
+    """A conversation as (ids, which of them are scored); a prompt, if the user speaks last.
 
-    Messages are trimmed. ValueError for turns that do not alternate, an unknown template or special token.
+    Messages are trimmed. ValueError: turns not alternating, unknown template or special token.
     """
     form = template_of(tokenizer, template)
     roles, texts = [role for role, _ in turns], [text for _, text in turns]

@@ -1,8 +1,8 @@
 """Foreign checkpoint files: their tensors by name, read a slab at a time.
 
-A `Source` knows the names and shapes of all its tensors at once and reads rows of one when asked, so that converting a
-checkpoint of any size needs memory for one tensor. No code in a file runs: torch's files are opened with
-`weights_only`, of a TorchScript archive only the tensors are taken.
+A `Source` knows the names and shapes of all its tensors at once and reads rows of one when asked,
+so that converting a checkpoint of any size needs memory for one tensor. No code in a file runs:
+torch's files are opened with `weights_only`, of a TorchScript archive only the tensors are taken.
 """
 
 import importlib
@@ -32,15 +32,15 @@ class Named(dict):
 def reading(path: Path) -> Iterator[None]:
     """Turn what a foreign reader raises for a damaged file into one line that names the file.
 
-    It may be anything: a flipped bit in a pickle has been seen to give KeyError. So nothing of ours belongs inside.
+    It may be anything: a flipped bit in a pickle gave KeyError. So nothing of ours belongs inside.
     """
     try:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: broken, cut short, or not what its name says ({reason[0]})") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: broken, cut short, or no file of its kind ({reason})") from None
 
 
 def optional(name: str) -> ModuleType:
@@ -48,7 +48,8 @@ def optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"this format is read by the package {name}: pip install -r requirements-demo.txt") from None
+        raise ValueError(f"this format is read by the package {name}: "
+                         "pip install -r requirements-demo.txt") from None
 
 
 class Source:
@@ -57,11 +58,11 @@ class Source:
     shapes: Named
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor in its own dtype, perhaps a view of a mapped file: copy it soon and let go of it."""
+        """Rows of a tensor in its own dtype, perhaps a view of a mapped file: copy and let go."""
         raise NotImplementedError
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Copy a whole tensor to `out` by slabs: nothing else in memory but one of them, pages of mappings included."""
+        """Copy a tensor to `out` by slabs: memory holds only one, pages of mappings included."""
         step = max(1, SLAB_VALUES * len(out) // out.numel())
         for start in range(0, len(out), step):
             stop = min(start + step, len(out))
@@ -88,7 +89,7 @@ def torch_file(path: Path) -> dict[str, Tensor]:
     """The state dict of a file of torch.save, mapped and not read; no code in it runs."""
     with reading(path):
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: holds something else than names and tensors")
     return tensors
 
@@ -98,11 +99,12 @@ def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix != ".safetensors":
         return {name: tuple(tensor.shape) for name, tensor in torch_file(path).items()}
     with reading(path), safe_open(path, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def file_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
-    """Rows of a tensor in such a file, opened for this alone: pages once read count as ours while a mapping lives."""
+    """Rows of a tensor in a file opened for this alone: pages read count as ours while mapped."""
     if path.suffix != ".safetensors":
         return torch_file(path)[name][start:stop]
     with reading(path), safe_open(path, "pt") as file:
@@ -135,12 +137,15 @@ class MetaShards(Source):
         for path in paths[1:]:
             shapes = file_shapes(path)
             for name in {**self.piece, **shapes}:
-                if shapes.get(name) != self.piece.get(name):
-                    raise ValueError(f"{name} is {self.piece.get(name)} in {paths[0]}, {shapes.get(name)} in {path}")
+                here, there = self.piece.get(name), shapes.get(name)
+                if here != there:
+                    raise ValueError(f"{name} is {here} in {paths[0]}, {there} in {path}")
         self.dims = {name: self.split_dim(name) for name in self.piece}
         self.shapes = Named()
         for name, shape in self.piece.items():
-            self.shapes[name] = tuple(n * len(paths) if d == self.dims[name] else n for d, n in enumerate(shape))
+            split = self.dims[name]
+            sizes = (n * len(paths) if d == split else n for d, n in enumerate(shape))
+            self.shapes[name] = tuple(sizes)
 
     def split_dim(self, name: str) -> int | None:
         """The dimension along which files hold slices; None where each holds the whole."""
@@ -155,12 +160,13 @@ class MetaShards(Source):
         if self.dims[name] == 1:
             return torch.cat([file_rows(path, name, start, stop) for path in self.paths], 1)
         size = self.piece[name][0]
-        return torch.cat([file_rows(self.paths[n], name, max(0, start - n * size), min(size, stop - n * size))
-                          for n in range(start // size, (stop - 1) // size + 1)])
+        homes = range(start // size, (stop - 1) // size + 1)
+        return torch.cat([file_rows(self.paths[n], name, max(0, start - n * size),
+                                    min(size, stop - n * size)) for n in homes])
 
 
 class Gguf(Source):
-    """llama.cpp's format: the package gguf finds tensors and dequantises them; bytes are read a slab at a time."""
+    """llama.cpp's format: the package gguf finds tensors and dequantises, a slab at a time."""
 
     TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
@@ -170,29 +176,32 @@ class Gguf(Source):
         with reading(path):
             reader = gguf.GGUFReader(path)
         self.fields = Named((name, field.contents()) for name, field in reader.fields.items())
-        self.tensors = {t.name: (t.tensor_type, int(t.data_offset), int(t.n_bytes)) for t in reader.tensors}
-        self.shapes = Named((t.name, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors)
-        for name, (kind, _, _) in self.tensors.items():
-            if kind.name not in self.TYPES:
-                raise ValueError(f"{path}: {name} is {kind.name}; types that are read: {', '.join(self.TYPES)}")
+        self.shapes, self.tensors = Named(), {}
+        for t in reader.tensors:
+            if t.tensor_type.name not in self.TYPES:
+                raise ValueError(f"{path}: {t.name} is {t.tensor_type.name}; "
+                                 f"types that are read: {', '.join(self.TYPES)}")
+            self.shapes[t.name] = tuple(int(n) for n in reversed(t.shape))
+            self.tensors[t.name] = t.tensor_type, int(t.data_offset), int(t.n_bytes)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         kind, offset, size = self.tensors[name]
         stride = size // self.shapes[name][0]  # bytes a row
-        raw = np.fromfile(self.path, np.uint8, (stop - start) * stride, offset=offset + start * stride)
+        offset += start * stride
+        raw = np.fromfile(self.path, np.uint8, (stop - start) * stride, offset=offset)
         values = self.dequantize(raw.reshape(-1, stride), kind)
         return torch.from_numpy(values).view(-1, *self.shapes[name][1:])
 
 
 def open_onnx(path: Path) -> Memory:
-    """The weights in an ONNX graph. Those that the exporter left nameless are named after their one user:
+    """The weights in an ONNX graph; those that the exporter left nameless are named by their user:
 
-    `<module>.weight`, transposed, where it is a matrix product, else `<module>.<operator>`.
+    `<module>.weight`, transposed, where that is a matrix product, else `<module>.<operator>`.
     """
     onnx = optional("onnx")
     with reading(path):
-        graph = onnx.load(path).graph
-        tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+        graph, read = onnx.load(path).graph, onnx.numpy_helper.to_array
+        tensors = {t.name: torch.from_numpy(read(t).copy()) for t in graph.initializer}
     for node in graph.node:
         for name in node.input:
             if name.startswith("onnx::") and name in tensors:

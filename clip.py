@@ -1,13 +1,13 @@
-"""CLIP's vision transformer: patch features of a chosen layer, and the preparation of pictures for it.
+"""CLIP's vision transformer: patch features of a chosen layer, and pictures made ready for it.
 
 How it departs from the textbook:
-- Only what an image-language model reads is here: no text tower, no pooled output; layers above `feature_layer` do not
-  run, and the norm and projection behind the last one are not kept.
-- DINOv2 runs in the same tower: conversion folds its LayerScale into the projections, its patch bias into the
-  positions, and sets `pre_norm` off.
+- Only what an image-language model reads is here: no text tower, no pooled output; layers above
+  `feature_layer` do not run, and the norm and projection behind the last one are not kept.
+- DINOv2 runs in the same tower: conversion folds its LayerScale into the projections, its patch
+  bias into the positions, and sets `pre_norm` off.
 
 Letters: N images, S image side in pixels, p patch side, P patches, D width, H heads, E head size.
-Sources: CLIP (openai/CLIP), LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
+Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padde
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of a vision tower and how pictures are made ready for it. Raises ValueError where they do not fit."""
+    """A vision tower's sizes and how it takes pictures. Raises ValueError where they do not fit."""
 
     width: int
     layers: int
@@ -40,13 +40,14 @@ class ClipConfig:
     feature_layer: int = -2  # -1 the last layer's output, -2 the one before
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    aspect: str = "pad"  # "pad" to a square with the mean colour (LLaVA), or "crop" the centre (CLIP)
+    aspect: str = "pad"  # "pad" to a square with the mean colour (LLaVA), "crop" the centre (CLIP)
 
     def __post_init__(self):
         for name in ("mean", "std"):  # lists, as read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.image_px % self.patch:
-            raise ValueError(f"image_px = {self.image_px} is not a multiple of patch = {self.patch}")
+            raise ValueError(f"image_px = {self.image_px} is not a multiple of "
+                             f"patch = {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
         if self.activation not in ("quick_gelu", "gelu"):
@@ -110,15 +111,15 @@ class Clip(nn.Module):
 
     def __init__(self, config: ClipConfig):
         super().__init__()
-        self.config = config
-        self.patches = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
-        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1 + config.patches, config.width) * 0.02)
-        self.pre_norm = nn.LayerNorm(config.width, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.config, width = config, config.width
+        self.patches = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
+        self.class_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1 + config.patches, width) * 0.02)
+        self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (N, 3, S, S) as `preprocess` makes them -> (N, P, D); the class token takes part, and is dropped."""
+        """(N, 3, S, S) from `preprocess` -> (N, P, D); the class token takes part, is dropped."""
         x = self.patches(images.to(self.positions.dtype))  # (N, D, S/p, S/p)
         x = x.flatten(2).transpose(1, 2)  # (N, P, D)
         class_token = self.class_token.expand(len(x), 1, -1)  # (N, 1, D)
@@ -132,23 +133,24 @@ class Clip(nn.Module):
 def open_image(path) -> Image.Image:
     """The picture at `path` by `to_rgb`.
 
-    Raises FileNotFoundError, or ValueError where the file is no picture, is cut short, or is absurdly large.
+    Raises FileNotFoundError, or ValueError where it is no picture, cut short, or absurdly large.
     """
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{path}: {file.width} x {file.height} pixels, at most {MAX_PIXELS} are read")
+                raise ValueError(f"{path}: {file.width} x {file.height} pixels, "
+                                 f"at most {MAX_PIXELS} are read")
             file.load()
             image = file.copy()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's word for broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
         raise ValueError(f"{path}: not a readable picture ({error})") from None
     return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB from any Pillow mode: EXIF turns, what is transparent becomes white, 16-bit grey is scaled to 8."""
+    """Upright RGB from any Pillow mode: transparency becomes white, 16-bit grey is scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64)
@@ -161,7 +163,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The RGB picture centred on a square of its longer side (LLaVA's expand2square; borders round down)."""
+    """The RGB picture centred on a square of its longer side, as by LLaVA's expand2square."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -169,7 +171,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of the picture (what is cut off left and above rounds down, as in CLIPImageProcessor)."""
+    """The middle of the picture (as in CLIPImageProcessor: left and top round down)."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
@@ -177,7 +179,7 @@ def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
 def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
     """A picture as the tower takes it: (3, S, S) fp32, normalised by `mean` and `std`.
 
-    "pad" loses nothing and is the frame of boxes; "crop" scales the shorter side to S and keeps the centre.
+    "pad" loses nothing and is the frame of boxes; "crop" makes the shorter side S, cuts the rest.
     Source: CLIPImageProcessor (bicubic), LLaVA's process_images.
     """
     image, side = to_rgb(image), config.image_px

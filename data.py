@@ -1,7 +1,7 @@
-"""From JSONL rows and pictures on disk to a `Batch`: examples with their targets, the sampler, boxes as text.
+"""From JSONL rows and pictures on disk to a `Batch`: examples, the sampler, boxes as text.
 
-- Targets are shifted here, once: `targets[t]` is the token after `tokens[t]`, -100 where it is not scored.
-- A row may hold independent questions about one picture, each blind to the others behind a shared prefix.
+- Targets are shifted here, once: `targets[t]` is the token after `tokens[t]`, -100 if not scored.
+- A row may hold independent questions about one picture, blind to each other behind one prefix.
 - The position in the data is one integer: the rows of a step are a function of (seed, step).
 
 Letters: B batch, T tokens, N images, S side of an image in pixels, P image tokens.
@@ -24,19 +24,21 @@ from torch.utils.data import DataLoader, Dataset
 from chat import IMAGE, Tokenizer, exchange, opening, render, template_of
 
 UNSCORED = -100
-GROUNDING_PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {}"
+GROUNDING_PROMPT = (
+    "Please provide the bounding box coordinate of the region this sentence describes: {}"
+)
 
 
 class RowError(ValueError):
     """One row cannot be used; the message says why."""
 
 
-# ---------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------- rows
 
 
 @dataclass
 class Example:
-    """One row, encoded: (T,) int64 each, positions and segments only where its questions are independent."""
+    """One row, encoded: (T,) int64 each; positions and segments for independent questions."""
 
     tokens: Tensor
     targets: Tensor  # the next token, UNSCORED where it is not scored
@@ -46,29 +48,33 @@ class Example:
 
 def check_row(row) -> dict:
     """`row`, if it is as convert_data.py describes rows; RowError if not."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "workflow")):
+    names = ("id", "workflow")
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
         raise RowError("not a JSON object with texts 'id' and 'workflow'")
     if "image" not in row or not isinstance(row["image"], str | None):
         raise RowError("'image' must be a path, or null")
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise RowError("'conversations' is missing or empty")
-    for number, turn in enumerate(turns):
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker != ("human", "gpt")[number % 2]:
-            raise RowError(f"turn {number + 1} is from {speaker!r}: human and gpt in turn, human first")
+    for number, turn in enumerate(turns, 1):
+        turn = turn if isinstance(turn, dict) else {}
+        speaker, text = turn.get("from"), turn.get("value")
+        if speaker != ("gpt", "human")[number % 2]:
+            raise RowError(f"turn {number} is from {speaker!r}: human and gpt in turn, human first")
         if not isinstance(text, str) or not text.strip():
-            raise RowError(f"turn {number + 1} has no text")
+            raise RowError(f"turn {number} has no text")
     if len(turns) % 2:
         raise RowError("the last question has no answer")
     if turns[0]["value"].startswith(IMAGE) != (row["image"] is not None):
-        raise RowError("the first question must open with '<image>\\n' if, and only if, there is an image")
+        raise RowError("the first question must open with '<image>\\n' "
+                       "if, and only if, there is an image")
     return row
 
 
 def shift(ids: list[int], scored: list[bool]) -> tuple[list[int], list[int]]:
     """(tokens, targets). The last id is a target only."""
-    return ids[:-1], [token if counts else UNSCORED for token, counts in zip(ids[1:], scored[1:], strict=True)]
+    following = zip(ids[1:], scored[1:], strict=True)
+    return ids[:-1], [token if counts else UNSCORED for token, counts in following]
 
 
 def encode_row(
@@ -81,8 +87,9 @@ def encode_row(
 ) -> Example:
     """Tokens and targets of a row, cut at `max_tokens`; RowError where nothing scored is left.
 
-    With `"independent": true` each question is a segment behind the shared prefix, positions restarting,
-    trained exactly as if asked alone. From the first that does not fit on, questions are left out whole.
+    With `"independent": true` each question is a segment behind the shared prefix, positions
+    restarting, trained exactly as if asked alone. From the first that does not fit on, questions
+    are left out whole.
     """
     form = template_of(tokenizer, template)
     image_tokens = 0 if row["image"] is None else image_tokens
@@ -114,15 +121,15 @@ def encode_row(
 class JsonlDataset(Dataset):
     """Rows of JSONL files, read from disk when asked for; memory holds 20 bytes a row.
 
-    `lengths` (rows,) int64 are bytes a row, a free stand-in for tokens. A file missing or without rows
-    is an error at once, a broken row when it is read.
+    `lengths` (rows,) int64 are bytes a row, a free stand-in for tokens. A file missing or without
+    rows is an error at once, a broken row when it is read.
     """
 
     def __init__(
         self,
         paths: Iterable[str | Path],
         root: str | Path,  # no picture is read from outside of it
-        tokenizer: Tokenizer | None = None,  # this and the rest: for examples; `row` and `picture` do without
+        tokenizer: Tokenizer | None = None,  # from here on: for examples only
         image_tokens: int = 0,
         transform: Callable[[Image.Image], Tensor] | None = None,  # to (3, S, S)
         template: str | None = None,
@@ -134,8 +141,9 @@ class JsonlDataset(Dataset):
         self.tokenizer, self.image_tokens = tokenizer, image_tokens
         self.template, self.system, self.max_tokens = template, system, max_tokens
         tables = [scan_lines(path) for path in self.paths]
-        self.starts, self.lengths, self.lines = (np.concatenate(column) for column in zip(*tables, strict=True))
-        self.ends = np.cumsum([len(table[0]) for table in tables])  # row at which the next file begins
+        columns = zip(*tables, strict=True)
+        self.starts, self.lengths, self.lines = (np.concatenate(column) for column in columns)
+        self.ends = np.cumsum([len(table[0]) for table in tables])  # first row of the next file
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -155,7 +163,7 @@ class JsonlDataset(Dataset):
             raise RowError(f"{self.where(index)}: {error}") from None
 
     def picture(self, name: str) -> Image.Image:
-        """A decoded picture below the root. RowError where the path leads elsewhere, is missing or broken."""
+        """A decoded picture below the root. RowError where it is elsewhere, missing or broken."""
         path, shown = self.root / name.replace("\0", "?"), repr(name[:200])
         try:
             inside = ".." not in path.parts and path.resolve().is_relative_to(self.root)
@@ -168,7 +176,8 @@ class JsonlDataset(Dataset):
         except RowError:
             raise
         except Exception as error:  # Pillow's decoders raise a dozen kinds
-            raise RowError(f"image {shown} is broken: {type(error).__name__}: {error}"[:500]) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise RowError(f"image {shown} is broken: {reason}"[:500]) from None
         return image
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
@@ -177,12 +186,14 @@ class JsonlDataset(Dataset):
         try:
             example = encode_row(
                 row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
-            return example, None if row["image"] is None else self.transform(self.picture(row["image"]))
+            if row["image"] is None:
+                return example, None
+            return example, self.transform(self.picture(row["image"]))
         except RowError as error:
             raise RowError(f"{self.where(index)}: {error}") from None
 
     def fetch(self, index: int) -> tuple[Example, Tensor | None, list[str]]:
-        """A row, or the next that can be used; and what was skipped, and why. ValueError: none can."""
+        """A row, or the next that can be used; what was skipped, and why. ValueError: none can."""
         skipped = []
         for offset in range(len(self)):
             try:
@@ -218,22 +229,22 @@ def scan_lines(path: Path, block_bytes: int = 1 << 24) -> tuple[np.ndarray, np.n
     return starts[full], lengths[full], np.flatnonzero(full).astype(np.int32) + 1
 
 
-# ---------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------- batches
 
 
 class Sampler:
     """The rows of a step's batch: a function of (seed, step) whose permutation is cached.
 
-    Epochs, each a permutation of all rows, stand end to end. Of each `window` batches of that stream the rows
-    are sorted by length, cut into batches, and these shuffled: similar lengths together, and each row comes
-    once an epoch.
+    Epochs, each a permutation of all rows, stand end to end. Of each `window` batches of that
+    stream the rows are sorted by length, cut into batches, and these shuffled: similar lengths
+    together, and each row comes once an epoch.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
         if len(lengths) < 1 or batch_size < 1:
             raise ValueError(f"batches of {batch_size} out of {len(lengths)} rows")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
-        self.window = max(1, min(window, len(lengths) // batch_size))  # batches; not longer than an epoch
+        self.window = max(1, min(window, len(lengths) // batch_size))  # batches, an epoch at most
         self._epoch = self._number = None
 
     def rows(self, step: int) -> list[int]:
@@ -241,7 +252,8 @@ class Sampler:
         number, place = divmod(step, self.window)
         if number != self._number:
             order = np.random.default_rng([self.seed, 1, number]).permutation(self.window)
-            self._number, self._batches = number, self._cut(number * self.window * self.batch_size)[order]
+            batches = self._cut(number * self.window * self.batch_size)
+            self._number, self._batches = number, batches[order]
         return self._batches[place].tolist()
 
     def _cut(self, first: int) -> np.ndarray:
@@ -255,10 +267,13 @@ class Sampler:
             parts.append(self._order[start : start + last - first])
             first += len(parts[-1])
         rows = np.concatenate(parts)
-        return rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.window, self.batch_size)
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        return rows.reshape(self.window, self.batch_size)
 
 
-def batch_rows(lengths: np.ndarray, batch_size: int, step: int, seed: int, window: int = 16) -> list[int]:
+def batch_rows(
+    lengths: np.ndarray, batch_size: int, step: int, seed: int, window: int = 16
+) -> list[int]:
     """The rows of `step`, without state: what a `Sampler` that has run up to there gives."""
     return Sampler(lengths, batch_size, seed, window).rows(step)
 
@@ -291,7 +306,7 @@ class Batch:
 
 
 def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch:
-    """Batch of (Example, pixels or None, skipped). ValueError: placeholders that do not match the image."""
+    """Batch of (Example, pixels or None, skipped). ValueError: placeholders do not match images."""
     if pad_id == image_id:
         raise ValueError(f"token {pad_id} cannot be pad and image placeholder at once")
     examples, pictures, skipped = zip(*items, strict=True)
@@ -306,7 +321,8 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
     positions = segments = None
     if any(e.segments is not None for e in examples):  # rows without: one segment, counted from 0
         plain = [(torch.arange(len(e.tokens)), torch.zeros_like(e.tokens)) for e in examples]
-        own = [p if e.segments is None else (e.positions, e.segments) for e, p in zip(examples, plain, strict=True)]
+        own = [p if e.segments is None else (e.positions, e.segments)
+               for e, p in zip(examples, plain, strict=True)]
         positions, segments = pad([pair[0] for pair in own], 0), pad([pair[1] for pair in own], -1)
     images = [pixels for pixels in pictures if pixels is not None]
     return Batch(
@@ -320,17 +336,19 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
     )
 
 
-def loader(dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0) -> Iterator[Batch]:
-    """A `Batch` for each list of rows, in order, prepared ahead by `workers` processes (0: on demand, here).
+def loader(
+    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0
+) -> Iterator[Batch]:
+    """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
     Takes nothing from the global random state. Workers end with the iterator.
     """
     own_random = torch.Generator()
-    yield from DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, generator=own_random)
+    yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                          collate_fn=dataset.collate, generator=own_random)
 
 
-# ---------------------------------------------------------------------------------------- boxes
+# ---------------------------------------------------------------------------------- boxes
 
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"([0-9]{1,4}(?:\.[0-9]{1,8})?)"] * 4) + r"\s*\]")
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
@@ -343,7 +361,7 @@ def padded_square(width: int, height: int) -> tuple[int, int, int]:
 
 
 def boxes_to_text(boxes_px: Iterable[Box], width: int, height: int) -> str:
-    """Boxes in pixels as the model writes them: fractions of the padded square; those left empty are dropped.
+    """Boxes in pixels as the model writes them: fractions of the padded square, empty ones dropped.
 
     >>> boxes_to_text([(100, 50, 300, 250)], 640, 480)
     '[0.16, 0.2, 0.47, 0.52]'
@@ -359,7 +377,7 @@ def boxes_to_text(boxes_px: Iterable[Box], width: int, height: int) -> str:
 
 
 def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
-    """Boxes that an answer names, in pixels: four numbers in 0..1, x1 < x2, y1 < y2; all else is dropped."""
+    """Boxes that an answer names, in pixels: numbers in 0..1, x1 < x2, y1 < y2; others dropped."""
     side, left, top = padded_square(width, height)
     found = (tuple(map(float, match.groups())) for match in BOX.finditer(text))
     return [

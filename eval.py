@@ -1,10 +1,11 @@
 """Score a model, and show what the paper claims first: text-only answers are the frozen model's.
 
-    python eval.py easy-vqa data/easy-vqa --model runs/demo     the demo's table
-    python eval.py text README.md --model runs/demo             text workflow against the plain Llama, bit for bit
+    python eval.py easy-vqa data/easy-vqa --model runs/demo   the demo's table
+    python eval.py text README.md --model runs/demo           the text workflow against plain Llama
 
-easy-VQA: every question is asked alone and answered greedily; right means the expected word. Grounding: precision at
-IoU 0.5 of the first box of the answer. Each answer is written to `answers-easy-vqa.jsonl` in the model's folder.
+easy-VQA: every question is asked alone and answered greedily; right means the expected word.
+Grounding: precision at IoU 0.5 of the answer's first box. Answers are written as they come to
+`answers-easy-vqa.jsonl` in the model's folder.
 """
 
 import argparse
@@ -14,18 +15,19 @@ import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
 
-from chat import Tokenizer, render
+from chat import IMAGE, Tokenizer, render
 from clip import open_image, preprocess
 from data import JsonlDataset, iou, text_to_boxes
 from files import read_json
 from iaa import IAA, TEXT, load_base, load_iaa
-from llama import attention_mask
 
 KINDS = ("colour", "shape", "yes/no")
+IDENTICAL = "text-only logits identical to the base model"
 
 
 def question_kind(answer: str) -> str:
@@ -44,13 +46,15 @@ class Asker:
     def ask(self, workflow: str, questions: list[tuple[Path, str]], max_tokens: int):
         """Yield (index, answer) for each (picture, question), a batch at a time."""
         settings, clip = self.prompts[workflow], self.model.clip.config
-        prompts = [render(self.tokenizer, [("user", f"<image>\n{question}")], settings["template"],
-                          settings["system"], clip.patches)[0] for _, question in questions]
+        template, system = settings["template"], settings["system"]
+        prompts = [render(self.tokenizer, [("user", text)], template, system, clip.patches)[0]
+                   for _, text in questions]
         order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
         device = self.model.llama.embedding.weight.device
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
-            images = torch.stack([preprocess(open_image(questions[i][0]), clip) for i in rows]).to(device)
+            images = [preprocess(open_image(questions[i][0]), clip) for i in rows]
+            images = torch.stack(images).to(device)
             answers = self.model.generate([prompts[i] for i in rows], images, workflow, max_tokens,
                                           tuple(self.tokenizer.stop_ids))
             for i, answer in zip(rows, answers, strict=True):
@@ -62,13 +66,13 @@ def single_questions(dataset: JsonlDataset) -> list[tuple[str, str, str]]:
     found = []
     for i in range(len(dataset)):
         row = dataset.row(i)
-        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
         found += [(row["image"], q, a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
     return found
 
 
-def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out) -> dict:
-    """Accuracy by kind on `limit` held-out questions, and precision at IoU 0.5 on all held-out pictures (at most limit)."""
+def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out: TextIO) -> dict:
+    """Counts of right answers by kind and of grounded pictures, `limit` of each at most."""
     asked = single_questions(JsonlDataset([data / "test-questions.jsonl"], data))
     random.Random(seed).shuffle(asked)
     asked = asked[:limit]
@@ -78,20 +82,23 @@ def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out) -> dict:
         kind, ok = question_kind(expected), answer == expected
         total[kind] += 1
         right[kind] += ok
-        out.write(json.dumps({"image": image, "question": question, "expected": expected, "answer": answer}) + "\n")
+        said = {"image": image, "question": question, "expected": expected, "answer": answer}
+        out.write(json.dumps(said) + "\n")
     result = {"right": dict(right), "total": dict(total), "commonest": commonest(data, asked)}
     if "grounding" in asker.model.adaptors:
         dataset = JsonlDataset([data / "test-boxes.jsonl"], data)
         rows = [dataset.row(i) for i in range(min(limit, len(dataset)))]
         hits = 0
-        questions = [(data / r["image"], r["conversations"][0]["value"].removeprefix("<image>\n")) for r in rows]
-        for i, answer in asker.ask("grounding", questions, 48):
-            row = rows[i]
-            boxes = text_to_boxes(answer, row["width"], row["height"])
-            overlap = iou(boxes[0], row["boxes"][0]) if boxes else 0.0
+        questions = [row["conversations"][0]["value"].removeprefix(IMAGE) for row in rows]
+        pairs = [(data / row["image"], text) for row, text in zip(rows, questions, strict=True)]
+        for i, answer in asker.ask("grounding", pairs, 48):
+            box = rows[i]["boxes"][0]
+            boxes = text_to_boxes(answer, rows[i]["width"], rows[i]["height"])
+            overlap = iou(boxes[0], box) if boxes else 0.0
             hits += overlap >= 0.5
-            out.write(json.dumps({"image": row["image"], "question": questions[i][1], "expected": row["boxes"][0],
-                                  "answer": answer, "iou": round(overlap, 3)}) + "\n")
+            said = {"image": rows[i]["image"], "question": questions[i], "expected": box,
+                    "answer": answer, "iou": round(overlap, 3)}
+            out.write(json.dumps(said) + "\n")
         result["grounding"] = {"hits": hits, "total": len(rows)}
     return result
 
@@ -102,37 +109,40 @@ def commonest(data: Path, asked: list) -> dict[str, int]:
     for _, _, answer in single_questions(JsonlDataset([data / "train-questions.jsonl"], data)):
         counts[question_kind(answer)][answer] += 1
     guess = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
-    return dict(Counter(question_kind(answer) for _, _, answer in asked if guess[question_kind(answer)] == answer))
+    return dict(Counter(question_kind(a) for _, _, a in asked if guess[question_kind(a)] == a))
 
 
 @torch.inference_mode()
-def text_identical(model: IAA, llm: Path, text: str, tokenizer: Tokenizer, dtype, length: int = 512) -> tuple[bool, int]:
-    """Whether the text workflow's logits equal those of a plain Llama loaded afresh, and over how many tokens."""
-    plain, _ = load_base(llm, dtype, str(model.llama.embedding.weight.device))
+def text_identical(
+    model: IAA, llm: Path, text: str, tokenizer: Tokenizer, length: int = 512
+) -> tuple[bool, int]:
+    """Whether the text workflow's logits are those of a Llama loaded afresh; tokens read."""
+    plain, _ = load_base(llm, model.llama.dtype, str(model.llama.embedding.weight.device))
     ids = tokenizer.encode(text)
     same = True
     for start in range(0, len(ids), length):
-        tokens = torch.tensor([ids[start : start + length]])
+        tokens = torch.tensor([ids[start : start + length]], device=plain.embedding.weight.device)
         expected = plain.embedding(tokens)
-        expected = plain(expected, plain.rope(torch.arange(tokens.shape[1])[None], plain.dtype),
-                         attention_mask(tokens.shape[1]))
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        expected = plain(expected, plain.rope(positions, plain.dtype))
         same &= torch.equal(plain.logits(expected), model.logits(model(tokens, TEXT), TEXT))
     return same, len(ids)
 
 
 def print_table(result: dict, model_folder: Path) -> None:
     """The demo's table."""
-    print(f"\n{'held-out easy-VQA':<24}{'right':>8}{'commonest answer':>20}{'questions':>12}")
+    print(f"\n{'held-out easy-VQA':<24}{'right':>8}{'commonest answer':>20}{'asked':>12}")
     for kind in (*KINDS, "all"):
         kinds = KINDS if kind == "all" else (kind,)
-        right, total, guess = (sum(result[k].get(x, 0) for x in kinds) for k in ("right", "total", "commonest"))
+        right, total, guess = (sum(result[part].get(k, 0) for k in kinds)
+                               for part in ("right", "total", "commonest"))
         if total:
             print(f"{kind:<24}{right / total:>8.1%}{guess / total:>20.1%}{total:>12}")
     if "grounding" in result:
         hits, total = result["grounding"]["hits"], result["grounding"]["total"]
         print(f"{'grounding, IoU 0.5':<24}{hits / total:>8.1%}{'':>20}{total:>12}")
     same, tokens = result["text"]
-    print(f"text-only logits identical to the base model: {'yes' if same else 'NO'} ({tokens} tokens of real text)")
+    print(f"{IDENTICAL}: {'yes' if same else 'NO'} ({tokens} tokens of real text)")
     for stage in read_json(model_folder / "config.json")["stage"]:
         log = model_folder / stage["name"] / "log.jsonl"
         if log.is_file():
@@ -144,26 +154,28 @@ def print_table(result: dict, model_folder: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Score a model.", allow_abbrev=False)
-    parser.add_argument("what", choices=["easy-vqa", "text"])
-    parser.add_argument("data", type=Path, help="easy-vqa: the folder that convert_data.py wrote; text: a text file")
-    parser.add_argument("--model", type=Path, default=Path("runs/demo"), help="folder with iaa.json [runs/demo]")
-    parser.add_argument("--limit", type=int, default=1000, help="questions asked, and pictures grounded [1000]")
-    parser.add_argument("--batch", type=int, default=32, help="questions at once [32]")
-    parser.add_argument("--seed", type=int, default=0, help="choice of the questions [0]")
+    add = parser.add_argument
+    add("what", choices=["easy-vqa", "text"])
+    add("data", type=Path, help="easy-vqa: folder that convert_data.py wrote; text: a text file")
+    add("--model", type=Path, default=Path("runs/demo"), help="folder with iaa.json [%(default)s]")
+    add("--limit", type=int, default=1000, help="questions and pictures asked [%(default)s]")
+    add("--batch", type=int, default=32, help="questions at once [%(default)s]")
+    add("--seed", type=int, default=0, help="choice of the questions [%(default)s]")
     args = parser.parse_args()
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, info = load_iaa(args.model, None, device)
-        tokenizer, dtype = Tokenizer.load(info["llm"]), model.llama.dtype
+        tokenizer = Tokenizer.load(info["llm"])
         if args.what == "text":
-            same, tokens = text_identical(model, info["llm"], args.data.read_text(), tokenizer, dtype)
-            print(f"text-only logits identical to the base model: {'yes' if same else 'NO'} ({tokens} tokens)")
+            same, tokens = text_identical(model, info["llm"], args.data.read_text(), tokenizer)
+            print(f"{IDENTICAL}: {'yes' if same else 'NO'} ({tokens} tokens)")
             return
         began = time.perf_counter()
         with open(args.model / "answers-easy-vqa.jsonl", "w", buffering=1) as out:
-            result = easy_vqa(args.data, Asker(model, tokenizer, info["prompts"], args.batch), args.limit, args.seed, out)
+            asker = Asker(model, tokenizer, info["prompts"], args.batch)
+            result = easy_vqa(args.data, asker, args.limit, args.seed, out)
         text = Path(__file__).with_name("README.md").read_text()
-        result["text"] = text_identical(model, info["llm"], text, tokenizer, dtype)
+        result["text"] = text_identical(model, info["llm"], text, tokenizer)
         result["seconds"] = time.perf_counter() - began
         print_table(result, args.model)
     except (ValueError, OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON that names what is wrong with it, and a lock on a folder."""
+"""Files that appear whole or not at all, JSON whose errors name the file, a lock on a folder."""
 
 import contextlib
 import fcntl
@@ -11,11 +11,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` (replacing it) once the block ends; nothing on failure.
+    """A folder beside `path` that takes its name once the block ends, and is removed on failure.
 
-    Its files are fsynced before the rename: what is there under its own name is complete, whenever the power goes.
+    Raises FileExistsError where there is something at `path`: nothing is ever replaced.
+    Its files are fsynced before the rename: what is at `path` is complete, whenever the power goes.
     """
     path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -26,8 +29,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        if path.exists():
-            shutil.rmtree(path)
         temporary.rename(path)
         parent = os.open(path.parent, os.O_RDONLY)
         os.fsync(parent)
@@ -37,7 +38,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *keys: str) -> dict:
-    """The JSON object at `path`. Raises FileNotFoundError or ValueError naming it, also where a key is missing."""
+    """The JSON object at `path`. Raises FileNotFoundError or ValueError, also for a missing key."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -52,16 +53,21 @@ def read_json(path: Path, *keys: str) -> dict:
     return value
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Replace a JSON file in one step."""
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, or replace it, in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file, or replace it, in one step."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep `folder` for this process while the block runs. Raises ValueError where another process has it."""
+    """Keep `folder` for this process. Raises ValueError where another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:

@@ -1,18 +1,22 @@
 """IAA, the Inner-Adaptor Architecture (arXiv 2408.12902): a frozen Llama learns to see.
 
-    pixels -> CLIP (frozen) -> projector ----+        P image features stand where the P placeholders stood
-    tokens -> EL_mm (own embedding) ---------+-> x
-    x -> [frozen layer 0 -> insertion layer] -> [frozen layer 1] -> ... -> LH_mm (own norm and head) -> logits
+    pixels -> CLIP (frozen) -> projector -+    P image features stand where the P placeholders stood
+    tokens -> EL_mm (own embedding) ------+-> x
+    x -> [frozen layer 0 -> insertion layer] -> [frozen layer 1] -> ... -> x
+    x -> LH_mm (own norm and head) -> logits
 
-- An *adaptor* holds all that is trained: projector, embedding, insertion layers, gates, norm, head. One frozen Llama
-  and one frozen CLIP serve any number of adaptors, each a *workflow* by its name ("mm", "grounding", ...).
-- The workflow "text" uses none of it: same code path, no hook, the frozen embedding and head. Its logits are those of
-  plain Llama, bit for bit, whatever adaptors are loaded or trained.
-- Structures (Fig. 3, Table 5): c puts insertion layers in series (Eq. 2), b adds their gated output, a runs them as a side
-  stream (Eq. 1). A gate starts at zero, so a and b start as the frozen model, exactly.
-- An adaptor may bring its own trained copy of the whole LLM (`own_llm`): the LLaVA-1.5 baseline of Tables 2, 3 and 8.
+- An *adaptor* holds all that is trained: projector, embedding, insertion layers, gates, norm, head.
+  One frozen Llama and one frozen CLIP serve any number of adaptors, each a *workflow* by its name
+  ("mm", "grounding", ...).
+- The workflow "text" uses none of it: same code path, no hook, the frozen embedding and head. Its
+  logits are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
+- Structures (Fig. 3, Table 5): c puts insertion layers in series (Eq. 2), b adds their gated
+  output, a runs them as a side stream (Eq. 1). A gate starts at zero, so a and b start as the
+  frozen model, exactly.
+- An adaptor may bring its own trained copy of the whole LLM (`own_llm`): the LLaVA-1.5 baseline of
+  Tables 2, 3 and 8.
 
-Letters: B batch, T tokens, D width, V vocabulary, P image tokens, N images (in shapes) or insertion layers (in text).
+Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
 import json
@@ -28,14 +32,24 @@ from torch import Tensor, nn
 
 from clip import Clip, ClipConfig
 from files import read_json
-from llama import AfterLayer, DecoderLayer, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Rope, attention_mask
+from llama import (
+    AfterLayer,
+    DecoderLayer,
+    KVCache,
+    Linear,
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    Rope,
+    attention_mask,
+)
 
 TEXT = "text"
-OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # i with i mod 5 < 2, as in the release
+OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # as released: i mod 5 < 2
 
 
 def spread(number: int, layers: int) -> tuple[int, ...]:
-    """Indices of the frozen layers that `number` insertion layers follow: evenly from first to last.
+    """The frozen layers that `number` insertion layers follow: evenly from first to last.
 
     >>> spread(8, 30)
     (0, 4, 8, 12, 17, 21, 25, 29)
@@ -55,16 +69,17 @@ class AdaptorConfig:
     structure: str = "c"  # "a", "b" or "c" of Fig. 3
     own_embedding: bool = True  # EL_mm
     own_head: bool = True  # LH_mm, with its norm
-    own_llm: bool = False  # a trained copy of the whole LLM (LLaVA baseline); then nothing is inserted
+    own_llm: bool = False  # a trained copy of the whole LLM (LLaVA baseline), nothing inserted
 
     def __post_init__(self):
         object.__setattr__(self, "insertion", tuple(self.insertion))
         if self.structure not in ("a", "b", "c"):
             raise ValueError(f"structure = {self.structure!r}: a, b or c (Fig. 3)")
-        if list(self.insertion) != sorted(set(self.insertion)) or any(i < 0 for i in self.insertion):
-            raise ValueError(f"insertion = {list(self.insertion)}: layer indices, ascending, each once")
+        places = list(self.insertion)
+        if places != sorted(set(places)) or any(i < 0 for i in places):
+            raise ValueError(f"insertion = {places}: layer indices, ascending, each once")
         if self.own_llm and (self.insertion or self.own_embedding or self.own_head):
-            raise ValueError("own_llm has its own embedding and head, and takes no insertion layers: "
+            raise ValueError("own_llm has its own embedding and head, takes no insertion layers: "
                              "set insertion = 0, own_embedding = false, own_head = false")
 
 
@@ -87,24 +102,26 @@ class Adaptor(nn.Module):
     def __init__(self, config: AdaptorConfig, llama: LlamaConfig, vision_width: int):
         super().__init__()
         if config.insertion and config.insertion[-1] >= llama.layers:
-            raise ValueError(f"insertion layer after layer {config.insertion[-1]}, but the LLM ends at {llama.layers - 1}")
+            raise ValueError(f"insertion layer after layer {config.insertion[-1]}, "
+                             f"but the LLM ends at {llama.layers - 1}")
         self.config = config
-        self.projector = Projector(vision_width, llama.width)
-        self.embedding = nn.Embedding(llama.vocab_size, llama.width) if config.own_embedding else None
+        vocab, width = llama.vocab_size, llama.width
+        self.projector = Projector(vision_width, width)
+        self.embedding = nn.Embedding(vocab, width) if config.own_embedding else None
         self.layers = nn.ModuleList(DecoderLayer(llama) for _ in config.insertion)
         gates = len(config.insertion) if config.structure in "ab" else 0
-        self.gates = nn.ModuleList(Linear(llama.width, llama.width) for _ in range(gates))
-        self.norm = RMSNorm(llama.width, llama.norm_eps) if config.own_head else None
-        self.head = Linear(llama.width, llama.vocab_size) if config.own_head else None
+        self.gates = nn.ModuleList(Linear(width, width) for _ in range(gates))
+        self.norm = RMSNorm(width, llama.norm_eps) if config.own_head else None
+        self.head = Linear(width, vocab) if config.own_head else None
         self.llm = Llama(llama) if config.own_llm else None
 
     @torch.no_grad()
     def copy_frozen(self, llama: Llama) -> None:
-        """Start every part as a copy of its frozen counterpart, gates at zero; the projector stays random."""
+        """Start every part as its frozen counterpart, gates at zero; the projector stays random."""
         if self.embedding is not None:
             self.embedding.weight.copy_(llama.embedding.weight)
         for index, layer in zip(self.config.insertion, self.layers, strict=True):
-            layer.load_state_dict(llama.layers[index].state_dict())  # copies values into storage of its own
+            layer.load_state_dict(llama.layers[index].state_dict())  # values, not storage
         for gate in self.gates:
             gate.weight.zero_()
         if self.head is not None:
@@ -114,7 +131,7 @@ class Adaptor(nn.Module):
             self.llm.load_state_dict(llama.state_dict())
 
     def after_layer(self, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> AfterLayer:
-        """The hook that `Llama.forward` calls: the insertion layers at their places (Eq. 1, Eq. 2, Fig. 3)."""
+        """The hook that `Llama.forward` calls: insertion layers at their places (Eqs. 1, 2)."""
         number = {index: n for n, index in enumerate(self.config.insertion)}
         structure, side = self.config.structure, None
 
@@ -128,14 +145,14 @@ class Adaptor(nn.Module):
                 return layer(x_out, rope, mask, cache)  # Eq. 2
             if structure == "b":
                 return x_out + self.gates[n](layer(x_out, rope, mask, cache))
-            side = layer(x_in if side is None else side, rope, mask, cache)  # Eq. 1: a stream of its own
+            side = layer(x_in if side is None else side, rope, mask, cache)  # Eq. 1: own stream
             return x_out + self.gates[n](side)
 
         return hook
 
 
 class IAA(nn.Module):
-    """One frozen Llama, one frozen CLIP, and adaptors by name: `self.adaptors["mm"] = adaptor` adds a workflow."""
+    """One frozen Llama, one frozen CLIP; `self.adaptors["mm"] = adaptor` adds a workflow."""
 
     def __init__(self, llama: Llama, clip: Clip, image_token: int):
         super().__init__()
@@ -149,7 +166,8 @@ class IAA(nn.Module):
         if workflow == TEXT:
             return None
         if workflow not in self.adaptors:
-            raise ValueError(f"no adaptor named {workflow!r}; there are: {', '.join([TEXT, *self.adaptors])}")
+            known = ", ".join([TEXT, *self.adaptors])
+            raise ValueError(f"no adaptor named {workflow!r}; there are: {known}")
         return self.adaptors[workflow]
 
     def forward(
@@ -161,10 +179,11 @@ class IAA(nn.Module):
         mask: Tensor | None = None,  # from `attention_mask`, default causal
         cache: KVCache | None = None,
     ) -> Tensor:  # (B, T, D) hidden states for `logits`
-        """The workflow's pass through the frozen layers (Fig. 2). Raises ValueError for images that do not fit."""
+        """The workflow's hidden states (Fig. 2). Raises ValueError for images that do not fit."""
         adaptor = self.adaptor(workflow)
         llama = self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
-        embedding = llama.embedding if adaptor is None or adaptor.embedding is None else adaptor.embedding
+        own_embedding = None if adaptor is None else adaptor.embedding
+        embedding = llama.embedding if own_embedding is None else own_embedding
         x = embedding(tokens).to(self.llama.dtype)  # (B, T, D)
         if images is not None and adaptor is None:
             raise ValueError('the workflow "text" takes no image')
@@ -172,13 +191,14 @@ class IAA(nn.Module):
             x = self.place_images(x, tokens, images, adaptor)
         if positions is None:
             past = 0 if cache is None else cache.length
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]  # (1, T)
+            end = past + tokens.shape[1]
+            positions = torch.arange(past, end, device=tokens.device)[None]  # (1, T)
         rope = llama.rope(positions, x.dtype)
         hook = None if adaptor is None else adaptor.after_layer(rope, mask, cache)
         return llama(x, rope, mask, cache, hook)
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
-        """x (B, T, D) with the projected features of `images` in place of the placeholders' embeddings."""
+        """x (B, T, D) with the projected features of `images` where their placeholders stand."""
         slots = tokens == self.image_token  # (B, T)
         wanted = len(images) * self.clip.config.patches
         if slots.sum() != wanted:
@@ -205,7 +225,7 @@ class IAA(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,  # (B, T), see `attention_mask`
     ) -> Tensor:  # scalar fp32
-        """Sum, not mean, of the cross-entropy over the scored positions; logits exist for those alone."""
+        """Sum, not mean, of the cross-entropy over scored positions; only these have logits."""
         mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
         scored = targets != -100
@@ -213,7 +233,7 @@ class IAA(nn.Module):
         return F.cross_entropy(logits.float(), targets[scored], reduction="sum")
 
     def new_cache(self, batch: int, length: int, workflow: str = TEXT) -> KVCache:
-        """An empty cache for `length` tokens of the workflow: a slot for each frozen and each inserted layer."""
+        """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
         adaptor = self.adaptor(workflow)
         slots = self.llama.config.layers + (0 if adaptor is None else len(adaptor.layers))
         device = self.llama.embedding.weight.device
@@ -230,24 +250,27 @@ class IAA(nn.Module):
         temperature: float = 0.0,  # 0 = greedy
         top_p: float = 1.0,
         seed: int = 0,  # row r draws from its own stream, seeded with seed + r
-        on_token: Callable[[int, int], None] | None = None,  # called with (row, token) as each one comes
+        on_token: Callable[[int, int], None] | None = None,  # called with each (row, token) in turn
     ) -> list[list[int]]:
-        """The new tokens of each prompt. Raises ValueError where a prompt and its answer exceed the context."""
+        """The new tokens of each prompt. Raises ValueError where they would exceed the context."""
         longest, device = max(map(len, prompts)), self.llama.embedding.weight.device
         context = self.llama.config.context
         if longest + max_tokens > context:
-            raise ValueError(f"prompt of {longest} tokens + {max_tokens} new ones exceed the context of {context}")
-        starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,) padding on the left
-        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+            raise ValueError(f"prompt of {longest} tokens + {max_tokens} new ones exceed "
+                             f"the context of {context}")
+        padding = [longest - len(prompt) for prompt in prompts]  # on the left
+        padded = [[0] * pads + prompt for pads, prompt in zip(padding, prompts, strict=True)]
         tokens = torch.tensor(padded, device=device)  # (B, T)
-        ragged = bool(starts.any())
+        starts = torch.tensor(padding, device=device)  # (B,)
+        ragged = starts if any(padding) else None  # prompts of one length need no mask
         cache = self.new_cache(len(prompts), longest + max_tokens, workflow)
-        generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
-        answers, open_rows = [[] for _ in prompts], set(range(len(prompts)))
+        rows = range(len(prompts))
+        generators = [torch.Generator(device).manual_seed(seed + row) for row in rows]
+        answers, open_rows = [[] for _ in rows], set(rows)
         for _ in range(max_tokens):
             columns = torch.arange(cache.length, cache.length + tokens.shape[1], device=device)
             positions = (columns - starts[:, None]).clamp(min=0)  # (B, T)
-            mask = attention_mask(tokens.shape[1], cache.length, starts if ragged else None, device=device)
+            mask = attention_mask(tokens.shape[1], cache.length, ragged, device=device)
             x = self(tokens, workflow, images, positions, mask, cache)  # (B, T, D)
             images = None  # they stand in the cache now
             logits = self.logits(x[:, -1], workflow).float()  # (B, V)
@@ -265,8 +288,10 @@ class IAA(nn.Module):
         return answers
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
-    """One token a row: logits (B, V) -> (B,). Greedy at temperature 0, else from the smallest set of mass top_p."""
+def choose(
+    logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]
+) -> Tensor:
+    """One token a row: logits (B, V) -> (B,); temperature 0 is greedy, others draw from `top_p`."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
@@ -275,8 +300,10 @@ def choose(logits: Tensor, temperature: float, top_p: float, generators: list[to
     return order.gather(-1, torch.stack(rows))[:, 0]
 
 
-def load_tensors(model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str) -> None:
-    """Fill a model built on the meta device: every tensor exactly once, shapes equal. Raises ValueError naming it."""
+def load_tensors(
+    model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str
+) -> None:
+    """Fill a model on the meta device, every tensor exactly once. Raises ValueError naming it."""
     expected, seen = model.state_dict(), set()
     for file in files:
         try:
@@ -285,19 +312,24 @@ def load_tensors(model: nn.Module, files: list[Path], dtype: torch.dtype | None,
             raise ValueError(f"{file}: broken or cut short ({error})") from None
         for name, tensor in tensors.items():
             if name not in expected or name in seen:
-                raise ValueError(f"{file}: tensor {name!r} {'comes twice' if name in seen else 'is not known'}")
+                fault = "comes twice" if name in seen else "is not known"
+                raise ValueError(f"{file}: tensor {name!r} {fault}")
             if tensor.shape != expected[name].shape:
-                raise ValueError(f"{file}: {name} is {list(tensor.shape)}, should be {list(expected[name].shape)}")
+                raise ValueError(f"{file}: {name} is {list(tensor.shape)}, "
+                                 f"should be {list(expected[name].shape)}")
         if dtype is not None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        model.load_state_dict(tensors, strict=False, assign=True)  # strictness: the checks around it
+        model.load_state_dict(tensors, strict=False, assign=True)  # strict: the checks around it
         seen.update(tensors)
     missing = sorted(expected.keys() - seen)
     if missing:
-        raise ValueError(f"{files[0].parent if files else 'no file'}: {len(missing)} tensors missing, such as {missing[0]}")
+        where = files[0].parent if files else "no file"
+        raise ValueError(f"{where}: {len(missing)} tensors missing, such as {missing[0]}")
 
 
-def load_base(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Llama | Clip, str]:
+def load_base(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Llama | Clip, str]:
     """A frozen model that `convert_weights.py` wrote, in eval mode, and its SHA-256."""
     folder = Path(folder)
     meta = read_json(folder / "config.json", "kind", "config", "sha256")
@@ -311,10 +343,12 @@ def load_base(folder: str | Path, dtype: torch.dtype | None = None, device: str 
     return model.eval().requires_grad_(False), meta["sha256"]
 
 
-def save_adaptor(adaptor: Adaptor, folder: Path, base: dict[str, str], extra: dict, dtype: torch.dtype) -> None:
+def save_adaptor(
+    adaptor: Adaptor, folder: Path, base: dict[str, str], extra: dict, dtype: torch.dtype
+) -> None:
     """Write `adaptor.safetensors` and `config.json` into `folder` (made ready by `new_folder`).
 
-    base: SHA-256 of the frozen "llama" and "clip"; extra: what users of the adaptor need to know, such as the prompt.
+    base: SHA-256 of the frozen "llama" and "clip"; extra: what users must know, such as the prompt.
     """
     tensors = {name: tensor.to("cpu", dtype) for name, tensor in adaptor.state_dict().items()}
     save_file(tensors, folder / "adaptor.safetensors")
@@ -330,31 +364,35 @@ def load_adaptor(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> tuple[Adaptor, dict]:
-    """An adaptor and its config.json. Raises ValueError, naming both, where it was trained on another base."""
+    """An adaptor and its config.json. Raises ValueError where it was trained on another base."""
     folder = Path(folder)
     meta = read_json(folder / "config.json", "adaptor", "base", "prompt")
     for part, digest in base.items():
-        if meta["base"][part] != digest:
-            raise ValueError(f"{folder} was trained on {part} {meta['base'][part][:16]}..., this {part} is {digest[:16]}...")
+        trained = meta["base"][part]
+        if trained != digest:
+            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
+                             f"this {part} is {digest[:16]}...")
     with torch.device("meta"):
         adaptor = Adaptor(AdaptorConfig(**meta["adaptor"]), llama, vision_width)
     load_tensors(adaptor, [folder / "adaptor.safetensors"], dtype, device)
     return adaptor, meta
 
 
-def load_iaa(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[IAA, dict]:
+def load_iaa(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[IAA, dict]:
     """A whole model by its `iaa.json`: base, and every adaptor that it names.
 
-    Returns the model and {"llm": folder of the frozen LLM and its tokenizer, "prompts": {workflow: prompt settings}}.
+    Returns the model and {"llm": folder of LLM and tokenizer, "prompts": {workflow: prompt}}.
     """
     folder = Path(folder)
     index = read_json(folder / "iaa.json", "llm", "vision", "image_token", "adaptors")
     llama, llama_sha = load_base(folder / index["llm"], dtype, device)
     clip, clip_sha = load_base(folder / index["vision"], dtype, device)
     model, prompts = IAA(llama, clip, index["image_token"]), {}
+    base, width = {"llama": llama_sha, "clip": clip_sha}, clip.config.width
     for name, place in index["adaptors"].items():
-        base = {"llama": llama_sha, "clip": clip_sha}
-        adaptor, meta = load_adaptor(folder / place, llama.config, clip.config.width, base, dtype, device)
+        adaptor, meta = load_adaptor(folder / place, llama.config, width, base, dtype, device)
         model.adaptors[name] = adaptor.requires_grad_(False)
         prompts[name] = meta["prompt"]
     return model.eval(), {"llm": folder / index["llm"], "prompts": prompts}

@@ -1,15 +1,16 @@
 """Llama 3 in one file, with one explicit hook after each layer, which is all that it knows of IAA.
 
 How it departs from the textbook:
-- Query, key and value weights are one matrix, and so are the two of SwiGLU's gate and up: one read instead of three.
+- Query, key and value weights are one matrix, and so are SwiGLU's gate and up: one read, not three.
 - `after_layer(i, x_in, x_out)` runs after layer i and returns what the next layer takes.
-- The cache is a value: made by the caller, passed in, filled slot by slot in the order in which layers run.
-- A linear layer casts its weight to its input's dtype: trained weights stay in fp32 (their own master copy) while the
-  model computes in bf16, and a frozen bf16 weight is used as it is.
+- The cache is a value: made by the caller, passed in, filled slot by slot in the order of layers.
+- A linear layer casts its weight to its input's dtype: trained weights stay in fp32 (their own
+  master copy) while the model computes in bf16, and a frozen bf16 weight is used as it is.
 
-Letters: B batch, T tokens, S tokens so far (cache included), D width, H query heads, K key/value heads, G = H / K,
-E head size, F feed-forward width, V vocabulary, L layers.
-Sources: Llama 3 (meta-llama/llama3), Llama 3.1's rotary scaling (meta-llama/llama-models), GQA (arXiv 2305.13245).
+Letters: B batch, T tokens, S tokens so far (cache included), D width, H query heads, K key/value
+heads, G = H / K, E head size, F feed-forward width, V vocabulary, L layers.
+Sources: Llama 3 (meta-llama/llama3), Llama 3.1's rotary scaling (meta-llama/llama-models),
+GQA (arXiv 2305.13245).
 """
 
 import math
@@ -53,11 +54,13 @@ class LlamaConfig:
     tied: bool = False  # the head is the embedding
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn", "context"):
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size",
+                     "ffn", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}")
+            raise ValueError(f"heads = {self.heads} is not a multiple of "
+                             f"kv_heads = {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size = {self.head_size}: rotary positions need an even number")
         if isinstance(self.rope_scaling, dict):  # as read from JSON
@@ -66,13 +69,15 @@ class LlamaConfig:
 
 SIZES = {
     "3-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192),
-    "3.1-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 131072, rope_scaling=RopeScaling(8.0)),
-    "3.2-1B": LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, 131072, rope_scaling=RopeScaling(32.0), tied=True),
-    "3.2-3B": LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, 131072, rope_scaling=RopeScaling(32.0), tied=True),
+    "3.1-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 131072,
+                          rope_scaling=RopeScaling(8.0)),
+    "3.2-1B": LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, 131072,
+                          rope_scaling=RopeScaling(32.0), tied=True),
+    "3.2-3B": LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, 131072,
+                          rope_scaling=RopeScaling(32.0), tied=True),
     "tiny": LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256),
-    "tiny-tied": LlamaConfig(
-        512, 48, 4, 6, 2, 8, 112, 256, rope_scaling=RopeScaling(8.0, original_context=64), tied=True
-    ),
+    "tiny-tied": LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256,
+                             rope_scaling=RopeScaling(8.0, original_context=64), tied=True),
 }
 
 
@@ -83,6 +88,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs), in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -96,6 +102,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight.to(x.dtype)
@@ -104,23 +111,24 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Rotation per token of each pair of dimensions, in radians: (E/2,) fp32.
 
-    With Llama 3.1's scaling, waves longer than the original context / low_freq_factor are slowed down by `factor`,
-    waves shorter than the original context / high_freq_factor stay, and those between are blended.
+    With Llama 3.1's scaling, waves longer than the original context / low_freq_factor are slowed
+    down by `factor`, waves shorter than the original context / high_freq_factor stay, and those
+    between are blended.
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
         return freqs
-    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the original context
+    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within that context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
     return keep * freqs + (1 - keep) * freqs / scaling.factor
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (j, j + E/2) of x (B, heads, T, E) by its position's angle; `rope` is (B, 1, T, E) twice."""
-    cos, signed_sin = rope
+    """Turn each pair (j, j + E/2) of x (B, heads, T, E) by its position's angle."""
+    cos, signed_sin = rope  # (B, 1, T, E) each
     return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
 
 
@@ -131,10 +139,11 @@ def attention_mask(
     segments: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor | None:
-    """Who sees whom: bool (B or 1, 1, T, S) with S = past + T, True = visible; None means plain causal order.
+    """Who sees whom: bool (B or 1, 1, T, S) with S = past + T, True = visible; None: plain causal.
 
-    starts (B,): columns before a row's start are padding (prompts are padded on the left) and are seen by nobody but
-    themselves. segments (B, T): segment 0 is seen by the whole row, segment k > 0 sees only 0 and itself.
+    starts (B,): columns before a row's start are padding (prompts are padded on the left), seen by
+    nobody but themselves. segments (B, T): segment 0 is seen by the whole row, segment k > 0 sees
+    only 0 and itself.
     """
     if starts is None and segments is None and (past == 0 or tokens == 1):
         return None
@@ -142,7 +151,7 @@ def attention_mask(
     columns = torch.arange(past + tokens, device=device)[None]  # (1, S)
     mask = (columns <= rows)[None]  # (1, T, S)
     if starts is not None:
-        # A padding row must see something, or its softmax is 0 / 0 and the NaN spreads: it sees itself.
+        # A padding row sees itself: seeing nothing, its softmax would be 0 / 0, and NaN spreads.
         mask = (mask & (columns >= starts[:, None, None])) | (columns == rows)
     if segments is not None:
         seen = segments[:, None, :]  # (B, 1, T)
@@ -151,51 +160,58 @@ def attention_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of grouped heads: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+    """Attention of grouped heads: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
     batch, heads, tokens, size = q.shape
-    if tokens == 1:  # the G queries that share a key head are rows of one product: nothing is repeated
+    if tokens == 1:  # the G queries of a key head are rows of one product: nothing is repeated
         q = q.reshape(batch, k.shape[1], -1, size)  # (B, K, G, E)
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, 1, size)
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     return attend_on_cpu(q, k, v, mask)
 
 
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`attend` as two matrix products and a softmax.
 
-    On a CPU, forward and backward in bf16 took 5.9 ms this way and 17 ms through `scaled_dot_product_attention` (whose
-    backward is the slow part), at B 4, H 9, K 3, T 180, E 64 with a mask, on 2 cores.
+    On a CPU, forward and backward in bf16 took 5.9 ms this way and 17 ms through
+    `scaled_dot_product_attention` (whose backward is the slow part), at B 4, H 9, K 3, T 180, E 64
+    with a mask, on 2 cores.
     """
     batch, heads, tokens, size = q.shape
     if mask is None:
         mask = torch.ones(tokens, k.shape[2], dtype=torch.bool).tril()
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     bias = bias.expand(batch, heads, -1, -1).flatten(0, 1)  # (B H, T, S)
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1) for x in (k, v))  # (B H, S, E)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.transpose(1, 2), alpha=size**-0.5)  # (B H, T, S)
+    group = heads // k.shape[1]
+    k, v = (x[:, :, None].expand(-1, -1, group, -1, -1) for x in (k, v))  # (B, K, G, S, E)
+    k, v = k.flatten(0, 2), v.flatten(0, 2)  # (B H, S, E)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.mT, alpha=size**-0.5)  # (B H, T, S)
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, tokens, size)
 
 
 class KVCache:
-    """Keys and values of every layer, frozen and inserted, in one tensor (slots, 2, B, K, T_max, E).
+    """Keys and values of all layers, frozen and inserted, in one tensor (slots, 2, B, K, T_max, E).
 
-    Slots are taken in the order in which layers run, so nobody computes an index; `advance` ends a forward pass. A
-    cache belongs to the workflow that filled its first slots.
+    Slots are taken in the order in which layers run, so nobody computes an index; `advance` ends a
+    forward pass. A cache belongs to the workflow that filled its first slots.
     """
 
-    def __init__(self, config: LlamaConfig, slots: int, batch: int, length: int, dtype=None, device=None):
+    def __init__(
+        self, config: LlamaConfig, slots: int, batch: int, length: int, dtype=None, device=None
+    ):
         shape = (slots, 2, batch, config.kv_heads, length, config.head_size)
         self.data = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0  # tokens stored
         self.slot = 0  # next slot of the running pass
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, E) in the next slot; return all S so far, as views (B, K, S, E)."""
+        """Store k and v (B, K, T, E) in the next slot; return all S so far, views (B, K, S, E)."""
         end = self.length + k.shape[2]
-        if end > self.data.shape[4] or self.slot >= len(self.data):
-            raise ValueError(f"cache is full: {len(self.data)} slots of {self.data.shape[4]} tokens, asked for "
-                             f"slot {self.slot} up to token {end}")
+        slots, room = len(self.data), self.data.shape[4]
+        if end > room or self.slot >= slots:
+            raise ValueError(f"cache is full: {slots} slots of {room} tokens, "
+                             f"asked for slot {self.slot} up to token {end}")
         keys, values = self.data[self.slot]
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
@@ -205,7 +221,8 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Close a forward pass of `tokens` tokens. Raises ValueError where a slot was left out."""
         if self.slot != len(self.data):
-            raise ValueError(f"cache has {len(self.data)} slots, {self.slot} layers ran: made for another workflow?")
+            raise ValueError(f"cache has {len(self.data)} slots, {self.slot} layers ran: "
+                             "made for another workflow?")
         self.slot = 0
         self.length += tokens
 
@@ -220,9 +237,10 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_size, config.width)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, -1, self.head_size).transpose(1, 2)  # (B, H + 2K, T, E)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        qkv = self.qkv(x).view(batch, tokens, -1, self.head_size)  # (B, T, H + 2K, E)
+        qk, v = qkv.transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
         q, k = rotate(qk, rope).split((self.heads, self.kv_heads), 1)  # (B, H, T, E), (B, K, T, E)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, K, S, E)
@@ -239,6 +257,7 @@ class FeedForward(nn.Module):
         self.down = Linear(config.ffn, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
         gate, up = self.gate_up(x).chunk(2, -1)  # (B, T, F) twice
         return self.down(F.silu(gate) * up)
 
@@ -252,9 +271,11 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn = FeedForward(config)
-        self.recompute = False  # activation checkpointing: keep the input only, run again in backward
+        self.recompute = False  # activation checkpointing: keep the input, run again in backward
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.block, x, rope, mask, cache, use_reentrant=False)
@@ -267,7 +288,7 @@ class DecoderLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embedding, decoder layers, norm and head. `embed`, `forward`, `logits` are the three parts of a pass."""
+    """Embedding, decoder layers, norm and head; a pass is `embedding`, `forward`, `logits`."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -283,9 +304,10 @@ class Llama(nn.Module):
         return self.embedding.weight.dtype
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        """cos and signed sin of each position (B, T): two (B, 1, T, E); angles in fp32, tables in `dtype`."""
-        angles = positions[:, None, :, None].float() * rope_frequencies(self.config).to(positions.device)
-        cos, sin = angles.cos(), angles.sin()  # (B, 1, T, E/2)
+        """cos and signed sin of positions (B, T): two (B, 1, T, E) in `dtype`, by way of fp32."""
+        freqs = rope_frequencies(self.config).to(positions.device)  # (E/2,)
+        angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
+        cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
     def forward(
@@ -296,7 +318,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,  # advanced by T at the end
         after_layer: AfterLayer | None = None,
     ) -> Tensor:  # (B, T, D), before the final norm
-        """Run the layers; after layer i, `x = after_layer(i, x_in, x_out)` where a hook is given."""
+        """Run the layers; with a hook, `x = after_layer(i, x_in, x_out)` after layer i."""
         for i, layer in enumerate(self.layers):
             x_in, x = x, layer(x, rope, mask, cache)
             if after_layer is not None:

@@ -1,9 +1,9 @@
-"""Draw the curves of a run: `python plot.py RUN` reads every stage's `log.jsonl` and writes `RUN/curves.png`.
+"""Draw a run's curves: `python plot.py RUN` reads each `log.jsonl`, writes `RUN/curves.png`.
 
-- Loss (each step thin, smoothed thick, held-out as dots) over the learning rate; stages stand side by side
-  along the global step, in the order of `config.json`.
-- A line of the log that is not whole, such as the last one of a run that is writing it now, is left out and
-  named.
+- Loss (each step thin, smoothed thick, held-out as dots) over the learning rate; stages stand side
+  by side along the global step, in the order of `config.json`.
+- A line of the log that is not whole, such as the last one of a run that is writing it now, is left
+  out and named.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 COLOURS = ("#4477aa", "#228833", "#aa3377", "#cc6622")  # a stage each, then again from the first
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.grid": True,
-         "axes.axisbelow": True, "grid.color": "#e8e8e8", "font.size": 10}
-SMOOTHING = 1 / 40  # of a stage's steps: how far the thick line looks to either side (3 steps at least)
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
+         "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8e8e8", "font.size": 10}
+SMOOTHING = 1 / 40  # of a stage's steps: how far the thick line looks to either side (at least 3)
 NAME_CHARS = 110  # of stage names that fit across the picture
 
 
@@ -33,12 +33,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 def read_run(run: Path) -> list[tuple[str, list[dict]]]:
-    """(name, rows) of each stage that has begun, in order. Raises an OSError or ValueError where none has."""
+    """(name, rows) of each stage that has begun, in order. OSError or ValueError if none has."""
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run")
     config = run / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{config}: no such file: is {run} the `out` of a config that train.py ran?")
+        raise FileNotFoundError(f"{config}: no such file: "
+                                f"is {run} the `out` of a config that train.py ran?")
     try:
         names = [stage["name"] for stage in json.loads(config.read_text())["stage"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -52,7 +53,7 @@ def read_run(run: Path) -> list[tuple[str, list[dict]]]:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean, exponentially weighted to both sides, of the logarithms: the picture's scale is logarithmic."""
+    """Mean, exponentially weighted to both sides, of the logarithms: so is the picture's scale."""
     keep = 1 - 1 / max(3, SMOOTHING * len(values))
     sums = [(0.0, 0.0)] * len(values)
     for order in (range(len(values)), reversed(range(len(values)))):
@@ -64,15 +65,18 @@ def smooth(values: list[float]) -> list[float]:
     return [math.exp(total / weight) if weight else math.nan for total, weight in sums]
 
 
-def draw_stage(top, bottom, name: str, rows: list[dict], start: int, colour: str, rotation: int) -> None:
-    """One stage from global step `start` on: loss and name on axis `top`, learning rate on `bottom`."""
+def draw_stage(
+    top, bottom, name: str, rows: list[dict], start: int, colour: str, rotation: int
+) -> None:
+    """A stage from global step `start` on: loss and name on axis `top`, the rate on `bottom`."""
     steps, loss = [start + row["step"] + 1 for row in rows], [row["loss"] for row in rows]
     top.plot(steps, loss, color=colour, alpha=0.3, linewidth=0.8)
     top.plot(steps, smooth(loss), color=colour, linewidth=1.8)
-    top.plot(steps, [row["held_out"] for row in rows], "o", color=colour, markeredgecolor="white", zorder=3,
-             clip_on=False)
-    top.annotate(name, (start, 1), (2, 4), xycoords=top.get_xaxis_transform(), textcoords="offset points",
-                 color=colour, weight="bold", rotation=rotation, rotation_mode="anchor")
+    top.plot(steps, [row["held_out"] for row in rows], "o", color=colour, markeredgecolor="white",
+             zorder=3, clip_on=False)
+    top.annotate(name, (start, 1), (2, 4), xycoords=top.get_xaxis_transform(),
+                 textcoords="offset points", color=colour, weight="bold", rotation=rotation,
+                 rotation_mode="anchor")
     bottom.plot(steps, [row["lr"] for row in rows], color=colour, linewidth=1.5)
     for axis in (top, bottom):
         axis.axvline(start, color="#888888", linewidth=0.8)
@@ -87,10 +91,11 @@ def draw(stages: list[tuple[str, list[dict]]], title: str, path: Path) -> None:
 
     lengths = [int(rows[-1]["step"]) + 1 for _, rows in stages]
     total = sum(lengths)
-    crowded = any(len(name) * total > NAME_CHARS * n for (name, _), n in zip(stages, lengths, strict=True))
+    crowded = any(len(name) * total > NAME_CHARS * length
+                  for (name, _), length in zip(stages, lengths, strict=True))
     with pyplot.rc_context(STYLE):
-        figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(10, 6), sharex=True, height_ratios=(3, 1),
-                                                layout="constrained")
+        figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(10, 6), sharex=True,
+                                                height_ratios=(3, 1), layout="constrained")
         top.set(ylabel="loss (log scale)", yscale="log", xlim=(0, total))
         for n, (name, rows) in enumerate(stages):
             colour = COLOURS[n % len(COLOURS)]
@@ -116,7 +121,7 @@ def draw(stages: list[tuple[str, list[dict]]], title: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Draw loss and learning rate of a run: RUN/curves.png.")
+    parser = argparse.ArgumentParser(description="Draw loss and learning rate: RUN/curves.png.")
     parser.add_argument("run", type=Path, help="folder of the run: `out` of its config")
     run = parser.parse_args(argv).run
     try:

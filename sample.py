@@ -1,11 +1,11 @@
-"""Ask an IAA model: one question, or a chat that keeps its history; the answer is printed as it comes.
+"""Ask an IAA model: one question, or a chat that keeps its history; answers appear as they come.
 
     python sample.py --image cat.jpg --prompt "What is this?"
     python sample.py --image cat.jpg                            a chat; /help lists its commands
 
-- A dialogue may change workflow between turns: the picture's placeholder stands in the first user turn under
-  an adaptor and leaves it under "text", as in the official interleaved script.
-- Boxes in an answer are fractions of the picture padded to a square; they are given here in its own pixels.
+- A dialogue may change workflow between turns: the picture's placeholder stands in the first user
+  turn under an adaptor and leaves it under "text", as in the official interleaved script.
+- Boxes in an answer are fractions of the picture padded to a square; given here in its own pixels.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in the order of the answer
+COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
 DRAWN_PX = 448  # a picture whose longer side is less is enlarged before boxes are drawn on it
 HELP = """/image PATH      look at another picture; what was said about the one before is forgotten
 /workflow NAME   change the workflow, keep the history
@@ -50,7 +50,7 @@ class Answer:
 
 
 class Stream:
-    """Token ids in, text out: pieces that add up to the whole answer, trimmed; no character is ever split."""
+    """Token ids in, text out: pieces that add up to the trimmed answer; no character is split."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]):
         self.decode, self.on_text = tokenizer.stream(), on_text
@@ -58,7 +58,7 @@ class Stream:
         self.times: list[float] = []  # of each token
 
     def add(self, token: int) -> None:
-        """Take a token, pass on what is settled: white space and half a character wait, maybe for ever."""
+        """Take a token, pass on what is settled: white space and half a character wait."""
         self.times.append(time.perf_counter())
         self.text += self.decode(token)
         new = self.text.strip()[len(self.shown) :]
@@ -69,7 +69,7 @@ class Stream:
 
 @dataclass
 class Chat:
-    """A dialogue with a model: its history, its picture, its workflow, and how answers are drawn."""
+    """A dialogue with a model: its history, picture and workflow, and how answers are drawn."""
 
     model: IAA
     tokenizer: Tokenizer
@@ -80,7 +80,7 @@ class Chat:
     seed: int = 0
     chosen: str | None = None  # workflow; None: "mm" with a picture, "text" without
     image: Image.Image | None = None
-    turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ("assistant", text), ...
+    turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, **sampling) -> "Chat":
@@ -97,36 +97,38 @@ class Chat:
         return self.chosen or (TEXT if self.image is None else "mm")
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
-        """Answer `text`, giving pieces to `on_text` as they come; both join the history, even cut by Ctrl-C.
+        """Answer `text`, piece by piece to `on_text`; both join the history, even cut by Ctrl-C.
 
-        Raises ValueError for an unknown workflow, or where the prompt leaves no room in the context.
+        Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
         workflow, clip, began = self.workflow, self.model.clip.config, time.perf_counter()
         frozen = self.model.adaptor(workflow) is None
         form = {"template": None, "system": None} if frozen else self.prompts[workflow]
         image = None if frozen else self.image
         turns = [*self.turns, ("user", text)]
-        ids, _ = render(self.tokenizer, turns, form["template"], form["system"], clip.patches if image else 0)
+        patches = clip.patches if image else 0
+        ids, _ = render(self.tokenizer, turns, form["template"], form["system"], patches)
         room = self.model.llama.config.context - len(ids)
         if room < 1:
             raise ValueError(f"the prompt, with history and picture, takes {len(ids)} tokens: "
                              f"the context of {room + len(ids)} leaves no room for an answer")
-        images = preprocess(image, clip)[None].to(self.model.llama.embedding.weight.device) if image else None
+        device = self.model.llama.embedding.weight.device
+        images = preprocess(image, clip)[None].to(device) if image else None
         stream = Stream(self.tokenizer, on_text)
         try:
-            self.model.generate([ids], images, workflow, min(room, self.max_tokens), self.tokenizer.stop_ids,
-                                self.temperature, self.top_p, self.seed + len(self.turns),
-                                lambda row, token: stream.add(token))
+            self.model.generate([ids], images, workflow, min(room, self.max_tokens),
+                                self.tokenizer.stop_ids, self.temperature, self.top_p,
+                                self.seed + len(self.turns), lambda row, token: stream.add(token))
         finally:
             self.turns = [*turns, ("assistant", stream.shown)] if stream.times else self.turns
         times = stream.times or [time.perf_counter()]
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-        boxes = boxes_on(image, stream.shown) if image else []
-        return Answer(workflow, text, stream.shown, boxes, len(stream.times), times[0] - began, speed)
+        boxes, first = boxes_on(image, stream.shown) if image else [], times[0] - began
+        return Answer(workflow, text, stream.shown, boxes, len(stream.times), first, speed)
 
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
-    """The boxes that an answer names, in pixels, cut at the picture's edges; one wholly beside it is none."""
+    """An answer's boxes, in pixels, cut at the picture's edges; one wholly beside it is none."""
     edges = (*image.size, *image.size)
     boxes = [tuple(min(max(v, 0.0), edge) for v, edge in zip(box, edges, strict=True))
              for box in text_to_boxes(answer, *image.size)]
@@ -134,13 +136,13 @@ def boxes_on(image: Image.Image, answer: str) -> list[Box]:
 
 
 def draw_boxes(image: Image.Image, boxes: list[Box], path: Path) -> None:
-    """Write the picture with its boxes, enlarged by a whole number if small; the file is whole or absent."""
+    """Write the picture with its boxes, a small one enlarged; the file is whole or absent."""
     scale = max(1, -(-DRAWN_PX // max(image.size)))
     picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     pen, line = ImageDraw.Draw(picture), max(3, max(picture.size) // 150)
     for number, box in enumerate(boxes):
         x1, y1, x2, y2 = (round(v * scale) for v in box)
-        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))  # Pillow's rectangle includes its last pixel
+        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))  # Pillow draws the last pixel too
         pen.rectangle(corners, outline=COLOURS[number % len(COLOURS)], width=line)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -151,7 +153,7 @@ def draw_boxes(image: Image.Image, boxes: list[Box], path: Path) -> None:
 
 
 def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool = False) -> None:
-    """Ask, print the answer as it comes (or JSON at its end), then draw its boxes where that was wanted."""
+    """Ask, print the answer as it comes (or JSON at its end), then draw its boxes if wanted."""
     answer = chat.ask(text, lambda piece: as_json or print(piece, end="", flush=True))
     fields = {key: value for key, value in asdict(answer).items() if key != "boxes" or value}
     print(json.dumps(fields, ensure_ascii=False) if as_json else "", flush=True)
@@ -162,12 +164,13 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool = Fals
 
 
 def command(chat: Chat, line: str) -> str:
-    """Carry out a chat command other than /quit and return what to say. Raises ValueError, OSError."""
+    """Carry out a chat command, but /quit, and return what to say. Raises ValueError, OSError."""
     name, _, argument = line.partition(" ")
     argument = argument.strip().strip("'\"")
     if name == "/image" and argument:
         image = open_image(Path(argument).expanduser())
-        chat.turns, chat.image = [] if chat.image else chat.turns, image  # they were about another picture
+        chat.turns = [] if chat.image else chat.turns  # they were about another picture
+        chat.image = image
         return f"{argument}: {image.width} x {image.height} pixels; workflow {chat.workflow}"
     if name == "/workflow" and argument:
         chat.model.adaptor(argument)
@@ -204,19 +207,20 @@ def converse(chat: Chat, boxes: Path | None) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises ValueError for what cannot be done, before anything is loaded."""
+    example = GROUNDING_PROMPT.format("the red car")
     parser = argparse.ArgumentParser(
         description="Ask an IAA model about a picture; without --prompt, chat.", allow_abbrev=False,
-        epilog=f'Grounding takes a whole sentence: --prompt "{GROUNDING_PROMPT.format("the red car")}"')
+        epilog=f'Grounding takes a whole sentence: --prompt "{example}"')
     add = parser.add_argument
     add("--model", default="runs/demo", help="folder of a run of train.py [%(default)s]")
     add("--image", help="picture to ask about")
     add("--prompt", help="question; left out: a chat")
     add("--workflow", help="text, or an adaptor's name [mm with a picture, else text]")
     add("--max-tokens", type=int, default=512, help="of an answer [%(default)s]")
-    add("--temperature", type=float, default=0.0, help="0 = always the likeliest token [%(default)s]")
-    add("--top-p", type=float, default=1.0, help="share of the probability to draw from [%(default)s]")
+    add("--temperature", type=float, default=0.0, help="0 = the likeliest token [%(default)s]")
+    add("--top-p", type=float, default=1.0, help="share of probability to draw from [%(default)s]")
     add("--seed", type=int, default=0, help="of the draw [%(default)s]")
-    add("--boxes", type=Path, metavar="OUT.png", help="the picture with the boxes that the answer names")
+    add("--boxes", type=Path, metavar="OUT.png", help="the picture with the boxes of the answer")
     add("--json", action="store_true", help="one JSON object in place of the text; boxes in pixels")
     add("--dtype", choices=DTYPES, help="compute in this [as the weights are stored]")
     args = parser.parse_args(argv)
@@ -225,7 +229,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         (args.json and not asked, "--json needs --prompt"),
         (asked and not args.prompt.strip(), "--prompt is empty"),
         (drawn and asked and args.image is None, "--boxes needs --image, the picture to draw on"),
-        (drawn and args.boxes.suffix not in (".png", ".jpg"), f"--boxes {args.boxes}: write .png or .jpg"),
+        (drawn and args.boxes.suffix not in (".png", ".jpg"),
+         f"--boxes {args.boxes}: write .png or .jpg"),
         (drawn and not args.boxes.parent.is_dir(), f"--boxes {args.boxes}: no such folder"),
         (args.max_tokens < 1, f"--max-tokens {args.max_tokens}: must be 1 or more"),
         (not 0 <= args.temperature < 1e6, f"--temperature {args.temperature}: must be 0 or more"),

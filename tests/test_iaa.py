@@ -1,6 +1,5 @@
-"""iaa.py: structures, exactness of the text workflow, what trains, generation, saving and loading."""
+"""iaa.py: structures, exactness of the text workflow, what trains, generation, folders."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -44,12 +43,13 @@ CONFIGS = {
 
 
 def model(*names: str, changed: bool = True, tied: bool = True) -> IAA:
-    """A tiny IAA with these adaptors of CONFIGS; `changed`: moved away from their frozen start, gates included."""
+    """A tiny IAA with these adaptors of CONFIGS; `changed`: away from their frozen start."""
     torch.manual_seed(0)
     config = dataclasses.replace(LLAMA, tied=tied)
     iaa = IAA(Llama(config), Clip(CLIP), IMAGE)
-    for key, parameter in iaa.named_parameters():  # layers that outweigh the tied embedding, which says "again"
-        parameter.data.copy_(torch.randn_like(parameter) * (0.1 if "embedding" in key else 0.4) + ("norm" in key))
+    for key, parameter in iaa.named_parameters():  # layers outweigh the tied embedding's "again"
+        scale = 0.1 if "embedding" in key else 0.4
+        parameter.data.copy_(torch.randn_like(parameter) * scale + ("norm" in key))
     iaa.llama.embedding.weight.data[IMAGE] = 0  # never the likeliest answer
     for name in names:
         adaptor = Adaptor(CONFIGS[name], config, CLIP.width)
@@ -108,7 +108,7 @@ def plain_logits(llama: Llama, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_untouched_gates_leave_the_frozen_model(name):
-    """Structures a and b start as the frozen model: the same bits, with an image's features in the way or not."""
+    """Structures a and b start as the frozen model, bit for bit, with an image or without."""
     iaa = model(name, "projector only", changed=False)
     iaa.adaptors["projector only"].projector = iaa.adaptors[name].projector
     tokens, images = batch()
@@ -143,10 +143,11 @@ def test_structure_equals_a_loop_by_hand(name):
 
 
 def test_insertion_layers_start_as_copies_in_their_own_storage():
-    """Every tensor of an adaptor equals its frozen counterpart at the start, and none shares its memory."""
+    """An adaptor's tensors start equal to their frozen counterparts; none shares its memory."""
     iaa = model("c", changed=False)
     adaptor = iaa.adaptors["c"]
-    pairs = [(layer, iaa.llama.layers[i]) for i, layer in zip((0, 2, 3), adaptor.layers, strict=True)]
+    frozen_layers = [iaa.llama.layers[i] for i in (0, 2, 3)]
+    pairs = list(zip(adaptor.layers, frozen_layers, strict=True))
     pairs += [(adaptor.embedding, iaa.llama.embedding), (adaptor.norm, iaa.llama.norm)]
     for ours, frozen in pairs:
         for name, tensor in ours.state_dict().items():
@@ -157,12 +158,13 @@ def test_insertion_layers_start_as_copies_in_their_own_storage():
 
 
 def test_spread_literals():
-    """From the first layer to the last, evenly; 14 of 32 is the official list; 0, 1, all; impossible numbers raise."""
+    """From the first layer to the last, evenly; 14 of 32 is the official list; too many raise."""
     assert spread(8, 30) == (0, 4, 8, 12, 17, 21, 25, 29)
     assert spread(14, 32) == OFFICIAL_14_OF_32 == tuple(i for i in range(32) if i % 5 < 2)
     assert spread(0, 32) == () and spread(1, 32) == (0,) and spread(5, 5) == (0, 1, 2, 3, 4)
     for number, layers in ((8, 32), (22, 32), (31, 32)):
-        assert len(set(spread(number, layers))) == number and spread(number, layers)[-1] == layers - 1
+        places = spread(number, layers)
+        assert len(set(places)) == number and places[-1] == layers - 1
     with pytest.raises(ValueError, match="insertion = 33: 0 to 32"):
         spread(33, 32)
 
@@ -208,15 +210,16 @@ def test_text_workflow_is_plain_llama_bit_for_bit(tied):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_frozen_stays_frozen_while_the_adaptor_learns(name):
-    """After 5 AdamW steps the base hashes the same, the loss fell, and only the adaptor ever had gradients."""
+    """After 5 AdamW steps the base is the same, the loss fell, only the adaptor had gradients."""
     iaa = model(name, changed=False)
     before = digest(iaa.llama), digest(iaa.clip), digest(iaa.adaptors[name])
     losses = train(iaa, name)
     after = digest(iaa.llama), digest(iaa.clip), digest(iaa.adaptors[name])
     assert before[:2] == after[:2] and before[2] != after[2]
     assert losses[-1] < losses[0]
-    with_gradient = {key for key, parameter in iaa.named_parameters() if parameter.grad is not None}
-    assert with_gradient == {key for key, _ in iaa.named_parameters() if key.startswith("adaptors.")}
+    parameters = dict(iaa.named_parameters())
+    with_gradient = {key for key, parameter in parameters.items() if parameter.grad is not None}
+    assert with_gradient == {key for key in parameters if key.startswith("adaptors.")}
 
 
 def test_one_adaptor_does_not_touch_another():
@@ -230,7 +233,7 @@ def test_one_adaptor_does_not_touch_another():
 
 
 def test_own_llm_is_a_copy_that_leaves_text_exact():
-    """The LLaVA baseline starts as the frozen LLM, trains its own copy, and the text workflow keeps its bits."""
+    """The LLaVA baseline starts as the frozen LLM and trains a copy; text keeps its bits."""
     iaa = model("own_llm", changed=False)
     tokens = batch()[0]
     wanted = plain_logits(iaa.llama, tokens)
@@ -264,7 +267,7 @@ def test_placeholders_that_do_not_fit_raise():
 
 
 def test_features_stand_where_the_placeholders_stood():
-    """Image n's P projected features are n's slots, in order, and the rest is the adaptor's own embedding."""
+    """Image n's P projected features fill its slots in order; the rest is the own embedding."""
     iaa, (tokens, images) = model("c"), batch()
     adaptor = iaa.adaptors["c"]
     x = iaa.place_images(adaptor.embedding(tokens), tokens, images, adaptor)
@@ -281,8 +284,8 @@ def test_loss_equals_full_logits_cross_entropy(name):
     """The sum over scored positions is what all logits and ignore_index give."""
     iaa, (tokens, images) = model(name), batch()
     targets = shifted(tokens, (5, 6, 12))
-    logits = iaa.logits(iaa(tokens, name, images), name)
-    wanted = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    logits = iaa.logits(iaa(tokens, name, images), name).flatten(0, 1).float()
+    wanted = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
     torch.testing.assert_close(iaa.loss(tokens, targets, name, images), wanted)
 
 
@@ -309,7 +312,7 @@ def test_a_batch_without_targets_costs_nothing():
 
 @pytest.mark.parametrize("name", ["a", "c", "own_llm"])
 def test_recompute_gives_equal_gradients(name):
-    """Activation checkpointing of every layer, frozen and inserted, changes no bit of a gradient."""
+    """Checkpointing every layer, frozen and inserted, changes no bit of a gradient."""
     tokens, images = batch()
     gradients = []
     for recompute in (False, True):
@@ -325,7 +328,9 @@ def test_recompute_gives_equal_gradients(name):
 # Generation
 
 
-def uncached_greedy(iaa: IAA, prompt: list[int], images: Tensor | None, name: str, tokens: int) -> list[int]:
+def uncached_greedy(
+    iaa: IAA, prompt: list[int], images: Tensor | None, name: str, tokens: int
+) -> list[int]:
     """The whole sequence through the model for every new token."""
     ids = list(prompt)
     for _ in range(tokens):
@@ -347,7 +352,7 @@ def test_cached_greedy_equals_uncached(name):
 
 
 def test_batch_of_different_lengths_equals_one_by_one():
-    """Three prompts with their images, padded on the left, answer as each does alone; greedy and sampled."""
+    """Three prompts with images, padded on the left, answer as each alone; greedy and sampled."""
     iaa = model("c")
     tokens, images = batch(3)
     prompts = [tokens[0].tolist(), tokens[1, :8].tolist(), tokens[2, :11].tolist()]
@@ -355,7 +360,8 @@ def test_batch_of_different_lengths_equals_one_by_one():
     assert iaa.generate(prompts, images, "c", 10) == alone
     sampled = iaa.generate(prompts, images, "c", 10, temperature=1.0, seed=7)
     for i, prompt in enumerate(prompts):
-        assert iaa.generate([prompt], images[i : i + 1], "c", 10, temperature=1.0, seed=7 + i) == sampled[i : i + 1]
+        alone = iaa.generate([prompt], images[i : i + 1], "c", 10, temperature=1.0, seed=7 + i)
+        assert alone == sampled[i : i + 1]
 
 
 def test_a_mixed_batch_of_rows_with_and_without_image():
@@ -370,42 +376,46 @@ def test_a_mixed_batch_of_rows_with_and_without_image():
 def test_seed_decides():
     """The same seed gives the same tokens, another one others, and temperature 0 ignores it."""
     iaa, prompt = model("c"), [[1, 2, 3]]
-    draws = [iaa.generate(prompt, None, "c", 20, temperature=1.5, seed=seed)[0] for seed in (3, 3, 4)]
-    assert draws[0] == draws[1] != draws[2]
+    first, again, other = (iaa.generate(prompt, None, "c", 20, temperature=1.5, seed=seed)[0]
+                           for seed in (3, 3, 4))
+    assert first == again != other
     assert iaa.generate(prompt, None, "c", 9, seed=3) == iaa.generate(prompt, None, "c", 9, seed=4)
 
 
 def test_stop_tokens_and_callback():
-    """A row ends before its stop token, others go on; the callback sees exactly what is returned, in order."""
+    """A row ends before its stop token, others go on; the callback sees what is returned."""
     iaa = model("c")
     prompts, seen = [[1, 2, 3], [4, 5]], [[], []]
     free = iaa.generate(prompts, None, "c", 12)
     stop = free[0][4]
     wanted = [row[: row.index(stop)] if stop in row else row for row in free]
-    got = iaa.generate(prompts, None, "c", 12, (stop,), on_token=lambda row, token: seen[row].append(token))
+    got = iaa.generate(prompts, None, "c", 12, (stop,),
+                       on_token=lambda row, token: seen[row].append(token))
     assert got == wanted == seen
     assert len(wanted[0]) <= 4 and free[0] != free[1]
 
 
 def test_context_overflow_raises():
     """A prompt and an answer that do not fit name the three numbers."""
-    with pytest.raises(ValueError, match="prompt of 60 tokens .* 5 new ones exceed the context of 64"):
+    with pytest.raises(ValueError, match="prompt of 60 tokens .* 5 new .* the context of 64"):
         model().generate([[1] * 60], max_tokens=5)
     assert len(model().generate([[1] * 60], max_tokens=4)[0]) == 4
 
 
 def test_choose_top_p_and_temperature():
-    """Greedy takes the peak; top_p keeps the smallest set of that mass; a low temperature sharpens."""
+    """Greedy takes the peak; top_p keeps the least set of that mass; low temperature sharpens."""
     probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
 
     def counts(temperature, top_p):
         generators = [torch.Generator().manual_seed(0) for _ in range(4000)]
         generators[1:] = [generators[0]] * 3999  # one stream of draws
-        return choose(probs.log().expand(4000, 4), temperature, top_p, generators).bincount(minlength=4) / 4000
+        drawn = choose(probs.log().expand(4000, 4), temperature, top_p, generators)
+        return drawn.bincount(minlength=4) / 4000
 
     assert choose(probs.log(), 0, 1.0, []).tolist() == [1]
     torch.testing.assert_close(counts(1.0, 1.0), probs[0], atol=0.03, rtol=0)
-    torch.testing.assert_close(counts(1.0, 0.7), torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=0.03, rtol=0)
+    kept = torch.tensor([0, 2 / 3, 0, 1 / 3])
+    torch.testing.assert_close(counts(1.0, 0.7), kept, atol=0.03, rtol=0)
     assert counts(1.0, 0.4)[1] == 1 and counts(1.0, 1e-9)[1] == 1
     sharp = probs[0] ** 2 / (probs[0] ** 2).sum()
     torch.testing.assert_close(counts(0.5, 1.0), sharp, atol=0.03, rtol=0)
@@ -413,7 +423,7 @@ def test_choose_top_p_and_temperature():
 
 @torch.no_grad()
 def test_a_cache_of_another_workflow_raises():
-    """A cache made for `text` has too few slots for an adaptor, and the other way round too many."""
+    """A cache for `text` has too few slots for an adaptor, and the other way round too many."""
     iaa = model("c")
     with pytest.raises(ValueError, match="5 slots of 9 tokens"):
         iaa(torch.ones(1, 3, dtype=torch.long), "c", cache=iaa.new_cache(1, 9))
@@ -427,7 +437,8 @@ def test_a_cache_of_another_workflow_raises():
 def saved(iaa: IAA, name: str, folder: Path) -> Path:
     """The adaptor in a folder of its own."""
     with new_folder(folder) as temporary:
-        save_adaptor(iaa.adaptors[name], temporary, BASE, {"prompt": {"chat": "plain"}}, torch.float32)
+        about = {"prompt": {"chat": "plain"}}
+        save_adaptor(iaa.adaptors[name], temporary, BASE, about, torch.float32)
     return folder
 
 
@@ -445,7 +456,8 @@ def test_save_and_load_round_trip(name, tmp_path):
 def test_another_base_raises_naming_both(tmp_path):
     """The hash it was trained on and the hash at hand stand in the message."""
     folder = saved(model("c"), "c", tmp_path / "mm")
-    with pytest.raises(ValueError, match=r"mm was trained on llama a{16}\.\.\., this llama is c{16}"):
+    message = r"mm was trained on llama a{16}\.\.\., this llama is c{16}"
+    with pytest.raises(ValueError, match=message):
         load_adaptor(folder, LLAMA, CLIP.width, BASE | {"llama": "cc" * 32})
 
 
@@ -487,7 +499,8 @@ def test_truncated_file_raises(kept, tmp_path):
     """adaptor.safetensors cut short anywhere is an error that names the file."""
     folder = saved(model("c"), "c", tmp_path / "mm")
     data = (folder / "adaptor.safetensors").read_bytes()
-    (folder / "adaptor.safetensors").write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    length = kept if isinstance(kept, int) else int(kept * len(data))
+    (folder / "adaptor.safetensors").write_bytes(data[:length])
     with pytest.raises(ValueError, match="adaptor.safetensors: broken or cut short"):
         load_adaptor(folder, LLAMA, CLIP.width, BASE)
 
@@ -506,18 +519,18 @@ def test_missing_or_broken_files_raise(tmp_path):
 
 
 def test_new_folder_leaves_nothing_on_failure(tmp_path):
-    """A failure inside the block keeps what was there before, and no temporary; success replaces it whole."""
+    """A failure in the block leaves nothing, success a whole folder, which is never replaced."""
     target = tmp_path / "run" / "mm"
     with pytest.raises(RuntimeError), new_folder(target) as temporary:
         (temporary / "half").write_text("x")
         raise RuntimeError
     assert list(target.parent.iterdir()) == []
-    for text in ("one", "two"):
-        with new_folder(target) as temporary:
-            (temporary / text).write_text(text)
-    with contextlib.suppress(RuntimeError), new_folder(target) as temporary:
-        raise RuntimeError
-    assert [p.name for p in target.rglob("*")] == ["two"] and list(target.parent.iterdir()) == [target]
+    with new_folder(target) as temporary:
+        (temporary / "one").write_text("one")
+    with pytest.raises(FileExistsError, match="already"), new_folder(target):
+        raise AssertionError("not reached")
+    assert [p.name for p in target.rglob("*")] == ["one"]
+    assert list(target.parent.iterdir()) == [target]
 
 
 def write_base(folder: Path, kind: str, part: torch.nn.Module, sha256: str) -> None:
@@ -529,25 +542,28 @@ def write_base(folder: Path, kind: str, part: torch.nn.Module, sha256: str) -> N
 
 
 def test_load_iaa_reads_a_whole_folder(tmp_path):
-    """iaa.json names base and adaptors; the model that comes back answers as the one that was saved."""
+    """iaa.json names base and adaptors; the model that comes back answers as the saved one."""
     iaa = model("c", "b")
     write_base(tmp_path / "llm", "llama", iaa.llama, BASE["llama"])
     write_base(tmp_path / "vision", "clip", iaa.clip, BASE["clip"])
     for name in ("c", "b"):
         saved(iaa, name, tmp_path / name)
-    index = {"llm": "llm", "vision": "vision", "image_token": IMAGE, "adaptors": {"mm": "c", "grounding": "b"}}
+    index = {"llm": "llm", "vision": "vision", "image_token": IMAGE,
+             "adaptors": {"mm": "c", "grounding": "b"}}
     (tmp_path / "iaa.json").write_text(json.dumps(index))
     loaded, about = load_iaa(tmp_path)
     tokens, images = batch()
     for theirs, ours in (("mm", "c"), ("grounding", "b")):
-        assert loaded.generate(tokens.tolist(), images, theirs, 8) == iaa.generate(tokens.tolist(), images, ours, 8)
+        wanted = iaa.generate(tokens.tolist(), images, ours, 8)
+        assert loaded.generate(tokens.tolist(), images, theirs, 8) == wanted
     assert about["llm"] == tmp_path / "llm" and about["prompts"]["mm"] == {"chat": "plain"}
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
 
 
 def test_load_iaa_refuses_a_folder_of_another_kind(tmp_path):
     """A base folder that convert_weights.py did not write is named."""
-    (tmp_path / "iaa.json").write_text(json.dumps({"llm": ".", "vision": ".", "image_token": 1, "adaptors": {}}))
+    index = {"llm": ".", "vision": ".", "image_token": 1, "adaptors": {}}
+    (tmp_path / "iaa.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'kind' is missing"):
         load_iaa(tmp_path)
@@ -555,7 +571,7 @@ def test_load_iaa_refuses_a_folder_of_another_kind(tmp_path):
 
 @torch.no_grad()
 def test_real_weights_keep_their_bits_and_their_sense():
-    """SmolLM2-135M, where converted: text logits are plain Llama's bits beside an adaptor, and it knows Paris."""
+    """SmolLM2-135M, where converted: plain Llama's bits beside an adaptor, and it knows Paris."""
     folder = REPOSITORY / "weights" / "smollm2"
     if not (folder / "config.json").is_file():
         pytest.skip("weights/smollm2 is not there: run the demo first")

@@ -26,23 +26,28 @@ GOLDEN = Path(__file__).parent / "golden"
 PADDING, PREFIX = 7, 17  # as in make_golden.py
 PLAIN = LlamaConfig(61, 24, 3, 6, 2, 10, 26, 256, rope_theta=100.0)
 SCALED = dataclasses.replace(PLAIN, tied=True, rope_scaling=RopeScaling(8.0, original_context=64))
-CASES = {"gqa": dataclasses.replace(PLAIN, layers=2), "tied_scaled": dataclasses.replace(SCALED, layers=2)}
+CASES = {"gqa": dataclasses.replace(PLAIN, layers=2),
+         "tied_scaled": dataclasses.replace(SCALED, layers=2)}
 
 
 def from_peer(weights: dict[str, torch.Tensor], config: LlamaConfig) -> Llama:
     """Our model with a peer's weights: q, k, v joined in this order, gate and up too."""
     model = Llama(config)
-    state = {"embedding.weight": weights["model.embed_tokens.weight"], "norm.weight": weights["model.norm.weight"]}
+    state = {"embedding.weight": weights["model.embed_tokens.weight"],
+             "norm.weight": weights["model.norm.weight"]}
     if not config.tied:
         state["head.weight"] = weights["lm_head.weight"]
     for i in range(config.layers):
-        layer = {name.removeprefix(f"model.layers.{i}."): t for name, t in weights.items() if f".{i}." in name}
-        state[f"layers.{i}.attention.qkv.weight"] = torch.cat([layer[f"self_attn.{c}_proj.weight"] for c in "qkv"])
-        state[f"layers.{i}.attention.out.weight"] = layer["self_attn.o_proj.weight"]
-        state[f"layers.{i}.ffn.gate_up.weight"] = torch.cat([layer[f"mlp.{c}_proj.weight"] for c in ("gate", "up")])
-        state[f"layers.{i}.ffn.down.weight"] = layer["mlp.down_proj.weight"]
-        state[f"layers.{i}.attention_norm.weight"] = layer["input_layernorm.weight"]
-        state[f"layers.{i}.ffn_norm.weight"] = layer["post_attention_layernorm.weight"]
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        layer = {name.removeprefix(theirs): t for name, t in weights.items() if theirs in name}
+        qkv = [layer[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
+        gate_up = [layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        state[ours + "attention.qkv.weight"] = torch.cat(qkv)
+        state[ours + "attention.out.weight"] = layer["self_attn.o_proj.weight"]
+        state[ours + "ffn.gate_up.weight"] = torch.cat(gate_up)
+        state[ours + "ffn.down.weight"] = layer["mlp.down_proj.weight"]
+        state[ours + "attention_norm.weight"] = layer["input_layernorm.weight"]
+        state[ours + "ffn_norm.weight"] = layer["post_attention_layernorm.weight"]
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -50,7 +55,8 @@ def from_peer(weights: dict[str, torch.Tensor], config: LlamaConfig) -> Llama:
 def golden(case: str) -> tuple[Llama, dict[str, torch.Tensor]]:
     """The model and the results of one golden file."""
     tensors = load_file(GOLDEN / f"llama_{case}.safetensors")
-    weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
+    weights = {name.removeprefix("weight."): t
+               for name, t in tensors.items() if name.startswith("weight.")}
     return from_peer(weights, CASES[case]), tensors
 
 
@@ -77,7 +83,7 @@ def small(seed: int = 0, **changes) -> tuple[Llama, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case):
-    """fp32 logits of a whole batch within 1e-4 of LlamaForCausalLM: GQA, tied and untied, Llama 3.1 rotary scaling."""
+    """fp32 logits within 1e-4 of LlamaForCausalLM: GQA, tied or not, Llama 3.1's rotary scaling."""
     model, wanted = golden(case)
     torch.testing.assert_close(run(model, wanted["tokens"]), wanted["full"], atol=1e-4, rtol=0)
     assert wanted["full"].std() > 0.5  # logits far from constant: the comparison means something
@@ -85,25 +91,26 @@ def test_logits_equal_transformers(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_left_padded_batch_equals_transformers(case):
-    """A row padded on the left gives transformers' logits on its own tokens, within 1e-4; padding rows stay finite."""
+    """Padded on the left, a row keeps transformers' logits within 1e-4; padding stays finite."""
     model, wanted = golden(case)
     starts = torch.tensor([0, PADDING])
     tokens = wanted["tokens"].shape[1]
     positions = (torch.arange(tokens) - starts[:, None]).clamp(min=0)
     logits = run(model, wanted["tokens"], positions, attention_mask(tokens, starts=starts))
     torch.testing.assert_close(logits[0], wanted["padded"][0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits[1, PADDING:], wanted["padded"][1, PADDING:], atol=1e-4, rtol=0)
+    own = slice(PADDING, None)
+    torch.testing.assert_close(logits[1, own], wanted["padded"][1, own], atol=1e-4, rtol=0)
     assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_decode_equals_transformers(case):
-    """Token after token behind a cached prefix gives transformers' own cached logits, within 1e-4."""
+    """Token after token behind a cached prefix: transformers' own cached logits, within 1e-4."""
     model, wanted = golden(case)
     tokens = wanted["tokens"]
     cache = KVCache(model.config, model.config.layers, 2, tokens.shape[1])
     run(model, tokens[:, :PREFIX], cache=cache)
-    steps = [run(model, tokens[:, t : t + 1], cache=cache) for t in range(PREFIX, tokens.shape[1])]
+    steps = [run(model, step, cache=cache) for step in tokens[:, PREFIX:].split(1, 1)]
     torch.testing.assert_close(torch.cat(steps, 1), wanted["cached"], atol=1e-4, rtol=0)
 
 
@@ -119,7 +126,7 @@ def test_a_changed_token_changes_nothing_before_it():
 
 @pytest.mark.parametrize("pieces", [(13,), (1,) * 13, (6, 7), (5, 1, 1, 4, 2)])
 def test_cache_equals_no_cache(pieces):
-    """However the tokens are cut into cached passes, the logits are those of one pass without a cache."""
+    """However tokens are cut into cached passes, the logits are those of one uncached pass."""
     model, tokens = small()
     cache = KVCache(model.config, model.config.layers, 3, 13)
     parts = [run(model, piece, cache=cache) for piece in tokens.split(pieces, 1)]
@@ -128,7 +135,7 @@ def test_cache_equals_no_cache(pieces):
 
 
 def test_left_padding_with_cache_equals_each_row_alone():
-    """Rows of 13, 9 and 4 tokens padded on the left and decoded in three cached passes equal each row alone."""
+    """Rows of 13, 9 and 4 tokens, padded, in three cached passes, equal each row alone."""
     model, tokens = small()
     starts = torch.tensor([0, 4, 9])
     cache, parts = KVCache(model.config, model.config.layers, 3, 13), []
@@ -143,7 +150,7 @@ def test_left_padding_with_cache_equals_each_row_alone():
 
 
 def test_segments_equal_each_question_alone():
-    """Questions behind one prefix, blind to each other and with restarted positions, give what each gives alone."""
+    """Questions behind one prefix, blind to each other, positions restarted, equal each alone."""
     model, tokens = small()
     tokens = tokens[:1]
     segments = torch.tensor([[0] * 5 + [1] * 3 + [2] * 5])
@@ -156,7 +163,7 @@ def test_segments_equal_each_question_alone():
 
 
 def test_attention_mask_literals():
-    """The mask, spelt out: causal after a past, padding that sees itself, segments; None where causal is enough."""
+    """Causal after a past, padding that sees itself, segments; None where causal is enough."""
     assert attention_mask(5) is None and attention_mask(1, past=7) is None
     assert attention_mask(2, past=1)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
     padded = attention_mask(3, starts=torch.tensor([2, 0]))
@@ -167,7 +174,7 @@ def test_attention_mask_literals():
 
 
 def test_the_hook_sees_every_layer_in_order():
-    """`after_layer` gets (i, x_in, x_out) of each layer, and what it returns is what the next layer takes."""
+    """`after_layer` gets each layer's (i, x_in, x_out); the next layer takes what it returns."""
     model, tokens = small()
     x, seen = model.embedding(tokens), []
     rope = model.rope(torch.arange(13)[None], x.dtype)
@@ -216,7 +223,7 @@ def test_config_survives_json():
 
 
 def test_rope_frequencies_literal():
-    """theta 100, E 10: 100^(-j/5); scaling by 8 keeps waves under 16 tokens, divides those over 64, blends between."""
+    """100^(-j/5); scaled by 8: waves under 16 tokens stay, over 64 are divided, blended between."""
     plain = [1.0, 0.3981072, 0.1584893, 0.0630957, 0.0251189]
     torch.testing.assert_close(rope_frequencies(PLAIN), torch.tensor(plain), atol=1e-6, rtol=0)
     keep = (64 * plain[2] / (2 * math.pi) - 1) / 3  # the third pair turns 1.61 times in 64 tokens
@@ -226,23 +233,24 @@ def test_rope_frequencies_literal():
 
 
 def test_rotation_is_a_rotation():
-    """Lengths stay, and a product of query and key depends on the distance of their positions alone."""
+    """Lengths stay; a product of query and key depends on their positions' distance alone."""
     model, _ = small()
     q, k = torch.randn(2, 1, 1, 1, 10)
 
     def product(m, n):
-        turned = [rotate(x, model.rope(torch.tensor([[p]]), torch.float32)) for x, p in ((q, m), (k, n))]
-        assert turned[0].norm() == pytest.approx(q.norm().item(), rel=1e-5)
-        return (turned[0] * turned[1]).sum().item()
+        turned_q = rotate(q, model.rope(torch.tensor([[m]]), torch.float32))
+        turned_k = rotate(k, model.rope(torch.tensor([[n]]), torch.float32))
+        assert turned_q.norm() == pytest.approx(q.norm().item(), rel=1e-5)
+        return (turned_q * turned_k).sum().item()
 
     assert product(11, 5) == pytest.approx(product(106, 100), abs=1e-4)
     assert product(11, 5) != pytest.approx(product(11, 6), abs=1e-2)
 
 
 def test_grouped_heads_equal_repeated_heads():
-    """`attend` equals softmax(q k / sqrt(E)) v with every key head repeated, for one query and for many."""
+    """`attend` is softmax(q k / sqrt(E)) v with every key head repeated, one query or many."""
     for tokens, seen in ((1, 11), (11, 11)):
-        q, k, v = torch.randn(2, 6, tokens, 10), torch.randn(2, 3, seen, 10), torch.randn(2, 3, seen, 10)
+        q, (k, v) = torch.randn(2, 6, tokens, 10), torch.randn(2, 2, 3, seen, 10)
         mask = torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
         keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         scores = (q @ keys.mT / math.sqrt(10)).masked_fill(~mask, -math.inf)
@@ -265,7 +273,7 @@ def test_every_module_keeps_the_stated_shape():
     assert FeedForward(PLAIN).gate_up(x).shape == (3, 13, 52) and layer.ffn(x).shape == (3, 13, 24)
     assert layer(x, rope).shape == (3, 13, 24)
     assert model.logits(x).shape == (3, 13, 61) and model.logits(x[:, -1]).shape == (3, 61)
-    keys, values = KVCache(PLAIN, 3, 3, 17).extend(torch.randn(3, 2, 13, 10), torch.randn(3, 2, 13, 10))
+    keys, values = KVCache(PLAIN, 3, 3, 17).extend(*torch.randn(2, 3, 2, 13, 10))
     assert keys.shape == values.shape == (3, 2, 13, 10)
 
 
@@ -274,7 +282,8 @@ def test_rms_norm_formula():
     norm = RMSNorm(7, 1e-5)
     norm.weight.data = torch.arange(1.0, 8)
     x = torch.randn(2, 7)
-    torch.testing.assert_close(norm(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * torch.arange(1.0, 8))
+    wanted = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * torch.arange(1.0, 8)
+    torch.testing.assert_close(norm(x), wanted)
     assert norm(x.bfloat16()).dtype == torch.bfloat16
     huge = torch.full((1, 7), 3e38).bfloat16() / 1e19  # its square overflows nothing in fp32
     assert norm(huge).isfinite().all()

@@ -1,4 +1,4 @@
-"""plot.py: the picture of a synthetic log, and what it says where a run is missing, empty or half written."""
+"""plot.py: the picture of a made-up log; what it says of a missing, empty or half-written run."""
 
 import json
 import math
@@ -17,7 +17,8 @@ def write_run(root, stages):
         if steps is None:
             continue
         (root / name).mkdir()
-        rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3, "norm": 1.0} for i in range(steps)]
+        rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3, "norm": 1.0}
+                for i in range(steps)]
         rows[-1:] = [row | {"held_out": 1.0} for row in rows[-1:]]
         (root / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -47,7 +48,7 @@ def test_draws_a_run(tmp_path, capsys):
 
 
 def test_half_written_line_is_left_out_and_named(tmp_path, capsys):
-    """A line that train.py has not finished, or one of other content, is named; the rest is read."""
+    """A line that train.py has not finished, or an odd one, is named; the rest is read."""
     run = write_run(tmp_path / "run", {"first": 5})
     with open(run / "first" / "log.jsonl", "a") as file:
         file.write('[1]\n{"step": 5, "lo')

@@ -1,42 +1,28 @@
-"""sample.py: streaming, JSON, chat commands, changes of workflow, boxes, errors; on tiny random models."""
+"""sample.py: streaming, JSON, chat commands, workflows, boxes, errors; on tiny random models."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import clip
 import sample
 from chat import Tokenizer
-from clip import Clip
 from files import new_folder
 from iaa import IAA, Adaptor, AdaptorConfig, save_adaptor
-from llama import Llama, LlamaConfig
 
-LLAMA = LlamaConfig(260, 48, 3, 6, 2, 8, 64, context=400)
-SPECIALS = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258, "<|endoftext|>": 259}
-IMAGE_ID = 258
+IMAGE_ID = 258  # of the tiny base
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a run with the adaptors mm and grounding, random weights, and one token a byte."""
+def run(tmp_path_factory, tiny_base):
+    """The folder of a run with the adaptors mm and grounding, random weights, one token a byte."""
     root = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    llama, vision = Llama(LLAMA), Clip(clip.SIZES["tiny"])
-    for kind, model, config in (("llama", llama, LLAMA), ("clip", vision, clip.SIZES["tiny"])):
-        with new_folder(root / kind) as folder:
-            save_file(model.state_dict(), folder / "model-00001-of-00001.safetensors")
-            meta = {"kind": kind, "config": asdict(config), "sha256": kind}
-            (folder / "config.json").write_text(json.dumps(meta))
-    engine = {bytes([b]): b for b in range(256)}
-    Tokenizer(engine, SPECIALS, "chatml", "<empty_output>", r"[\s\S]").save(root / "llama")
+    llama, tower = tiny_base(root)
     index = {"llm": "llama", "vision": "clip", "image_token": IMAGE_ID, "adaptors": {}}
     for name, system in (("mm", None), ("grounding", "Box.")):
-        adaptor = Adaptor(AdaptorConfig((0, 2)), LLAMA, clip.SIZES["tiny"].width)
+        adaptor = Adaptor(AdaptorConfig((0, 2)), llama.config, tower.config.width)
         adaptor.copy_frozen(llama)
         with new_folder(root / name) as folder:
             prompt = {"prompt": {"template": "chatml", "system": system}}
@@ -54,18 +40,18 @@ def picture(tmp_path):
 
 @pytest.fixture
 def script(monkeypatch):
-    """Have the model say given answers, one a question (the last one again and again); collects each call."""
+    """Have the model say given answers, one a question, the last for ever; collects each call."""
 
     def install(*answers):
         calls, left = [], list(answers)
 
-        def generate(self, prompts, images, workflow, max_tokens, stop, temperature, top_p, seed, on_token):
+        def generate(self, prompts, images, workflow, *settings):
             calls.append({"ids": prompts[0], "images": images, "workflow": workflow})
             answer = left.pop(0) if len(left) > 1 else left[0]
             for token in answer.encode() if isinstance(answer, str) else answer:
                 if token is KeyboardInterrupt:
                     raise KeyboardInterrupt
-                on_token(0, token)
+                settings[-1](0, token)  # on_token
 
         monkeypatch.setattr(IAA, "generate", generate)
         return calls
@@ -74,7 +60,7 @@ def script(monkeypatch):
 
 
 def feed(monkeypatch, *lines):
-    """Type `lines` at the chat's prompt, then the end of input; an exception among them is raised there."""
+    """Type `lines` at the prompt, then the end of input; an exception among them is raised."""
     left = list(lines)
 
     def read(prompt):
@@ -98,7 +84,7 @@ def fails(capsys, *argv):
 
 
 def test_stream_pieces_add_up_and_split_no_character(run, script):
-    """Bytes of two- to four-byte characters come one by one; the joined pieces are the trimmed answer."""
+    """Bytes of two- to four-byte characters come singly; the joined pieces are the answer."""
     said = "  \n Süß, 猫 und 🐱!  Zwei  Wörter. \n "
     script(said)
     pieces = []
@@ -109,7 +95,7 @@ def test_stream_pieces_add_up_and_split_no_character(run, script):
 
 
 def test_half_characters(run, script):
-    """A character broken off inside an answer shows as U+FFFD; one that the end cuts short is left out."""
+    """A broken character inside an answer shows as U+FFFD; one that the end cuts is left out."""
     script([0x61, 0xE7, 0x62, 0xF0, 0x9F])
     pieces = []
     answer = sample.Chat.load(run).ask("q", pieces.append)
@@ -118,7 +104,8 @@ def test_half_characters(run, script):
 
 def test_random_model_streams_its_answer(run, picture, capsys):
     """What is printed is the answer that `ask` returns, on real generation of random bytes."""
-    argv = ["--model", run, "--image", picture, "--prompt", "what?", "--max-tokens", 20, "--temperature", 1]
+    argv = ["--model", run, "--image", picture, "--prompt", "what?", "--max-tokens", 20,
+            "--temperature", 1]
     sample.main([str(a) for a in argv])
     chat = sample.Chat.load(run, max_tokens=20, temperature=1.0)
     chat.image = Image.open(picture)
@@ -139,7 +126,8 @@ def test_same_seed_same_answer(run, picture):
 def test_json(run, picture, script, capsys):
     """One object on stdout; boxes, in pixels, only where the answer names them."""
     script("It is [0.25, 0.25, 0.5, 0.5]")
-    argv = ["--model", str(run), "--image", str(picture), "--prompt", "wo? ü", "--json", "--workflow"]
+    argv = ["--model", str(run), "--image", str(picture), "--prompt", "wo? ü", "--json",
+            "--workflow"]
     sample.main([*argv, "grounding"])
     got = json.loads(capsys.readouterr().out)
     assert set(got) == set(sample.Answer.__dataclass_fields__)
@@ -147,7 +135,7 @@ def test_json(run, picture, script, capsys):
     assert got["boxes"] == [[10, 5, 20, 15]]  # 40 x 30 on a square of 40: 5 pixels above
     assert got["seconds_to_first_token"] >= 0 and got["tokens_per_s"] > 0
     sample.main([*argv, "text"])
-    assert "boxes" not in json.loads(capsys.readouterr().out)  # the text workflow has not seen the picture
+    assert "boxes" not in json.loads(capsys.readouterr().out)  # text has not seen the picture
 
 
 def test_empty_answer(run, script, capsys):
@@ -169,7 +157,7 @@ def test_default_workflow(run, picture, script):
 
 
 def test_workflow_changes_within_a_dialogue(run, picture, script, monkeypatch, capsys):
-    """The placeholders stand in the first turn under an adaptor, leave it under text, and come back."""
+    """Placeholders stand in the first turn under an adaptor, leave it under text, come back."""
     calls = script("one", "two", "three")
     feed(monkeypatch, "first", "/workflow text", "second", "/workflow grounding", "third")
     sample.main(["--model", str(run), "--image", str(picture)])
@@ -185,10 +173,11 @@ def test_workflow_changes_within_a_dialogue(run, picture, script, monkeypatch, c
 
 
 def test_chat_commands(run, picture, script, monkeypatch, capsys):
-    """/help, unknown commands, bad pictures and workflows answer and go on; a new picture starts afresh."""
+    """/help, unknown commands, bad pictures and workflows go on; a new picture starts afresh."""
     calls = script("fine")
-    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", f"/image '{picture}'", "look",
-         f"/image {picture}", "again", "/workflow sound", "/reset", "anew", "/quit", "never asked")
+    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", f"/image '{picture}'",
+         "look", f"/image {picture}", "again", "/workflow sound", "/reset", "anew", "/quit",
+         "never asked")
     sample.main(["--model", str(run)])
     said = capsys.readouterr()
     assert said.out.count(sample.HELP) == 2
@@ -197,7 +186,8 @@ def test_chat_commands(run, picture, script, monkeypatch, capsys):
     assert "40 x 30 pixels; workflow mm" in said.out
     assert len(calls) == 3
     asked = zip(calls, ("look", "again", "anew"), strict=True)
-    assert len({len(call["ids"]) - len(question) for call, question in asked}) == 1  # each without a history
+    sizes = {len(call["ids"]) - len(question) for call, question in asked}
+    assert len(sizes) == 1  # each without a history
 
 
 def test_history_survives_the_first_picture(run, picture, script, monkeypatch):
@@ -217,7 +207,8 @@ def test_ctrl_c_stops_the_answer_only(run, script, monkeypatch, capsys):
     feed(monkeypatch, "one", "two", KeyboardInterrupt(), "never asked")
     sample.main(["--model", str(run)])
     assert "half an ans [stopped]" in capsys.readouterr().out
-    assert len(calls) == 2 and "half an ans" in Tokenizer.load(run / "llama").decode(calls[1]["ids"])
+    kept = Tokenizer.load(run / "llama").decode(calls[1]["ids"])
+    assert len(calls) == 2 and "half an ans" in kept
 
 
 def test_ctrl_c_ends_a_single_question(run, script):
@@ -230,15 +221,16 @@ def test_ctrl_c_ends_a_single_question(run, script):
 @pytest.mark.parametrize("size, box, drawn", [
     ((100, 50), "[0.1, 0.4, 0.5, 0.6]", (10, 15, 50, 35)),  # landscape: 25 pixels of border above
     ((50, 100), "[0.4, 0.1, 0.6, 0.5]", (15, 10, 35, 50)),  # portrait: 25 to the left
-    ((50, 100), "[0.0, 0.5, 1.0, 1.0]", (0, 50, 50, 100)),  # reaches into the border: cut at the picture
+    ((50, 100), "[0.0, 0.5, 1.0, 1.0]", (0, 50, 50, 100)),  # reaches into the border: cut there
     ((600, 500), "[0.1, 0.2, 0.5, 0.6]", (60, 70, 300, 310)),  # large: not enlarged
 ])
 def test_boxes_are_drawn_where_they_are(run, tmp_path, script, size, box, drawn):
-    """The outline, found by its colour, spans the box, on the picture enlarged by a whole number."""
+    """The outline, found by its colour, spans the box, on the enlarged picture."""
     script(f"Here: {box}.")
     path, out = tmp_path / "in.png", tmp_path / "out.png"
     Image.new("RGB", size, "white").save(path)
-    sample.main(["--model", str(run), "--image", str(path), "--prompt", "where?", "--boxes", str(out)])
+    sample.main(["--model", str(run), "--image", str(path), "--prompt", "where?",
+                 "--boxes", str(out)])
     picture = Image.open(out)
     scale = picture.width // size[0]
     assert picture.size == (size[0] * scale, size[1] * scale) and max(picture.size) >= 448
@@ -264,21 +256,24 @@ def test_no_box_is_said(run, picture, tmp_path, script, capsys):
     for said in ("I see none.", "[0.9, 0.1, 0.2, 0.3]", "[0.1, 0.0, 0.2, 0.12]"):
         script(said)
         out = tmp_path / "o.png"
-        sample.main(["--model", str(run), "--image", str(picture), "--prompt", "q", "--boxes", str(out)])
+        sample.main(["--model", str(run), "--image", str(picture), "--prompt", "q",
+                     "--boxes", str(out)])
         assert "no box in the answer" in capsys.readouterr().err and not out.exists()
 
 
 def test_errors_are_one_line(run, picture, tmp_path, capsys):
-    """Every mistake named in the issue: one line, exit code 1, nothing on stdout."""
+    """Every mistake: one line, exit code 1, nothing on stdout."""
     (tmp_path / "text.png").write_text("not a picture")
     ask = ("--model", run, "--prompt", "hello")
     assert "nowhere.png: no such file" in fails(capsys, *ask, "--image", tmp_path / "nowhere.png")
     assert "not a readable picture" in fails(capsys, *ask, "--image", tmp_path / "text.png")
-    assert "no adaptor named 'x'; there are: text, mm, grounding" in fails(capsys, *ask, "--workflow", "x")
+    said = fails(capsys, *ask, "--workflow", "x")
+    assert "no adaptor named 'x'; there are: text, mm, grounding" in said
     assert "train.py --config" in fails(capsys, "--model", tmp_path / "none", "--prompt", "hello")
     assert "--image" in fails(capsys, *ask, "--boxes", tmp_path / "b.png")
-    assert ".png or .jpg" in fails(capsys, *ask, "--image", picture, "--boxes", tmp_path / "b.xyz")
-    assert "no such folder" in fails(capsys, *ask, "--image", picture, "--boxes", tmp_path / "no" / "b.png")
+    ask_of = (*ask, "--image", picture, "--boxes")
+    assert ".png or .jpg" in fails(capsys, *ask_of, tmp_path / "b.xyz")
+    assert "no such folder" in fails(capsys, *ask_of, tmp_path / "no" / "b.png")
     assert "--json needs --prompt" in fails(capsys, "--model", run, "--json")
     assert "empty" in fails(capsys, "--model", run, "--prompt", " ")
     for option, value in (("--max-tokens", 0), ("--temperature", -1), ("--temperature", "nan"),

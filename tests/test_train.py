@@ -1,4 +1,4 @@
-"""train.py: the config's one-line errors, the schedule, stages from end to end, resume to the bit, two processes."""
+"""train.py: one-line errors, the schedule, stages from end to end, resume to the bit, two ranks."""
 
 import json
 import os
@@ -19,20 +19,23 @@ from files import lock
 from train import lr_at
 
 ROOT = Path(__file__).parent.parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_base):
-    """A folder with a tiny base, 24 rows of pictures and captions, and a config of three short stages."""
+    """A folder with a tiny base, 24 rows of pictures and captions, a config of three stages."""
     folder = tmp_path_factory.mktemp("world")
     tiny_base(folder)
     rng = np.random.default_rng(0)
     rows = []
     for i in range(24):
-        Image.fromarray(rng.integers(0, 255, (20, 20 + i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a " * (1 + i % 5) + "dog"}]
-        rows.append({"id": str(i), "image": f"{i}.png", "workflow": "mm", "source": "t", "split": "train",
-                     "conversations": turns})
+        pixels = rng.integers(0, 255, (20, 20 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"},
+                 {"from": "gpt", "value": "a " * (1 + i % 5) + "dog"}]
+        rows.append({"id": str(i), "image": f"{i}.png", "workflow": "mm", "source": "t",
+                     "split": "train", "conversations": turns})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.toml").write_text(f"""
 out = "{folder}/run"
@@ -78,11 +81,11 @@ def run(world, *arguments, processes=1, **options):
     """train.py as a user starts it."""
     command = [sys.executable, str(ROOT / "train.py")]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                   "--master_port", "29517", str(ROOT / "train.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                   str(processes), "--master_port", "29517", str(ROOT / "train.py")]
     command += ["--config", str(world / "config.toml"), *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ONE_THREAD, timeout=240, **options)
 
 
 def tensors(world, out, stage):
@@ -99,12 +102,14 @@ def trained(world):
 
 
 def test_stages_build_on_each_other(world, trained):
-    """Each stage starts from the one before; the first trains only the projector; the index names the last of each."""
-    first, second, third = (tensors(world, "run", name) for name in ("pretrain_projector", "instruct", "grounding"))
-    assert set(first) == {"projector.up.weight", "projector.up.bias", "projector.down.weight", "projector.down.bias"}
+    """Each stage starts from the one before; the first trains only the projector."""
+    stages = ("pretrain_projector", "instruct", "grounding")
+    first, second, third = (tensors(world, "run", name) for name in stages)
+    assert set(first) == {f"projector.{part}" for part in
+                          ("up.weight", "up.bias", "down.weight", "down.bias")}
     assert second.keys() == third.keys() > first.keys()
     assert not torch.equal(first["projector.up.weight"], second["projector.up.weight"])
-    assert (second["head.weight"] - third["head.weight"]).abs().max() < 0.02  # two steps of 1e-3 away
+    assert (second["head.weight"] - third["head.weight"]).abs().max() < 0.02  # two steps of 1e-3
     index = json.loads((world / "run" / "iaa.json").read_text())
     assert index["adaptors"] == {"mm": "instruct/adaptor", "grounding": "grounding/adaptor"}
     assert "held-out" in trained.stdout and "padding" in trained.stdout
@@ -112,25 +117,28 @@ def test_stages_build_on_each_other(world, trained):
 
 def test_log_has_a_line_a_step(world, trained):
     """log.jsonl holds the steps in order, the held-out loss at the end, and a loss that fell."""
-    lines = [json.loads(line) for line in (world / "run" / "instruct" / "log.jsonl").read_text().splitlines()]
+    log = (world / "run" / "instruct" / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
     assert [line["step"] for line in lines] == list(range(8))
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert {"lr", "grad_norm", "tokens_per_s", "tflops", "padding", "memory_gb", "data_wait"} <= lines[0].keys()
+    assert {"lr", "grad_norm", "tokens_per_s", "tflops", "padding", "memory_gb",
+            "data_wait"} <= lines[0].keys()
 
 
 def test_finished_stages_are_not_trained_again(world, trained):
     """The same command on a finished run changes nothing and says so."""
-    before = (world / "run" / "instruct" / "adaptor" / "adaptor.safetensors").stat().st_mtime_ns
+    path = world / "run" / "instruct" / "adaptor" / "adaptor.safetensors"
+    before = path.stat().st_mtime_ns
     result = run(world)
     assert result.returncode == 0 and result.stdout.count("finished before") == 3
-    assert (world / "run" / "instruct" / "adaptor" / "adaptor.safetensors").stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == before
 
 
 def test_killed_run_ends_with_the_same_bits(world, trained):
-    """kill -9 in the middle of a stage, started again: the adaptor is that of the run that was never killed."""
+    """kill -9 inside a stage, started again: the adaptor is that of the run never killed."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"),
                "--set", f"out={world}/killed"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
     for line in process.stdout:
         if line.startswith("instruct 5/8"):
             os.kill(process.pid, signal.SIGKILL)
@@ -143,14 +151,15 @@ def test_killed_run_ends_with_the_same_bits(world, trained):
     for stage in ("instruct", "grounding"):
         expected, got = tensors(world, "run", stage), tensors(world, "killed", stage)
         assert all(torch.equal(expected[name], got[name]) for name in expected)
-    steps = [json.loads(x)["step"] for x in (world / "killed" / "instruct" / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(8))
+    log = (world / "killed" / "instruct" / "log.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(8))
 
 
 def test_accumulation_and_ranks_change_nothing(world, trained):
     """One micro-batch or several, one process or two: the same weights to rounding."""
-    for out, arguments, processes in (("whole", ["--set", "instruct.micro_batch=8"], 1), ("two", ["--set", "stage.micro_batch=2"], 2)):
-        result = run(world, "--set", f"out={world}/{out}", *arguments, processes=processes)
+    for out, setting, processes in (("whole", "instruct.micro_batch=8", 1),
+                                    ("two", "stage.micro_batch=2", 2)):
+        result = run(world, "--set", f"out={world}/{out}", "--set", setting, processes=processes)
         assert result.returncode == 0, result.stderr
         expected, got = tensors(world, "run", "instruct"), tensors(world, out, "instruct")
         for name in expected:
@@ -173,6 +182,7 @@ def test_learning_rate_schedule():
     ("instruct.trains=all", "trains = 'all': \"projector\" or \"adaptor\""),
     ("dtype=fp8", "dtype = 'fp8': one of bf16, fp32"),
     ("instruct.micro_batch=3", "batch = 8 is not a multiple of micro_batch = 3"),
+    ("instruct.beta2=1.0", "beta1, beta2 = 0.9, 1.0: 0 or more, below 1"),
     ("nostage.steps=3", "no stage 'nostage'; there are: pretrain_projector, instruct, grounding"),
     ("steps", "write key=value"),
 ])
@@ -184,17 +194,17 @@ def test_config_errors_are_one_line(world, setting, message):
 
 
 def test_bad_input_is_one_line_without_a_traceback(world, trained, tmp_path):
-    """Missing config, missing weights, empty data, unknown stage, a stage without its start, impossible insertion."""
+    """Missing files, empty data, an unknown stage or one without its start, a bad insertion."""
     (tmp_path / "empty.jsonl").write_text("")
     cases = [
         (["--stage", "nope"], "no stage 'nope'"),
-        (["--set", f"out={tmp_path}/a", "--set", "llm=/nowhere"], "/nowhere/config.json: no such file"),
-        (["--set", f"out={tmp_path}/b", "--set", f'stage.data=["{tmp_path}/empty.jsonl"]'], "empty.jsonl"),
-        (["--set", f"out={tmp_path}/c", "--stage", "instruct"], "starts from stage 'pretrain_projector'"),
-        (["--set", f"out={tmp_path}/d", "--set", "insertion=99"], "insertion = 99"),
+        (["--set", "llm=/nowhere"], "/nowhere/config.json: no such file"),
+        (["--set", f'stage.data=["{tmp_path}/empty.jsonl"]'], "empty.jsonl"),
+        (["--stage", "instruct"], "starts from stage 'pretrain_projector'"),
+        (["--set", "insertion=99"], "insertion = 99"),
     ]
-    for arguments, message in cases:
-        result = run(world, *arguments)
+    for number, (arguments, message) in enumerate(cases):
+        result = run(world, "--set", f"out={tmp_path}/{number}", *arguments)
         assert result.returncode == 1 and message in result.stderr, (arguments, result.stderr)
         assert "Traceback" not in result.stderr and result.stderr.strip().count("\n") == 0
 
@@ -209,11 +219,12 @@ def test_two_runs_in_one_folder(world, trained):
 def test_changed_settings_do_not_resume(world, trained):
     """A checkpoint made with another learning rate is refused by name, not mixed in."""
     arguments = ["--set", f"out={world}/changed", "--stage", "pretrain_projector"]
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"), *arguments,
-               "--set", "stage.steps=2000", "--set", "stage.save_every=1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"),
+               *arguments, "--set", "stage.steps=2000", "--set", "stage.save_every=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ONE_THREAD)
     deadline = time.time() + 60
-    while not list((world / "changed").glob("pretrain_projector/step-*")) and time.time() < deadline:
+    folder = world / "changed" / "pretrain_projector"
+    while not list(folder.glob("step-*")) and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.wait()
@@ -235,9 +246,11 @@ def test_broken_rows_are_skipped_counted_and_named(world, tmp_path):
 
 def test_llava_baseline_trains_its_own_llm(world, tmp_path):
     """N = 0 with a trained copy of the LLM: the frozen one stays as it is."""
-    result = run(world, "--set", f"out={tmp_path}/run", "--set", "insertion=0", "--set", "own_llm=true", "--set",
-                 "own_embedding=false", "--set", "own_head=false", "--set", "stage.steps=2")
+    result = run(world, "--set", f"out={tmp_path}/run", "--set", "insertion=0",
+                 "--set", "own_llm=true", "--set", "own_embedding=false",
+                 "--set", "own_head=false", "--set", "stage.steps=2")
     assert result.returncode == 0, result.stderr
     trained = tensors(tmp_path, "run", "grounding")
     frozen = load_file(next((world / "llama").glob("*.safetensors")))
-    assert not torch.equal(trained["llm.layers.0.ffn.down.weight"], frozen["layers.0.ffn.down.weight"])
+    name = "layers.0.ffn.down.weight"
+    assert not torch.equal(trained[f"llm.{name}"], frozen[name])
