@@ -39,7 +39,7 @@ demo() {
     python sample.py --model runs/demo --workflow grounding --image $picture --boxes runs/demo/box.png \
         --prompt "Please provide the bounding box coordinate of the region this sentence describes: the shape"
     python sample.py --model runs/demo --workflow text --prompt "What is the capital of France?"
-    echo "curves: runs/demo/curves.png    box: runs/demo/box.png"
+    echo "written: $(ls runs/demo/*.png | tr '\n' ' ')"
 }
 
 case "${1:-}" in

@@ -226,7 +226,7 @@ def test_changed_settings_do_not_resume(world, trained):
     folder = world / "changed" / "pretrain_projector"
     while not list(folder.glob("step-*")) and time.time() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.kill()
     process.wait()
     result = run(world, *arguments, "--set", "stage.steps=2000", "--set", "stage.lr=2e-3")
     assert result.returncode == 1 and "was made with another lr" in result.stderr
