@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chat import IMAGE
 from clip import open_image
 from data import GROUNDING_PROMPT, boxes_to_text
 from files import new_folder
@@ -63,7 +64,7 @@ def conversation(pairs: list[tuple[str, str]]) -> list[dict]:
     """Question-answer pairs as alternating turns, the picture ahead of the first."""
     turns = []
     for question, answer in pairs:
-        question = question if turns else f"<image>\n{question}"
+        question = question if turns else IMAGE + question
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return turns
 

@@ -111,7 +111,7 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     before = names.index(stage.name) - 1
     source = stage.start or (names[before] if before >= 0 else "none")
     if source != "none":
-        folder = Path(run.config.out, source, "adaptor")
+        folder = adaptor_folder(run.config, source)
         if not folder.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source!r}, "
                              f"which is not finished in {run.config.out}")
@@ -363,7 +363,7 @@ def finish_stage(run: Run, stage: StageConfig, adaptor: Adaptor) -> None:
         template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
         prompt = {"template": template, "system": run.config.system}
         extra = {"prompt": prompt, "stage": asdict(stage)}
-        with new_folder(adaptor_folder(run.config, stage)) as new:
+        with new_folder(adaptor_folder(run.config, stage.name)) as new:
             save_adaptor(adaptor, new, run.base, extra, run.model.llama.dtype)
         finished = [s for s in run.config.stage if is_finished(run.config, s)]
         index = {
@@ -379,14 +379,14 @@ def finish_stage(run: Run, stage: StageConfig, adaptor: Adaptor) -> None:
         dist.barrier()
 
 
-def adaptor_folder(config: Config, stage: StageConfig) -> Path:
-    """Where a stage's finished adaptor lies."""
-    return Path(config.out, stage.name, "adaptor")
+def adaptor_folder(config: Config, stage: str) -> Path:
+    """Where the finished adaptor of the stage of that name lies."""
+    return Path(config.out, stage, "adaptor")
 
 
 def is_finished(config: Config, stage: StageConfig) -> bool:
     """Whether the stage has been trained to its end in this run."""
-    return (adaptor_folder(config, stage) / "config.json").is_file()
+    return (adaptor_folder(config, stage.name) / "config.json").is_file()
 
 
 def train(config: Config, only: str | None) -> None:

@@ -397,7 +397,8 @@ def test_stop_tokens_and_callback():
 
 def test_context_overflow_raises():
     """A prompt and an answer that do not fit name the three numbers."""
-    with pytest.raises(ValueError, match="prompt of 60 tokens .* 5 new .* the context of 64"):
+    message = "prompt of 60 tokens .* 5 new ones exceed the context of 64"
+    with pytest.raises(ValueError, match=message):
         model().generate([[1] * 60], max_tokens=5)
     assert len(model().generate([[1] * 60], max_tokens=4)[0]) == 4
 

@@ -26,7 +26,7 @@ IMPORTS = {  # of ours, by file: the design
     "weight_tables": {"clip", "llama"},
     "convert_weights": {
         "chat", "checkpoint_files", "clip", "files", "iaa", "llama", "weight_tables"},
-    "convert_data": {"clip", "data", "files"},
+    "convert_data": {"chat", "clip", "data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files")  # may name pickle's errors, never load with it

@@ -221,12 +221,14 @@ def test_changed_settings_do_not_resume(world, trained):
     arguments = ["--set", f"out={world}/changed", "--stage", "pretrain_projector"]
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"),
                *arguments, "--set", "stage.steps=2000", "--set", "stage.save_every=1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    process = subprocess.Popen(  # a background job ignores Ctrl-C and hands that down: undo it
+        command, stdout=subprocess.DEVNULL, env=ONE_THREAD,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 60
     folder = world / "changed" / "pretrain_projector"
     while not list(folder.glob("step-*")) and time.time() < deadline:
         time.sleep(0.05)
-    process.kill()
+    process.send_signal(signal.SIGINT)
     process.wait()
     result = run(world, *arguments, "--set", "stage.steps=2000", "--set", "stage.lr=2e-3")
     assert result.returncode == 1 and "was made with another lr" in result.stderr
