@@ -1,138 +1,502 @@
 """Published data sets -> our JSONL: one conversation a line, pictures under one root.
 
-    python convert_data.py easy-vqa data/easy-vqa
+    python convert_data.py llava-mix665k llava_v1_5_mix665k.json sft.jsonl --images pictures
+    python convert_data.py mix sft.jsonl=665 docvqa.jsonl=50 instruct.jsonl --rows 715000
+    python convert_data.py COMMAND --help
 
 A row: {"id", "image": path under the root or null, "workflow", "source", "split", "conversations":
 [{"from": "human" or "gpt", "value"}, ...]}; `<image>` and a newline open the first human value
 where there is a picture. "independent": true marks a row whose questions do not build on each
 other. Rows with boxes add "width", "height", "boxes" (pixels, xyxy).
 
-Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one shape, 48,248 questions, 13 answers.
+Files of any size pass through in constant memory; the same input gives the same bytes. Started
+again after a stop, a conversion goes on where it was.
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
-import shutil
+import os
+import re
 import sys
-from collections import Counter, defaultdict
-from contextlib import ExitStack
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from dataclasses import field as attribute
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from chat import IMAGE
+from box_sources import coco, evaluation_images, flickr30k, objects365, refcoco
 from clip import open_image
-from data import GROUNDING_PROMPT, boxes_to_text
-from files import new_folder
+from data import check_row, scan_lines
+from data_sources import (
+    NOT_XYXY,
+    Drop,
+    Item,
+    Note,
+    allava,
+    docvqa,
+    docvqa_cmarkea,
+    llava_mix665k,
+    llava_pretrain,
+    own,
+    scienceqa,
+    vsr,
+)
+from demo_data import easy_vqa
+from files import read_json, replace_text, write_json
 
-COLOURS = {
-    "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
-    "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
+DATASETS = {  # command -> its reader, the reader's settings and their defaults
+    "llava-pretrain": (llava_pretrain, {"folder": "llava_pretrain/"}),
+    "allava": (allava, {"folder": "", "text_rows": "mm"}),
+    "llava-mix665k": (llava_mix665k, {"folder": "", "text_rows": "mm"}),
+    "docvqa-cmarkea": (docvqa_cmarkea, {"root": None, "single": False}),
+    "docvqa": (docvqa, {"folder": "docvqa/"}),
+    "vsr": (vsr, {"root": None, "with_test": False}),
+    "scienceqa": (scienceqa, {"folder": "scienceqa/images/", "text_rows": "mm",
+                              "splits": ["train", "val"]}),
+    "refcoco": (refcoco, {"folder": "coco/train2014/", "split": "train"}),
+    "coco": (coco, {"folder": None, "order": "x1", "max_boxes": 20}),
+    "flickr30k": (flickr30k, {"folder": "flickr30k-images/", "max_boxes": 20}),
+    "objects365": (objects365, {"folder": "objects365/train/", "order": "x1", "max_boxes": 20}),
+    "own": (own, {"folder": "", "text_rows": "mm", "split": "train"}),
 }
-FILL = {"rectangle": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # share of its box that it covers
+SETTINGS = {  # of a reader, as options
+    "folder": {"help": "its pictures' folder under the root of all pictures"},
+    "text_rows": {"choices": ["mm", "drop"], "help": "what text-only rows train"},
+    "single": {"action": "store_true", "help": "a row a question, not a row a picture"},
+    "with_test": {"action": "store_true", "help": "accept a file that holds test rows"},
+    "splits": {"nargs": "+", "choices": ["train", "val", "test"], "help": "splits to take"},
+    "split": {"help": "the split to take, or of own rows, to name"},
+    "order": {"choices": ["x1", "area", "file"], "help": "order of a row's boxes"},
+    "max_boxes": {"type": int, "help": "rows with more are dropped"},
+}
+PUBLISHED = {  # rows of the files that the paper's counts come from
+    "blip_laion_cc_sbu_558k": 558_128,
+    "llava_v1_5_mix665k": 665_298,
+    "ALLaVA-Caption-LAION-4V": 468_670,
+    "ALLaVA-Instruct-LAION-4V": 468_670,
+    "ALLaVA-Caption-VFLAN-4V": 194_977,
+    "ALLaVA-Instruct-VFLAN-4V": 194_254,
+}
+BLOCK = 1024  # records handled at a time
+SAVE_SECONDS = 2.0  # between two notes of the progress
+MAX_NOT_XYXY = 1e-3  # share of the rows; a wrong format makes more
+COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+Source = tuple[str, Iterable[Item]]
 
 
-def measure_shape(pixels: np.ndarray) -> tuple[str, str, list[int]]:
-    """Colour, shape, box [x1, y1, x2, y2] (pixels, ends exclusive) in a picture (H, W, 3) uint8.
-
-    The background is the commonest colour; the box holds all that is nearer to the shape's colour.
-    """
-    pixels = pixels.astype(int)
-    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    background = colours[counts.argmax()]
-    paint = {name: np.abs(pixels - rgb).sum(-1) for name, rgb in COLOURS.items()}  # (H, W) each
-    colour = max(paint, key=lambda name: (paint[name] <= 6).sum())
-    inside = paint[colour] < np.abs(pixels - background).sum(-1)
-    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    if not len(rows):
-        raise ValueError("no shape found")
-    box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-    fill = inside.sum() / ((box[2] - box[0]) * (box[3] - box[1]))
-    shape = min(FILL, key=lambda name: abs(FILL[name] - fill))
-    return colour, shape, box
+# ---------------------------------------------------------------------------------- one row
 
 
-def place(box: list[int], width: int, height: int) -> str:
-    """Which ninth of the picture the box's centre is in, in words."""
-    column = 3 * (box[0] + box[2]) // (2 * width)
-    row = 3 * (box[1] + box[3]) // (2 * height)
-    words = [("upper", "middle", "lower")[row], ("left", "middle", "right")[column]]
-    return words[0] if words[0] == words[1] else " ".join(words)
-
-
-def conversation(pairs: list[tuple[str, str]]) -> list[dict]:
-    """Question-answer pairs as alternating turns, the picture ahead of the first."""
-    turns = []
-    for question, answer in pairs:
-        question = question if turns else IMAGE + question
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return turns
-
-
-def easy_vqa_rows(
-    split: str, images: dict[int, str], questions: dict[int, list], out: Path, report: Counter
-):
-    """Yield (file, row) of a split, copying pictures to `out/SPLIT/`; `report` counts all rows."""
-    (out / split).mkdir()
-    for number, path in sorted(images.items()):
-        image = open_image(path)
-        colour, shape, box = measure_shape(np.asarray(image))
-        told = {answer for _, answer in questions[number]}
-        shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
-        if not told & COLOURS.keys() <= {colour}:
-            report[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
-            continue
-        name = f"{split}/{number}.png"
-        shutil.copyfile(path, out / name)
-        common = {"image": name, "source": "easy-vqa", "split": split}
-        caption = f"A {colour} {shape} in the {place(box, *image.size)} of the picture."
-        answer = boxes_to_text([box], *image.size)
-        for kind, workflow, pairs, extra in (
-            ("captions", "mm", [("Describe the picture.", caption)], {}),
-            ("questions", "mm", questions[number], {"independent": True}),
-            ("boxes", "grounding", [(GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)],
-             {"width": image.width, "height": image.height, "boxes": [box]}),
-        ):
-            row = {"id": f"easy-vqa/{split}/{kind}/{number}", **common, "workflow": workflow}
-            report[f"{split}: {kind} written"] += 1
-            yield f"{split}-{kind}", row | extra | {"conversations": conversation(pairs)}
-
-
-def easy_vqa(out: Path) -> Counter:
-    """Write `out/{train,test}-{captions,questions,boxes}.jsonl` and pictures; returns counts."""
+def judge(item: Item, excluded: set[int]) -> Item:
+    """A row as it is, or the Drop that it deserves: not as rows are, unsafe path, excluded."""
+    if not isinstance(item, dict):
+        return item
+    name = item["image"]
+    if name is not None:
+        if name[:1] == "/" or "\\" in name or "\0" in name or ".." in name.split("/"):
+            return Drop("the image's path leaves the root of the pictures")
+        found = COCO_NAME.search(name) if excluded else None
+        if found and int(found[1]) in excluded:
+            return Drop("its picture is on the list of --exclude-images", fault=False)
     try:
-        import easy_vqa as package
-    except ImportError:
-        raise ValueError("the package easy-vqa is missing: "
-                         "pip install -r requirements-demo.txt") from None
-    splits = (("train", package.get_train_questions, package.get_train_image_paths),
-              ("test", package.get_test_questions, package.get_test_image_paths))
-    report, files = Counter(), {}
-    with new_folder(out) as new, ExitStack() as opened:
-        for split, ask, paths in splits:
-            questions = defaultdict(list)
-            for question, answer, number in zip(*ask(), strict=True):
-                questions[number].append((question, answer))
-            for name, row in easy_vqa_rows(split, paths(), questions, new, report):
-                if name not in files:
-                    files[name] = opened.enter_context(
-                        open(new / f"{name}.jsonl", "w", encoding="utf-8", newline="\n"))
-                files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-    return report
+        check_row(item)
+    except ValueError as error:
+        return Drop(str(error))
+    return item
+
+
+def inspect(root: Path, name: str) -> tuple[int, int] | Drop:
+    """(width, height) of a picture below `root`, decoded whole, or why it cannot be used."""
+    path = root / name
+    try:
+        if not path.resolve().is_relative_to(root):
+            return Drop("the image's path leaves the root of the pictures")
+        return open_image(path).size
+    except FileNotFoundError:
+        return Drop("the picture is missing")
+    except Exception:  # Pillow's decoders raise a dozen kinds
+        return Drop("the picture is broken")
+
+
+def inspect_all(items: list[Item], root: Path, pool: ThreadPoolExecutor) -> list[Item]:
+    """The items, a Drop in the place of each row whose picture cannot be used."""
+    rows = [item for item in items if isinstance(item, dict) and item["image"] is not None]
+    names = list(dict.fromkeys(row["image"] for row in rows))
+    found = dict(zip(names, pool.map(lambda name: inspect(root, name), names), strict=True))
+
+    def verdict(item: Item) -> Item:
+        result = found.get(item["image"]) if isinstance(item, dict) else None
+        if isinstance(result, Drop):
+            return result
+        if result and "boxes" in item and result != (item["width"], item["height"]):
+            return Drop("the picture is not of the size that its boxes are for")
+        return item
+
+    return [verdict(item) for item in items]
+
+
+# ---------------------------------------------------------------------------------- all rows
+
+
+@dataclass
+class Progress:
+    """How far a conversion is; kept in a file beside the half-written one."""
+
+    settings: dict  # what the output depends on
+    source: int = 0  # number of the source being read
+    items: int = 0  # that came from it so far
+    bytes: int = 0  # written
+    report: dict = attribute(default_factory=dict)  # source -> read, written, ...
+
+    def total(self, what: str) -> int:
+        """Rows "read" or "written", of all sources."""
+        return sum(counts[what] for counts in self.report.values())
+
+
+@contextmanager
+def half_written(out: Path, settings: dict) -> Iterator[tuple[BinaryIO, Progress]]:
+    """`OUT.part`, cut back to where its progress was last noted, and locked; and that progress."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, notes = Path(f"{out}.part"), Path(f"{out}.part.json")
+    with open(part, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {part}") from None
+        progress = Progress(settings)
+        if notes.exists() and part.stat().st_size:
+            progress = Progress(**read_json(notes, *asdict(progress)))
+            changed = [name for name in settings if progress.settings.get(name) != settings[name]]
+            if changed or part.stat().st_size < progress.bytes:
+                raise ValueError(f"{part} was begun with another {', '.join(changed) or 'file'}; "
+                                 f"give that again, or remove {part} to begin anew")
+        file.truncate(progress.bytes)
+        try:
+            yield file, progress
+        finally:
+            if not part.stat().st_size:
+                part.unlink()
+
+
+def note_progress(file: BinaryIO, out: Path, progress: Progress) -> None:
+    """Note the progress, after what it speaks of is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    write_json(Path(f"{out}.part.json"), asdict(progress))
+
+
+def write_block(
+    items: list[Item], source: str, progress: Progress, file: BinaryIO | None, limit: int | None
+) -> bool:
+    """Count judged items, write those that are rows. Whether to go on: False at the limit."""
+    counts = progress.report.setdefault(
+        source, {"read": 0, "written": 0, "dropped": {}, "faults": {}, "notes": {}})
+    allowed = None if limit is None else limit - progress.total("written")
+    for item in items:
+        if allowed is not None and allowed <= 0:
+            return False
+        progress.items += 1
+        if isinstance(item, Note):
+            counts["notes"][item] = counts["notes"].get(item, 0) + 1
+            continue
+        counts["read"] += 1
+        if isinstance(item, dict):
+            try:
+                line = (ENCODE(item) + "\n").encode()
+            except UnicodeEncodeError:
+                item = Drop("a text with half a character")
+        if isinstance(item, Drop):
+            reasons = counts["faults" if item.fault else "dropped"]
+            reasons[item.reason] = reasons.get(item.reason, 0) + 1
+            continue
+        counts["written"] += 1
+        progress.bytes += len(line)
+        if file:
+            file.write(line)
+        if allowed is not None:
+            allowed -= 1
+    return True
+
+
+def run_sources(
+    sources: list[Source],
+    progress: Progress,
+    file: BinaryIO | None,  # None: only count
+    out: Path,
+    excluded: set[int],
+    limit: int | None,
+    root: Path | None,  # None: pictures are not inspected
+    workers: int,
+) -> None:
+    """Write what the sources yield from where `progress` is."""
+    noted = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        for number, (name, items) in enumerate(sources):
+            if number < progress.source:
+                continue
+            items = iter(items)
+            deque(islice(items, progress.items), maxlen=0)  # done before the stop
+            while block := [judge(item, excluded) for item in islice(items, BLOCK)]:
+                if root is not None:
+                    block = inspect_all(block, root, pool)
+                if not write_block(block, name, progress, file, limit):
+                    return
+                if file and time.monotonic() - noted >= SAVE_SECONDS:
+                    note_progress(file, out, progress)
+                    print(f"{name}: {progress.total('read'):,} rows", file=sys.stderr)
+                    noted = time.monotonic()
+            progress.source, progress.items = number + 1, 0
+
+
+def convert(
+    sources: list[Source],
+    out: Path,
+    settings: dict,
+    excluded: set[int] | None = None,
+    limit: int | None = None,
+    root: Path | None = None,
+    workers: int = 1,
+    max_faults: float = 0.01,
+    dry_run: bool = False,
+) -> dict:
+    """Write `out` and OUT.report.json from the sources, and return the report.
+
+    ValueError, `OUT.part` kept, where more than `max_faults` of the rows are not as published.
+    """
+    root = root.resolve() if root else None
+    rest = (out, excluded or set(), limit, root, workers)
+    if dry_run:
+        progress = Progress(settings)
+        run_sources(sources, progress, None, *rest)
+    else:
+        with half_written(out, settings) as (file, progress):
+            run_sources(sources, progress, file, *rest)
+            note_progress(file, out, progress)
+    show_report(progress, limit)
+    faults = sum(sum(counts["faults"].values()) for counts in progress.report.values())
+    shapes = sum(counts["faults"].get(NOT_XYXY, 0) for counts in progress.report.values())
+    kept = "" if dry_run else f" ({out}.part is kept; accept them with a higher --max-faults)"
+    if shapes > MAX_NOT_XYXY * progress.total("read"):
+        raise ValueError(f"{shapes} of {progress.total('read')} rows: {NOT_XYXY}")
+    if faults > max_faults * progress.total("read"):
+        raise ValueError(f"{faults} of {progress.total('read')} rows are not as published{kept}")
+    if not dry_run:
+        if not progress.total("written"):
+            raise ValueError(f"no row was written{kept}")
+        write_json(Path(f"{out}.report.json"), asdict(progress))
+        Path(f"{out}.part").rename(out)
+        Path(f"{out}.part.json").unlink()
+    return progress.report
+
+
+def show_report(progress: Progress, limit: int | None) -> None:
+    """Print rows read, written, dropped by reason, of each source."""
+    for source, counts in progress.report.items():
+        print(f"{source}: {counts['read']:,} read, {counts['written']:,} written")
+        for what in ("dropped", "faults", "notes"):
+            for reason, number in sorted(counts[what].items()):
+                print(f"    {what.removesuffix('s')}: {number:,}  {reason}")
+        usual = PUBLISHED.get(source, counts["read"])
+        if limit is None and usual != counts["read"]:
+            print(f"    {usual:,} rows were published: this file is another version, or a part")
+
+
+# ---------------------------------------------------------------------------------- mixing
+
+
+def shares(weights: list[float], rows: int) -> list[int]:
+    """`rows` shared out by weight: whole numbers, each within one of its part, that add up.
+
+    >>> shares([665, 50], 100)
+    [93, 7]
+    """
+    if rows < 1 or not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+        raise ValueError(f"cannot share out {rows} rows by the weights {weights}")
+    parts = [rows * weight / sum(weights) for weight in weights]
+    whole = [int(part) for part in parts]
+    order = sorted(range(len(parts)), key=lambda place: whole[place] - parts[place])
+    for place in order[: rows - sum(whole)]:
+        whole[place] += 1
+    return whole
+
+
+def chosen_rows(path: Path, rows: int, wanted: int, seed: list[int]) -> Iterator[dict]:
+    """`wanted` rows of a file of `rows`, in its order: each equally often, the rest by chance.
+
+    A row's second copy has "~2" behind its id, and so on.
+    """
+    times, rest = divmod(wanted, rows)
+    counts = np.full(rows, times, np.int32)
+    counts[np.random.default_rng(seed).permutation(rows)[:rest]] += 1
+    with open(path, "rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for (number, line), count in zip(lines, counts, strict=True):
+            for copy in range(1, count + 1):
+                try:
+                    row = check_row(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
+                yield row | {"id": f"{row['id']}~{copy}"} if copy > 1 else row
+
+
+def mixed(parts: list[str], rows: int | None, seed: int) -> list[Source]:
+    """The sources of a mix. A part is FILE=WEIGHT, or FILE, which weighs what it has in rows."""
+    paths, weights = [], []
+    for part in parts:
+        path, sign, weight = part.rpartition("=")
+        weighted = sign and re.fullmatch(r"\d+(\.\d+)?", weight)
+        paths.append(Path(path if weighted else part))
+        weights.append(float(weight) if weighted else None)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("a file is named twice: give it one weight")
+    sizes = [len(scan_lines(path)[0]) for path in paths]
+    weights = [size if weight is None else weight
+               for weight, size in zip(weights, sizes, strict=True)]
+    wanted = shares(weights, sum(sizes) if rows is None else rows)
+    return [(str(path), chosen_rows(path, size, number, [seed, place]))
+            for place, (path, size, number) in enumerate(zip(paths, sizes, wanted, strict=True))]
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def read_ids(path: Path) -> set[int]:
+    """Numbers of pictures, one a line; ValueError where a line is none."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return {int(line) for line in lines if line.strip() and not line.startswith("#")}
+    except ValueError as error:
+        raise ValueError(f"{path}: numbers of COCO pictures, one a line, are expected "
+                         f"({error})") from None
+
+
+def excluded_images(args: argparse.Namespace) -> set[int]:
+    """The pictures to leave out: for grounding on COCO's, by default all that are evaluated on."""
+    if args.exclude_images == "none":
+        return set()
+    if args.exclude_images:
+        return read_ids(Path(args.exclude_images))
+    if args.command == "refcoco" and args.split == "train":
+        return set().union(*(evaluation_images(folder.parent) for folder in args.inputs))
+    if args.command == "coco":
+        raise ValueError("COCO holds the pictures that RefCOCO is evaluated on: give "
+                         "--exclude-images FILE (python convert_data.py leakage REFER FILE), "
+                         "or --exclude-images none")
+    return set()
+
+
+def stamp(path: Path) -> list:
+    """What tells whether an input is still the same. FileNotFoundError where there is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def convert_dataset(args: argparse.Namespace) -> None:
+    """Run a command of DATASETS."""
+    read, defaults = DATASETS[args.command]
+    settings = {name: getattr(args, name) for name in defaults if name != "root"}
+    if settings.get("folder"):
+        settings["folder"] = settings["folder"].rstrip("/") + "/"
+    if args.check_images and not args.images or args.command == "docvqa-cmarkea" and not (
+            args.images or args.dry_run):
+        raise ValueError("--images ROOT is missing: the folder that all pictures are below")
+    inputs = [stamp(path) for path in args.inputs]
+    if len({path.stem for path in args.inputs}) < len(inputs):
+        raise ValueError("two inputs have the same name, so their rows would have: convert them "
+                         "one at a time")
+    excluded = excluded_images(args)
+    digest = hashlib.sha256(repr(sorted(excluded)).encode()).hexdigest()[:16]
+    identity = settings | {
+        "command": args.command, "limit": args.limit, "check_images": args.check_images > 0,
+        "inputs": inputs,
+        "images": args.images and str(args.images), "excluded": [len(excluded), digest]}
+    root = {"root": None if args.dry_run else args.images} if "root" in defaults else {}
+    sources = [(path.stem, read(path, **settings, **root)) for path in args.inputs]
+    convert(sources, args.out, identity, excluded, args.limit,
+            args.images if args.check_images else None, max(args.check_images, 1),
+            args.max_faults, args.dry_run)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=about.split("\n")[0], description=about,
+                                   allow_abbrev=False)
+
+    command = add("easy-vqa", "the demo's data, out of the package easy-vqa")
+    command.add_argument("out", type=Path, help="folder to write; the root of its pictures")
+    command = add("leakage", "write the list of COCO pictures that RefCOCO/+/g are evaluated on")
+    command.add_argument("refer", type=Path, help="folder with refcoco/, refcoco+/, refcocog/")
+    command.add_argument("out", type=Path, help="list to write, for --exclude-images")
+    command = add("mix", "join JSONL files, each by its weight, to a number of rows")
+    command.add_argument("parts", nargs="+", metavar="FILE=WEIGHT",
+                         help="a file of rows; without a weight it weighs what it has in rows")
+    command.add_argument("out", type=Path, help="JSONL file to write")
+    command.add_argument("--rows", type=int, help="exact number of rows [all]")
+    command.add_argument("--seed", type=int, default=0, help="of the rows chosen by chance [0]")
+    command.add_argument("--dry-run", action="store_true", help="count, write nothing")
+    for name, (read, defaults) in DATASETS.items():
+        command = add(name, read.__doc__)
+        command.add_argument("inputs", nargs="+", type=Path, metavar="input",
+                             help="the published file or folder; several are read in turn")
+        command.add_argument("out", type=Path, help="JSONL file to write")
+        command.add_argument("--images", type=Path, metavar="ROOT", help="root of all pictures")
+        command.add_argument("--check-images", type=int, nargs="?", const=os.cpu_count(), default=0,
+                             metavar="N", help="decode every picture, N at a time [all cores]")
+        command.add_argument("--exclude-images", metavar="FILE",
+                             help="COCO numbers of pictures to leave out, or none")
+        command.add_argument("--limit", type=int, metavar="N", help="stop after N rows written")
+        command.add_argument("--max-faults", type=float, default=0.01, metavar="SHARE",
+                             help="of rows not as published: more is an error [0.01]")
+        command.add_argument("--dry-run", action="store_true", help="count, write nothing")
+        for setting, default in defaults.items():
+            if setting != "root":
+                about = dict(SETTINGS[setting], default=default)
+                about["help"] += "" if default in (None, False) else f" [{default}]"
+                command.add_argument("--" + setting.replace("_", "-"), **about)
+    return parser
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description="Convert a published data set to our JSONL.", allow_abbrev=False)
-    parser.add_argument("dataset", choices=["easy-vqa"])
-    parser.add_argument("out", type=Path, help="folder to write; becomes the root of the pictures")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     try:
-        if args.out.exists():
-            raise ValueError(f"{args.out} is there already; remove it first")
-        for what, count in easy_vqa(args.out).items():
-            print(f"{what}: {count}")
+        if args.command == "easy-vqa":
+            if args.out.exists():
+                raise ValueError(f"{args.out} is there already; remove it first")
+            for what, count in easy_vqa(args.out).items():
+                print(f"{what}: {count}")
+        elif args.command == "leakage":
+            found = sorted(evaluation_images(args.refer))
+            head = "# COCO pictures in val and test of RefCOCO, RefCOCO+ (unc) and RefCOCOg (umd)\n"
+            replace_text(args.out, head + "".join(f"{number}\n" for number in found))
+            print(f"{len(found)} pictures")
+        elif args.command == "mix":
+            sources = mixed(args.parts, args.rows, args.seed)
+            identity = {"parts": args.parts, "rows": args.rows, "seed": args.seed,
+                        "inputs": [stamp(Path(name)) for name, _ in sources]}
+            convert(sources, args.out, identity, dry_run=args.dry_run)
+        else:
+            convert_dataset(args)
+    except KeyboardInterrupt:
+        sys.exit("convert_data.py: stopped; the same command goes on from here")
     except (ValueError, OSError) as error:
         sys.exit(f"convert_data.py: {error}")
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 import convert_data
-from convert_data import easy_vqa, measure_shape, place
+import demo_data
 from data import check_row
+from demo_data import easy_vqa, measure_shape, place
 
 DRAWN = {  # number -> colour, shape, box with exclusive ends
     0: ("blue", "rectangle", [10, 20, 41, 31]),
@@ -23,7 +24,7 @@ def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     """A shape on a pale ground, its edges as sharp as Pillow makes them."""
     image = Image.new("RGB", (64, 64), (240, 250, 245))
     pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), box
-    paint, inclusive = convert_data.COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
+    paint, inclusive = demo_data.COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
     if shape == "rectangle":
         pen.rectangle(inclusive, fill=paint)
     elif shape == "circle":

@@ -26,10 +26,15 @@ IMPORTS = {  # of ours, by file: the design
     "weight_tables": {"clip", "llama"},
     "convert_weights": {
         "chat", "checkpoint_files", "clip", "files", "iaa", "llama", "weight_tables"},
-    "convert_data": {"chat", "clip", "data", "files"},
+    "data_files": set(),
+    "data_sources": {"chat", "data", "data_files"},
+    "box_sources": {"data", "data_files", "data_sources"},
+    "demo_data": {"clip", "data", "data_sources", "files"},
+    "convert_data": {
+        "box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample")  # the core
-READERS = ("convert_weights", "checkpoint_files")  # may name pickle's errors, never load with it
+READERS = ("convert_weights", "checkpoint_files", "data_files")  # pickle's errors, its refusal
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
 HARMLESS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
