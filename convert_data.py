@@ -188,6 +188,7 @@ def half_written(out: Path, settings: dict) -> Iterator[tuple[BinaryIO, Progress
         finally:
             if not part.stat().st_size:
                 part.unlink()
+                notes.unlink(missing_ok=True)
 
 
 def note_progress(file: BinaryIO, out: Path, progress: Progress) -> None:
@@ -287,17 +288,18 @@ def convert(
     show_report(progress, limit)
     faults = sum(sum(counts["faults"].values()) for counts in progress.report.values())
     shapes = sum(counts["faults"].get(NOT_XYXY, 0) for counts in progress.report.values())
-    kept = "" if dry_run else f" ({out}.part is kept; accept them with a higher --max-faults)"
+    part = Path(f"{out}.part")
+    kept = f" ({part} is kept: a higher --max-faults accepts them)" if part.exists() else ""
     if shapes > MAX_NOT_XYXY * progress.total("read"):
         raise ValueError(f"{shapes} of {progress.total('read')} rows: {NOT_XYXY}")
     if faults > max_faults * progress.total("read"):
         raise ValueError(f"{faults} of {progress.total('read')} rows are not as published{kept}")
     if not dry_run:
         if not progress.total("written"):
-            raise ValueError(f"no row was written{kept}")
+            raise ValueError("no row was written: is it the file that this data set has?")
         write_json(Path(f"{out}.report.json"), asdict(progress))
-        Path(f"{out}.part").rename(out)
-        Path(f"{out}.part.json").unlink()
+        part.rename(out)
+        Path(f"{part}.json").unlink()
     return progress.report
 
 

@@ -57,7 +57,7 @@ class JsonText:
         while True:
             try:
                 value, end = DECODE(self.text, self.at)
-                if end < len(self.text) or self.ended:
+                if end + 2 < len(self.text) or self.ended:  # "1" may yet become "1e+9"
                     self.at = end
                     return value
             except (ValueError, RecursionError):

@@ -1,0 +1,91 @@
+"""demo_data.py on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import demo_data
+from data import check_row
+from demo_data import easy_vqa, measure_shape, place
+
+DRAWN = {  # number -> colour, shape, box with exclusive ends
+    0: ("blue", "rectangle", [10, 20, 41, 31]),
+    1: ("yellow", "circle", [3, 30, 34, 61]),
+    2: ("brown", "triangle", [30, 10, 61, 41]),
+}
+
+
+def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
+    """A shape on a pale ground, its edges as sharp as Pillow makes them."""
+    image = Image.new("RGB", (64, 64), (240, 250, 245))
+    pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), box
+    paint, inclusive = demo_data.COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
+    if shape == "rectangle":
+        pen.rectangle(inclusive, fill=paint)
+    elif shape == "circle":
+        pen.ellipse(inclusive, fill=paint)
+    else:
+        pen.polygon([(x1, y2 - 1), (x2 - 1, y2 - 1), ((x1 + x2 - 1) // 2, y1)], fill=paint)
+    return image
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the package easy_vqa: three pictures, both splits alike."""
+    paths = {}
+    for number, drawn in DRAWN.items():
+        paths[number] = str(tmp_path / f"{number}.png")
+        draw(*drawn).save(paths[number])
+    asked = [("what color is the shape?", "blue", 0), ("is there a circle?", "no", 0),
+             ("what shape is it?", "circle", 1), ("is there no triangle?", "no", 2)]
+    questions = tuple(zip(*asked, strict=True))
+    fake = SimpleNamespace(
+        get_train_questions=lambda: questions, get_test_questions=lambda: questions,
+        get_train_image_paths=lambda: paths, get_test_image_paths=lambda: paths)
+    monkeypatch.setitem(sys.modules, "easy_vqa", fake)
+    return fake
+
+
+@pytest.mark.parametrize("number", DRAWN)
+def test_measured_as_drawn(number):
+    """Colour, shape and box are those that were drawn."""
+    assert measure_shape(np.asarray(draw(*DRAWN[number]))) == DRAWN[number]
+
+
+def test_place_in_words():
+    """Ninths of the picture: literals."""
+    assert place([0, 0, 10, 10], 64, 64) == "upper left"
+    assert place([27, 27, 37, 37], 64, 64) == "middle"
+    assert place([50, 30, 60, 34], 64, 64) == "middle right"
+
+
+def test_rows_are_valid_and_the_same_twice(package, tmp_path):
+    """Every row passes the check that training makes; a second run writes the same bytes."""
+    report = easy_vqa(tmp_path / "a")
+    easy_vqa(tmp_path / "b")
+    assert report["train: questions written"] == report["test: boxes written"] == 3
+    names = {p.name for p in (tmp_path / "a").glob("*.jsonl")}
+    assert names == {f"{s}-{k}.jsonl" for s in ("train", "test")
+                     for k in ("captions", "questions", "boxes")}
+    for name in names:
+        text = (tmp_path / "a" / name).read_bytes()
+        assert text == (tmp_path / "b" / name).read_bytes()
+        for row in map(json.loads, text.splitlines()):
+            check_row(row)
+            assert (tmp_path / "a" / row["image"]).is_file()
+    first = json.loads((tmp_path / "a" / "train-boxes.jsonl").read_text().splitlines()[0])
+    assert first["boxes"] == [[10, 20, 41, 31]]
+    assert first["conversations"][1]["value"] == "[0.16, 0.31, 0.64, 0.48]"
+    assert first["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
+
+
+def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
+    """Where the answers contradict the pixels, the picture is left out and counted."""
+    draw("red", "rectangle", [5, 5, 20, 20]).save(package.get_train_image_paths()[0])
+    report = easy_vqa(tmp_path / "out")
+    assert report["train: dropped, the answers' colour is not the pixels'"] == 1
+    assert report["train: questions written"] == 2
