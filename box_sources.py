@@ -44,6 +44,13 @@ def evaluation_images(refer: Path) -> set[int]:
     return found
 
 
+def corners(x: float, y: float, w: float, h: float, width: int, height: int) -> list[float]:
+    """x1, y1, x2, y2 of a box given as x, y, width, height. Drop where it cannot be that."""
+    if w < 0 or h < 0 or x + w > 1.5 * width or y + h > 1.5 * height:
+        raise Drop("a box is not x, y, width, height: is it x1, y1, x2, y2?")
+    return [x, y, x + w, y + h]
+
+
 def refcoco_reference(
     number: int, record, base: sqlite3.Connection, source: str, split: str, folder: str
 ) -> Iterator[Item]:
@@ -55,18 +62,22 @@ def refcoco_reference(
     found = base.execute(query, [field(record, "ann_id", int)]).fetchone()
     if found is None or found[0] != field(record, "image_id", int):
         raise Drop("its box is not in instances.json")
-    _, name, width, height, x, y, w, h = found
+    _, name, width, height, *bbox = found
+    box = corners(*bbox, width, height)
     for sentence in field(record, "sentences", list):
         try:
             key = f"ref{field(record, 'ref_id', int)}/sent{field(sentence, 'sent_id', int)}"
             yield grounding_row(source, split, key, folder + name, (width, height),
-                                text(sentence, "sent"), [[x, y, x + w, y + h]])
+                                text(sentence, "sent"), [box])
         except Drop as drop:
             yield drop
 
 
 def refcoco(path: Path, folder: str, split: str) -> Iterator[Item]:
-    """RefCOCO, RefCOCO+ or RefCOCOg: REFER's folder with `instances.json` and `refs(...).p`."""
+    """RefCOCO, RefCOCO+ or RefCOCOg: REFER's folder with `instances.json` and `refs(...).p`.
+
+    The pickled references, some 50,000, are the one input that is in memory as a whole.
+    """
     references = refer_list(path)
     base = load_detections(path / "instances.json")
     yield from malformed(base)
@@ -94,9 +105,7 @@ def category_row(
         raise Drop("a crowd, not every one of it boxed", fault=False)
     boxes = []
     for *_, x, y, w, h in group:
-        if w < 0 or h < 0:
-            raise Drop("a box of negative size")
-        box = [x, y, x + w, y + h]
+        box = corners(x, y, w, h, width, height)
         if w == 0 or h == 0:
             yield Note("a box of no size left out")
         elif box in boxes:

@@ -1,6 +1,6 @@
 """Published data sets -> our JSONL: one conversation a line, pictures under one root.
 
-    python convert_data.py llava-mix665k llava_v1_5_mix665k.json sft.jsonl --images pictures
+    python convert_data.py llava-mix665k llava_v1_5_mix665k.json sft.jsonl
     python convert_data.py mix sft.jsonl=665 docvqa.jsonl=50 instruct.jsonl --rows 715000
     python convert_data.py COMMAND --help
 
@@ -90,7 +90,7 @@ BLOCK = 1024  # records handled at a time
 SAVE_SECONDS = 2.0  # between two notes of the progress
 MAX_NOT_XYXY = 1e-3  # share of the rows; a wrong format makes more
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
-ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 Source = tuple[str, Iterable[Item]]
 
 
@@ -199,16 +199,13 @@ def note_progress(file: BinaryIO, out: Path, progress: Progress) -> None:
 
 
 def write_block(
-    items: list[Item], source: str, progress: Progress, file: BinaryIO | None, limit: int | None
-) -> bool:
-    """Count judged items, write those that are rows. Whether to go on: False at the limit."""
+    items: list[Item], source: str, progress: Progress, file: BinaryIO | None
+) -> None:
+    """Count judged items, write those that are rows."""
     counts = progress.report.setdefault(
         source, {"read": 0, "written": 0, "dropped": {}, "faults": {}, "notes": {}})
-    allowed = None if limit is None else limit - progress.total("written")
+    progress.items += len(items)
     for item in items:
-        if allowed is not None and allowed <= 0:
-            return False
-        progress.items += 1
         if isinstance(item, Note):
             counts["notes"][item] = counts["notes"].get(item, 0) + 1
             continue
@@ -226,9 +223,6 @@ def write_block(
         progress.bytes += len(line)
         if file:
             file.write(line)
-        if allowed is not None:
-            allowed -= 1
-    return True
 
 
 def run_sources(
@@ -249,11 +243,14 @@ def run_sources(
                 continue
             items = iter(items)
             deque(islice(items, progress.items), maxlen=0)  # done before the stop
-            while block := [judge(item, excluded) for item in islice(items, BLOCK)]:
+            while True:
+                size = BLOCK if limit is None else min(BLOCK, limit - progress.total("written"))
+                block = [judge(item, excluded) for item in islice(items, size)]
+                if not block:
+                    break
                 if root is not None:
                     block = inspect_all(block, root, pool)
-                if not write_block(block, name, progress, file, limit):
-                    return
+                write_block(block, name, progress, file)
                 if file and time.monotonic() - noted >= SAVE_SECONDS:
                     note_progress(file, out, progress)
                     print(f"{name}: {progress.total('read'):,} rows", file=sys.stderr)
@@ -291,6 +288,8 @@ def convert(
     part = Path(f"{out}.part")
     kept = f" ({part} is kept: a higher --max-faults accepts them)" if part.exists() else ""
     if shapes > MAX_NOT_XYXY * progress.total("read"):
+        for path in (part, Path(f"{part}.json")):
+            path.unlink(missing_ok=True)
         raise ValueError(f"{shapes} of {progress.total('read')} rows: {NOT_XYXY}")
     if faults > max_faults * progress.total("read"):
         raise ValueError(f"{faults} of {progress.total('read')} rows are not as published{kept}")
@@ -391,7 +390,7 @@ def excluded_images(args: argparse.Namespace) -> set[int]:
     if args.exclude_images:
         return read_ids(Path(args.exclude_images))
     if args.command == "refcoco" and args.split == "train":
-        return set().union(*(evaluation_images(folder.parent) for folder in args.inputs))
+        return set().union(*map(evaluation_images, {folder.parent for folder in args.inputs}))
     if args.command == "coco":
         raise ValueError("COCO holds the pictures that RefCOCO is evaluated on: give "
                          "--exclude-images FILE (python convert_data.py leakage REFER FILE), "

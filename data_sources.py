@@ -124,20 +124,21 @@ def text_workflow(text_rows: str) -> str:
 
 def llava_turns(turns) -> tuple[list[tuple[str, str]], list[Note]]:
     """Questions and answers of a conversation in LLaVA's form, and what was mended in it."""
-    texts, notes = [], []
+    texts, notes, expected, other = [], [], *SPEAKERS
     for turn in turns:
         speaker, words = (turn.get("from"), turn.get("value")) if type(turn) is dict else ("", "")
-        if speaker not in SPEAKERS or type(words) is not str:
+        if type(words) is not str or speaker not in SPEAKERS:
             raise Drop("a turn is not a text from human or gpt")
-        if speaker == "gpt" and not texts:
+        if speaker != expected:
+            if texts:
+                raise Drop("human and gpt do not take turns")
             notes.append(Note("an answer ahead of the first question left out"))
             continue
-        if speaker != SPEAKERS[len(texts) % 2]:
-            raise Drop("human and gpt do not take turns")
         words = words.replace("<image>", "").strip()
         if not words:
             raise Drop("a turn is empty")
         texts.append(words)
+        expected, other = other, expected
     if len(texts) % 2:
         notes.append(Note("a last question without an answer left out"))
         texts.pop()

@@ -513,6 +513,14 @@ def test_boxes_that_are_xywh_stop_the_run(tmp_path, fails):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_coco_boxes_that_are_xyxy_stop_the_run(tmp_path, fails):
+    """The other way round: corners where width and height belong."""
+    boxes = [box(n, 12, n, 400, 300, 600, 470) for n in (1, 90)]
+    source = write(tmp_path / "instances_val2017.json", COCO | {"annotations": boxes})
+    said = fails("coco", source, tmp_path / "out.jsonl", "--exclude-images", "none")
+    assert "2 of 2 rows are not as published" in said
+
+
 # ---------------------------------------------------------------------------------- for all
 
 
