@@ -119,6 +119,11 @@ def is_whole(value) -> bool:
     return type(value) is int and abs(value) < 1 << 53
 
 
+def is_text(value) -> bool:
+    """Whether `value` is a text, without halves of characters."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def is_box(value) -> bool:
     """Whether `value` is a list of four numbers of a picture's order."""
     return (isinstance(value, list) and len(value) == 4
@@ -143,23 +148,21 @@ def load_detections(path: Path) -> sqlite3.Connection:
         if kind not in ("images", "annotations", "categories"):
             continue
         entry = item if isinstance(item, dict) else {}
-        number, good = entry.get("id"), is_whole(entry.get("id"))
+        number, name = entry.get("id"), entry.get("file_name" if kind == "images" else "name")
         if kind == "annotations":
-            whole = [entry.get(name) for name in ("image_id", "category_id")]
-            good = good and all(map(is_whole, whole)) and is_box(entry.get("bbox"))
-            values = [number, *whole, bool(entry.get("iscrowd")), *(entry.get("bbox") or ())]
+            owners, bbox = [entry.get("image_id"), entry.get("category_id")], entry.get("bbox")
+            good = all(map(is_whole, owners)) and is_box(bbox)
+            values = (*owners, bool(entry.get("iscrowd")), *bbox) if good else ()
             query = "insert or ignore into boxes values (?, ?, ?, ?, ?, ?, ?, ?)"
         elif kind == "images":
-            size = [entry.get(name) for name in ("width", "height")]
-            name = entry.get("file_name")
-            good = good and isinstance(name, str) and all(is_whole(v) and v > 0 for v in size)
-            values = [number, name, *size]
+            values = name, entry.get("width"), entry.get("height")
+            good = is_text(name) and all(is_whole(side) and side > 0 for side in values[1:])
             query = "insert or ignore into images values (?, ?, ?, ?)"
         else:
-            good = good and isinstance(entry.get("name"), str)
-            values = [number, entry.get("name")]
+            good, values = is_text(name), (name,)
             query = "insert or ignore into categories values (?, ?)"
-        if not good or not base.execute(query, values).rowcount:
+        good = good and is_whole(number)
+        if not good or not base.execute(query, (number, *values)).rowcount:
             base.execute("insert into malformed values (?)", [kind])
     for table in ("images", "boxes", "categories"):
         if not base.execute(f"select 1 from {table} limit 1").fetchone():

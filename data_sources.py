@@ -81,7 +81,7 @@ def grounding_row(
     answer = boxes_to_text(inside, width, height)
     if answer.count("[") < len(boxes):
         raise Drop("a box is outside the picture, or empty once rounded", fault=False)
-    stop = "." * (zlib.crc32(f"{source}/{split}/{key}".encode()) & 1)
+    stop = "." * (zlib.crc32(f"{source}/{split}/{key}".encode(errors="replace")) & 1)
     question = GROUNDING_PROMPT.format(expression.strip().rstrip(".")) + stop
     return make_row(source, split, key, image, [(question, answer)], "grounding",
                     width=width, height=height, boxes=inside)

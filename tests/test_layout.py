@@ -34,7 +34,7 @@ IMPORTS = {  # of ours, by file: the design
         "box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample")  # the core
-READERS = ("convert_weights", "checkpoint_files", "data_files")  # pickle's errors, its refusal
+READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
 HARMLESS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
