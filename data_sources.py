@@ -51,12 +51,11 @@ def conversation(pairs: Iterable[tuple[str, str]], image: bool = True) -> list[d
 
 
 def make_row(
-    source: str, split: str, key, image: str | None, pairs: Iterable, workflow="mm", **boxes
+    source: str, split: str, key, image: str | None, turns: list[dict], workflow="mm", **boxes
 ) -> dict:
-    """A row; `pairs` are its questions and answers, `boxes` what a row with boxes has on top."""
+    """A row; `boxes` is what a row with boxes has on top."""
     return {"id": f"{source}/{split}/{key}", "image": image, "workflow": workflow,
-            "source": source, "split": split, **boxes,
-            "conversations": conversation(pairs, image is not None)}
+            "source": source, "split": split, **boxes, "conversations": turns}
 
 
 def grounding_row(
@@ -83,7 +82,7 @@ def grounding_row(
         raise Drop("a box is outside the picture, or empty once rounded", fault=False)
     stop = "." * (zlib.crc32(f"{source}/{split}/{key}".encode(errors="replace")) & 1)
     question = GROUNDING_PROMPT.format(expression.strip().rstrip(".")) + stop
-    return make_row(source, split, key, image, [(question, answer)], "grounding",
+    return make_row(source, split, key, image, conversation([(question, answer)]), "grounding",
                     width=width, height=height, boxes=inside)
 
 
@@ -122,43 +121,44 @@ def text_workflow(text_rows: str) -> str:
 # ---------------------------------------------------------------------------------- LLaVA's form
 
 
-def llava_turns(turns) -> tuple[list[tuple[str, str]], list[Note]]:
-    """Questions and answers of a conversation in LLaVA's form, and what was mended in it."""
-    texts, notes, expected, other = [], [], *SPEAKERS
+def llava_turns(turns: list, image: bool) -> tuple[list[dict], list[Note]]:
+    """The turns of a conversation in LLaVA's form as ours, and what was mended in it."""
+    kept, notes, speaker, other = [], [], *SPEAKERS
     for turn in turns:
-        speaker, words = (turn.get("from"), turn.get("value")) if type(turn) is dict else ("", "")
-        if type(words) is not str or speaker not in SPEAKERS:
+        found, words = (turn.get("from"), turn.get("value")) if type(turn) is dict else ("", "")
+        if type(words) is not str or found not in SPEAKERS:
             raise Drop("a turn is not a text from human or gpt")
-        if speaker != expected:
-            if texts:
+        if found != speaker:
+            if kept:
                 raise Drop("human and gpt do not take turns")
             notes.append(Note("an answer ahead of the first question left out"))
             continue
         words = words.replace("<image>", "").strip()
         if not words:
             raise Drop("a turn is empty")
-        texts.append(words)
-        expected, other = other, expected
-    if len(texts) % 2:
+        kept.append({"from": speaker, "value": words if kept or not image else IMAGE + words})
+        speaker, other = other, speaker
+    if len(kept) % 2:
         notes.append(Note("a last question without an answer left out"))
-        texts.pop()
-    if not texts:
+        kept.pop()
+    if not kept:
         raise Drop("no question with an answer")
-    return list(zip(texts[::2], texts[1::2], strict=True)), notes
+    return kept, notes
 
 
 def llava_record(number: int, record, source: str, folder: str, text_rows: str) -> Iterator[Item]:
     """A record {"id", "image" (or none), "conversations"}. Ids repeat: its number goes along."""
-    pairs, notes = llava_turns(field(record, "conversations", list))
+    turns = field(record, "conversations", list)
     image = record.get("image")
     if image is not None and not (type(image) is str and image):
         raise Drop("'image' is no path")
+    turns, notes = llava_turns(turns, image is not None)
     workflow = text_workflow(text_rows) if image is None else "mm"
-    if source.endswith("_chinese") and not any("\u4e00" <= c <= "\u9fff" for c in pairs[0][1]):
+    if source.endswith("_chinese") and not re.search("[\u4e00-\u9fff]", turns[1]["value"]):
         raise Drop("not translated", fault=False)
     yield from notes
     key = f"{record.get('id', record.get('idx'))}#{number}"
-    yield make_row(source, "train", key, image and folder + image, pairs, workflow)
+    yield make_row(source, "train", key, image and folder + image, turns, workflow)
 
 
 def llava_pretrain(path: Path, folder: str) -> Iterator[Item]:
@@ -221,9 +221,9 @@ def docvqa_picture(
         name = save_picture(root, name, field(record, "image", dict).get("bytes"))
     if single:
         for place, pair in enumerate(pairs):
-            yield make_row("docvqa_cmarkea", split, f"{key}/{place}", name, [pair])
+            yield make_row("docvqa_cmarkea", split, f"{key}/{place}", name, conversation([pair]))
     else:
-        yield make_row("docvqa_cmarkea", split, key, name, pairs)
+        yield make_row("docvqa_cmarkea", split, key, name, conversation(pairs))
 
 
 def docvqa_cmarkea(path: Path, root: Path | None, single: bool) -> Iterator[Item]:
@@ -246,7 +246,7 @@ def docvqa_question(number: int, member: tuple, folder: str) -> Iterator[Item]:
         raise Drop("no answer")
     pair = text(record, "question") + ONE_WORD, answers[0].strip()
     split, key = text(record, "data_split"), field(record, "questionId", int)
-    yield make_row("docvqa", split, key, folder + text(record, "image"), [pair])
+    yield make_row("docvqa", split, key, folder + text(record, "image"), conversation([pair]))
 
 
 def docvqa(path: Path, folder: str) -> Iterator[Item]:
@@ -270,7 +270,8 @@ def vsr_statement(number: int, line: bytes, split: str, root: Path | None) -> It
     found = (f for f in folders if root is not None and (root / f / name).is_file())
     question = f"Is this statement about the picture true? {caption}{ONE_WORD}"
     pair = question, ("No", "Yes")[label]
-    yield make_row("vsr", split, f"{number:06}", next(found, usual) + name, [pair])
+    name = next(found, usual) + name
+    yield make_row("vsr", split, f"{number:06}", name, conversation([pair]))
 
 
 def vsr(path: Path, root: Path | None, with_test: bool) -> Iterator[Item]:
@@ -307,7 +308,8 @@ def scienceqa_problem(
     pair = "\n".join(lines) + ONE_LETTER, chr(65 + answer)
     workflow = "mm" if image else text_workflow(text_rows)
     name = f"{folder}{split}/{key}/{image}" if image else None
-    yield make_row("scienceqa", split, key, name, [pair], workflow)
+    turns = conversation([pair], name is not None)
+    yield make_row("scienceqa", split, key, name, turns, workflow)
 
 
 def scienceqa(path: Path, folder: str, text_rows: str, splits: list[str]) -> Iterator[Item]:
@@ -372,11 +374,12 @@ def own_record(
         return
     workflow = text_workflow(text_rows) if image is None else "mm"
     if "conversations" in record:
-        pairs, notes = llava_turns(field(record, "conversations", list))
+        turns, notes = llava_turns(field(record, "conversations", list), image is not None)
         yield from notes
     else:
-        pairs = [(text(record, "question"), text(record, "answer"))]
-    yield make_row(source, split, key, image, pairs, workflow)
+        pair = text(record, "question"), text(record, "answer")
+        turns = conversation([pair], image is not None)
+    yield make_row(source, split, key, image, turns, workflow)
 
 
 def own(path: Path, folder: str, text_rows: str, split: str) -> Iterator[Item]:

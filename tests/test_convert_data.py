@@ -638,8 +638,8 @@ def test_mix(tmp_path, run, fails):
     """An exact number of rows by weight; repeats get ids of their own; the same bytes twice."""
     sizes = {"a": 10, "b": 3}
     for name, size in sizes.items():
-        write(tmp_path / f"{name}.jsonl", "".join(
-            json.dumps(make_row(name, "train", n, None, [("q", "a")])) + "\n" for n in range(size)))
+        made = [make_row(name, "train", n, None, talk("q", "a")) for n in range(size)]
+        write(tmp_path / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in made))
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     for out in ("one", "two"):
         run("mix", f"{a}=1", f"{b}=2", tmp_path / out, "--rows", 13)
