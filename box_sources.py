@@ -57,12 +57,14 @@ def refcoco_reference(
     """A box with one row for each sentence about it."""
     if field(record, "split", str) != split:
         raise Drop(f"of split {field(record, 'split', str)}", fault=False)
-    query = ("select images.id, name, width, height, x, y, w, h from boxes "
+    query = ("select images.id, name, width, height, crowd, x, y, w, h from boxes "
              "join images on images.id = image where boxes.id = ?")
     found = base.execute(query, [field(record, "ann_id", int)]).fetchone()
     if found is None or found[0] != field(record, "image_id", int):
         raise Drop("its box is not in instances.json")
-    _, name, width, height, *bbox = found
+    _, name, width, height, crowd, *bbox = found
+    if crowd:
+        raise Drop("a crowd", fault=False)
     box = corners(*bbox, width, height)
     for sentence in field(record, "sentences", list):
         try:

@@ -309,12 +309,14 @@ def refer(root: Path) -> Path:
               for n in (12, 13, 14)]
     boxes = [{"id": 900 + n, "image_id": image, "category_id": 47, "iscrowd": 0,
               "bbox": [100.0, 50.0, 200.0, 200.0]} for n, image in ((1, 13), (2, 12), (3, 14))]
+    boxes.append(boxes[0] | {"id": 905, "iscrowd": 1})
     instances = {"images": images, "annotations": boxes,
                  "categories": [{"id": 47, "name": "cup", "supercategory": "kitchen"}]}
     lists = {"refcoco/refs(unc).p": [reference(1, "train", 13, "left mug", "mug on left"),
                                      reference(2, "train", 12, "cup"),
                                      reference(3, "testA", 14, "man"),
-                                     reference(4, "train", 13, "no box")],
+                                     reference(4, "train", 13, "no box"),
+                                     reference(5, "train", 13, "people")],
              "refcoco+/refs(unc).p": [reference(1, "train", 13, "mug")],
              "refcocog/refs(umd).p": [reference(2, "test", 12, "a cup")]}
     for name, references in lists.items():
@@ -335,7 +337,7 @@ def test_refcoco_leaves_out_what_is_evaluated_on(tmp_path, run):
     assert asked(first) == ("left mug", "[0.16, 0.2, 0.47, 0.52]")
     assert asked(second)[0] == "mug on left"
     counts = report(out, "refcoco")
-    assert counts["dropped"] == {"of split testA": 1,
+    assert counts["dropped"] == {"of split testA": 1, "a crowd": 1,
                                  "its picture is on the list of --exclude-images": 1}
     assert counts["faults"] == {"its box is not in instances.json": 1}
     run("refcoco", root / "refcoco", tmp_path / "all.jsonl", "--max-faults", 0.5,
