@@ -344,6 +344,10 @@ def test_refcoco_leaves_out_what_is_evaluated_on(tmp_path, run):
         "--exclude-images", "none")
     assert [asked(row)[0] for row in rows(tmp_path / "all.jsonl")] == ["left mug", "mug on left",
                                                                      "cup"]
+    run("refcoco", *(root / name for name in ("refcoco", "refcoco+", "refcocog")),
+        tmp_path / "three.jsonl", "--max-faults", 0.5)
+    assert [row["id"] for row in rows(tmp_path / "three.jsonl")] == [
+        "refcoco/train/ref1/sent10", "refcoco/train/ref1/sent11", "refcoco+/train/ref1/sent10"]
     run("leakage", root, tmp_path / "ids.txt")
     assert (tmp_path / "ids.txt").read_text().splitlines()[1:] == ["12", "14"]
 
