@@ -28,9 +28,8 @@ import torch
 from torch import nn
 
 from bench_peer import Peer, peer_llama
-from iaa import IAA, Adaptor, AdaptorConfig, load_base, spread
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, spread
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("prefill", "decode", "training")
 PROMPT, NEW = 320, 64  # tokens
 ROWS, TEXT, SCORED = 8, 116, 20  # training: rows, tokens a row behind its image, scored ones

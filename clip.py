@@ -45,6 +45,9 @@ class ClipConfig:
     def __post_init__(self):
         for name in ("mean", "std"):  # lists, as read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("width", "layers", "heads", "ffn", "patch", "image_px"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
         if self.image_px % self.patch:
             raise ValueError(f"image_px = {self.image_px} is not a multiple of "
                              f"patch = {self.patch}")

@@ -15,9 +15,10 @@ IMPORTS = {  # of ours, by file: the design
     "iaa": {"clip", "files", "llama"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"iaa"},  # for TEXT
+    "config": {"iaa"},  # for TEXT and DTYPES
     "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
-    "sample": {"chat", "clip", "data", "iaa"},
+    "packing": {"llama"},
+    "sample": {"chat", "clip", "data", "iaa", "packing"},
     "eval": {"chat", "clip", "data", "files", "iaa"},
     "plot": set(),
     "bench": {"bench_peer", "iaa"},
@@ -28,7 +29,8 @@ IMPORTS = {  # of ours, by file: the design
         "chat", "checkpoint_files", "clip", "files", "iaa", "llama", "weight_tables"},
     "convert_data": {"chat", "clip", "data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample")  # the core
+LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample",
+        "packing")  # the core
 READERS = ("convert_weights", "checkpoint_files")  # may name pickle's errors, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
