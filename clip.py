@@ -116,8 +116,8 @@ class Clip(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.patches = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
-        self.class_token = nn.Parameter(torch.randn(width))
-        self.positions = nn.Parameter(torch.randn(1 + config.patches, width))
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(1 + config.patches, width))
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
 
