@@ -248,6 +248,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         (drawn and args.boxes.suffix not in (".png", ".jpg"),
          f"--boxes {args.boxes}: write .png or .jpg"),
         (drawn and not args.boxes.parent.is_dir(), f"--boxes {args.boxes}: no such folder"),
+        (args.quantize and args.dtype == "fp32", "--quantize int8 computes in bf16: not fp32"),
         (args.max_tokens < 1, f"--max-tokens {args.max_tokens}: must be 1 or more"),
         (not 0 <= args.temperature < 1e6, f"--temperature {args.temperature}: must be 0 or more"),
         (not 0 < args.top_p <= 1, f"--top-p {args.top_p}: must be above 0, and 1 at most"),
@@ -263,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = arguments(argv)
         image = None if args.image is None else open_image(args.image)
-        chat = Chat.load(args.model, DTYPES.get(args.dtype), args.quantize == "int8",
+        dtype = "bf16" if args.quantize else args.dtype
+        chat = Chat.load(args.model, DTYPES.get(dtype), args.quantize == "int8",
                          max_tokens=args.max_tokens, temperature=args.temperature,
                          top_p=args.top_p, seed=args.seed)
         chat.image, chat.chosen = image, args.workflow

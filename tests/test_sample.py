@@ -307,6 +307,7 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
     ask_of = (*ask, "--image", picture, "--boxes")
     assert ".png or .jpg" in fails(capsys, *ask_of, tmp_path / "b.xyz")
     assert "no such folder" in fails(capsys, *ask_of, tmp_path / "no" / "b.png")
+    assert "not fp32" in fails(capsys, *ask, "--quantize", "int8", "--dtype", "fp32")
     assert "--json needs --prompt" in fails(capsys, "--model", run, "--json")
     assert "empty" in fails(capsys, "--model", run, "--prompt", " ")
     for option, value in (("--max-tokens", 0), ("--temperature", -1), ("--temperature", "nan"),
