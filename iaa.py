@@ -20,7 +20,7 @@ Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -45,6 +45,7 @@ from llama import (
     attention_mask,
     new_embedding,
 )
+from mixed import Mixed, rows_by_name
 
 TEXT = "text"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that users type
@@ -117,6 +118,7 @@ class Adaptor(nn.Module):
         self.norm = RMSNorm(width, llama.norm_eps) if config.own_head else None
         self.head = Linear(width, vocab) if config.own_head else None
         self.llm = Llama(llama) if config.own_llm else None
+        self.places = config.insertion
 
     @torch.no_grad()
     def copy_frozen(self, llama: Llama) -> None:
@@ -133,6 +135,10 @@ class Adaptor(nn.Module):
         if self.llm is not None:
             self.llm.load_state_dict(llama.state_dict())
 
+    def place(self, x: Tensor, slots: Tensor, features: Tensor) -> Tensor:
+        """x (B, T, D) with the projected features (N, P, D_vision) in its `slots` (B, T) bool."""
+        return x.masked_scatter(slots[..., None], self.projector(features))
+
     def after_layer(
         self, rope: Rope, mask: Tensor | None, cache: KVCache | None, last_only: bool = False
     ) -> AfterLayer:
@@ -140,7 +146,7 @@ class Adaptor(nn.Module):
 
         last_only: the last one returns its last token alone, as `DecoderLayer`.
         """
-        number = {index: n for n, index in enumerate(self.config.insertion)}
+        number = {index: n for n, index in enumerate(self.places)}
         structure, side = self.config.structure, None
 
         def hook(i: int, x_in: Tensor, x_out: Tensor) -> Tensor:
@@ -168,10 +174,16 @@ class IAA(nn.Module):
         self.image_token = image_token  # the placeholder's id
         self.adaptors = nn.ModuleDict()
 
-    def adaptor(self, workflow: str) -> Adaptor | None:
-        """The named adaptor; None for "text". Raises ValueError that lists the known names."""
+    def adaptor(self, workflow: str | Sequence[str]) -> Adaptor | Mixed | None:
+        """The named adaptor; None for "text". Raises ValueError that lists the known names.
+
+        A sequence names one workflow for each row of a batch, rows of one workflow side by side.
+        """
         if workflow == TEXT:
             return None
+        if not isinstance(workflow, str):
+            parts = [(self.adaptor(name), rows) for name, rows in rows_by_name(workflow)]
+            return Mixed(parts, self.llama)
         if workflow not in self.adaptors:
             known = ", ".join([TEXT, *self.adaptors])
             raise ValueError(f"no adaptor named {workflow!r}; there are: {known}")
@@ -180,7 +192,7 @@ class IAA(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, T) int64, each image as P placeholders
-        workflow: str = TEXT,
+        workflow: str | Sequence[str] = TEXT,  # of the batch, or of each row
         images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders; or (N, P,
         # D_vision), what `self.clip` made of them: the tower then does not run
         positions: Tensor | None = None,  # (B, T), default 0 .. T - 1 after the cache
@@ -205,7 +217,7 @@ class IAA(nn.Module):
         rope = llama.rope(positions, x.dtype)
         if adaptor is None:
             return llama(x, rope, mask, cache, None, last_only)
-        inserted_last = len(llama.layers) - 1 in adaptor.config.insertion  # then it ends the pass
+        inserted_last = len(llama.layers) - 1 in adaptor.places  # then it ends the pass
         hook = adaptor.after_layer(rope, mask, cache, last_only and inserted_last)
         return llama(x, rope, mask, cache, hook, last_only and not inserted_last)
 
@@ -219,10 +231,9 @@ class IAA(nn.Module):
         if images.ndim == 4:
             with torch.no_grad():
                 images = self.clip(images)  # (N, P, D_vision)
-        features = adaptor.projector(images.to(x.dtype))  # (N, P, D)
-        return x.masked_scatter(slots[..., None], features)
+        return adaptor.place(x, slots, images.to(x.dtype))
 
-    def logits(self, x: Tensor, workflow: str = TEXT) -> Tensor:
+    def logits(self, x: Tensor, workflow: str | Sequence[str] = TEXT) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) by the workflow's norm and head."""
         adaptor = self.adaptor(workflow)
         if adaptor is None or (adaptor.head is None and adaptor.llm is None):
@@ -245,40 +256,57 @@ class IAA(nn.Module):
         logits = self.logits(x[scored], workflow)  # (scored, V)
         return F.cross_entropy(logits.float(), targets[scored], reduction="sum")
 
-    def new_cache(self, batch: int, length: int, workflow: str = TEXT) -> KVCache:
-        """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
+    def places(self, workflow: str | Sequence[str]) -> Sequence[int]:
+        """The frozen layers that the workflow's insertion layers follow, ascending."""
         adaptor = self.adaptor(workflow)
-        slots = self.llama.config.layers + (0 if adaptor is None else len(adaptor.layers))
+        return () if adaptor is None else adaptor.places
+
+    def new_cache(
+        self, batch: int, length: int, workflow: str | Sequence[str] = TEXT
+    ) -> KVCache:
+        """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
+        slots = self.llama.config.layers + len(self.places(workflow))
         device = self.llama.embedding.weight.device
         return KVCache(self.llama.config, slots, batch, length, self.llama.dtype, device)
 
     def prefill(
-        self, prompts: list[list[int]], images: Tensor | None, workflow: str, cache: KVCache
+        self,
+        prompts: list[list[int]],
+        images: Tensor | None,
+        workflow: str | Sequence[str],
+        cache: KVCache,
     ) -> Tensor:
         """Fill an empty cache up to the longest prompt; the logits after each prompt (B, V).
 
-        Prompts of one length run together: nothing is computed for padding, the columns before
-        a shorter prompt, which hold zeros and are hidden by `attention_mask`.
+        Prompts of one workflow and length run together: nothing is computed for padding, the
+        columns before a shorter prompt, which hold zeros and are hidden by `attention_mask`.
         """
         counts = [prompt.count(self.image_token) // self.clip.config.patches for prompt in prompts]
         if images is not None and sum(counts) != len(images):
             raise ValueError(f"image placeholders for {sum(counts)} images, given {len(images)}")
         ends, device = list(accumulate(counts)), self.llama.embedding.weight.device
-        lengths = [len(prompt) for prompt in prompts]
-        longest, logits = max(lengths), [None] * len(prompts)
-        for length in sorted(set(lengths)):
-            rows = [row for row, n in enumerate(lengths) if n == length]
+        names = [workflow] * len(prompts) if isinstance(workflow, str) else workflow
+        kinds = list(zip(names, map(len, prompts), strict=True))
+        longest, logits = max(map(len, prompts)), [None] * len(prompts)
+        for name, length in sorted(set(kinds)):
+            rows = [row for row, kind in enumerate(kinds) if kind == (name, length)]
             alone = len(rows) == len(prompts)
-            part = cache if alone else self.new_cache(len(rows), length, workflow)
+            part = cache if alone else self.new_cache(len(rows), length, name)
             own = [n for row in rows for n in range(ends[row] - counts[row], ends[row])]
             given = images[own] if images is not None and own else None
             tokens = torch.tensor([prompts[row] for row in rows], device=device)  # (rows, length)
-            x = self(tokens, workflow, given, cache=part, last_only=True)  # (rows, 1, D)
-            for row, values in zip(rows, self.logits(x[:, 0], workflow).float(), strict=True):
+            x = self(tokens, name, given, cache=part, last_only=True)  # (rows, 1, D)
+            for row, values in zip(rows, self.logits(x[:, 0], name).float(), strict=True):
                 logits[row] = values
             if not alone:
-                cache.data[:, :, rows, :, : longest - length] = 0
-                cache.data[:, :, rows, :, longest - length : longest] = part.data
+                order = [(i, kind) for kind, layers in (("frozen", range(self.llama.config.layers)),
+                                                        ("inserted", self.places(workflow)))
+                         for i in layers]
+                taken = [slot for slot, (i, kind) in enumerate(sorted(order))
+                         if kind == "frozen" or i in self.places(name)]
+                for slot, data in zip(taken, part.data, strict=True):
+                    cache.data[slot][:, rows, :, : longest - length] = 0
+                    cache.data[slot][:, rows, :, longest - length : longest] = data
         cache.length = longest
         return torch.stack(logits)
 
@@ -287,7 +315,7 @@ class IAA(nn.Module):
         self,
         prompts: list[list[int]],  # token ids, each image as P placeholders; lengths may differ
         images: Tensor | None = None,  # as `forward` takes them
-        workflow: str = TEXT,
+        workflow: str | Sequence[str] = TEXT,  # of the batch, or of each row
         max_tokens: int = 128,  # new ones, at most
         stop: tuple[int, ...] = (),  # ids that end an answer; not returned
         temperature: float = 0.0,  # 0 = greedy

@@ -13,6 +13,7 @@ Sources: Llama 3 (meta-llama/llama3), Llama 3.1's rotary scaling (meta-llama/lla
 GQA (arXiv 2305.13245).
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,6 +229,12 @@ class KVCache:
         values[:, :, self.length : end] = v
         self.slot += 1
         return keys[:, :, :end], values[:, :, :end]
+
+    def rows(self, rows: slice) -> "KVCache":
+        """Some rows of the cache, sharing its memory, for a pass of their own layers from here."""
+        part = copy.copy(self)
+        part.data = self.data[:, :, rows]
+        return part
 
     def advance(self, tokens: int) -> None:
         """Close a forward pass of `tokens` tokens. Raises ValueError where a slot was left out."""
