@@ -1,4 +1,4 @@
-"""Rows of several workflows in one batch: frozen layers run once for all, adaptors on their own rows.
+"""Rows of several workflows in one batch: frozen layers run once, adaptors on their own rows.
 
 `Mixed` is to `IAA` one more adaptor, made of others, each in charge of some rows side by side.
 

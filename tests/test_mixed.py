@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_iaa import IMAGE, batch, model
 
 from mixed import rows_by_name
-from test_iaa import IMAGE, batch, model
 
 
 def test_rows_by_name():
