@@ -2,6 +2,7 @@
 
 - Every figure is a median over `--runs`; the variants take turns within a run, so whatever else the
   machine does hits all of them, and a ratio is the median of the ratios within a run.
+- Inference is as `sample.py` runs it: packed weights (`packing.py`).
 - Share of limit: FLOPs that must be done / time / measured rate of matrix products (prefill,
   training), bytes that must be read / time / measured bandwidth (decode).
 - The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for
@@ -16,54 +17,29 @@
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from bench_peer import Peer, peer_llama
-from iaa import IAA, Adaptor, AdaptorConfig, load_base, spread
+from chat import Tokenizer
+from costs import decode_bytes, flops_of_8b, forward_flops, training_flops
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, spread
+from packing import pack
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-KINDS = ("prefill", "decode", "training")
-PROMPT, NEW = 320, 64  # tokens
+KINDS = ("prefill", "decode", "batch", "length", "answer", "training")
+PROMPT, NEW, LENGTHS = 320, 64, (400, 4000)  # tokens
 ROWS, TEXT, SCORED = 8, 116, 20  # training: rows, tokens a row behind its image, scored ones
-
-
-def layer_weights(config) -> int:
-    """Weights of one decoder layer's matrices, its two norms aside."""
-    attention = config.width * config.head_size * (2 * config.heads + 2 * config.kv_heads)
-    return attention + 3 * config.width * config.ffn
-
-
-def forward_flops(config, layers: int, rows: int, tokens: int, logits: int) -> int:
-    """FLOPs of a forward pass: 2 a weight and token, causal attention, `logits` rows of head."""
-    matrices = 2 * rows * tokens * layers * layer_weights(config)
-    attention = 2 * rows * tokens**2 * layers * config.heads * config.head_size  # causal: half
-    return matrices + attention + 2 * logits * config.width * config.vocab_size
-
-
-def training_flops(config, inserted: int, rows: int, tokens: int, scored: int) -> int:
-    """FLOPs of a step without the vision tower: forward, activations' and weights' gradients."""
-    layers = config.layers + inserted
-    attention = 2 * rows * tokens**2 * layers * config.heads * config.head_size
-    trained = 2 * rows * tokens * inserted * layer_weights(config)
-    trained += 2 * scored * config.width * config.vocab_size
-    forward = forward_flops(config, layers, rows, tokens, scored)
-    return 2 * forward + attention + trained  # attention's backward is twice its forward
-
-
-def decode_bytes(config, layers: int, context: int, itemsize: int) -> int:
-    """Bytes that one new token must read: every layer, the head, the context's keys and values."""
-    weights = layers * (layer_weights(config) + 2 * config.width)
-    weights += (config.vocab_size + 1) * config.width
-    return itemsize * (weights + layers * 2 * config.kv_heads * config.head_size * context)
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -77,36 +53,70 @@ def timed(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Case:
+    """What one row of the table measures."""
+
+    inserted: int = 0  # insertion layers
+    peer: bool = False  # transformers' layers in place of ours
+    form: str = ""  # of the weights: "" packed in the dtype of the run, "fp32", "int8"
+    rows: int = 1
+    context: int = PROMPT  # tokens of the prompt
+    against: str = ""  # the case whose time a token is divided by this one's
+
+
 class Bench:
-    """The frozen weights, and one measurement by kind and variant: a call of it returns seconds."""
+    """The frozen weights, and one measurement by kind and case: a call of it returns seconds."""
 
     def __init__(self, args: argparse.Namespace):
-        dtype, self.device = DTYPES[args.dtype], args.device
-        llama, _ = load_base(args.llm, dtype, self.device)
-        clip, _ = load_base(args.vision, dtype, self.device)
-        self.model = IAA(llama, clip, llama.config.vocab_size - 1)
-        self.config, self.itemsize = llama.config, dtype.itemsize
+        self.args, self.dtype, self.device = args, DTYPES[args.dtype], args.device
+        self.model = self.frozen(self.dtype)  # plain: for training, and for transformers
+        self.config, clip = self.model.llama.config, self.model.clip.config
         self.inserted = min(args.inserted, self.config.layers)
-        self.row = clip.config.patches + TEXT  # tokens of a training row
-        variants = {"ours": 0, f"ours, {self.inserted} inserted": self.inserted}
-        if importlib.util.find_spec("transformers"):
-            variants |= {name.replace("ours", "transformers"): n for name, n in variants.items()}
-        self.variants = variants  # name -> insertion layers
-        generator = torch.Generator().manual_seed(0)
-        words = self.config.vocab_size - 1
-        self.prompt = torch.randint(0, words, (PROMPT,), generator=generator).tolist()
-        tokens = torch.randint(0, words, (ROWS, self.row), generator=generator)
+        self.row = clip.patches + TEXT  # tokens of a training row
+        self.packed: dict[str, IAA] = {}  # form -> model with the adaptor "mm"
+        self.generator = torch.Generator().manual_seed(0)
+        tokens = self.random_tokens(ROWS, self.row)
         targets = torch.full_like(tokens, -100)
         targets[:, -SCORED:] = tokens.roll(-1, 1)[:, -SCORED:]
-        tokens[:, 1 : 1 + clip.config.patches] = self.model.image_token
-        side = clip.config.image_px
-        images = torch.randn(ROWS, 3, side, side, generator=generator)
+        tokens[:, 1 : 1 + clip.patches] = self.model.image_token
+        side = clip.image_px
+        images = torch.randn(ROWS, 3, side, side, generator=self.generator)
         self.batch = [t.to(self.device) for t in (tokens, targets, images)]
 
-    def names(self, kind: str) -> list[str]:
-        """Variants of a kind: transformers has no insertion layers, but `Peer` trains them."""
-        return [name for name, inserted in self.variants.items()
-                if kind == "training" or name.startswith("ours") or not inserted]
+    def frozen(self, dtype: torch.dtype) -> IAA:
+        """LLM and tower from their files."""
+        llama, _ = load_base(self.args.llm, dtype, self.device)
+        clip, _ = load_base(self.args.vision, dtype, self.device)
+        return IAA(llama, clip, llama.config.vocab_size - 1)
+
+    def random_tokens(self, rows: int, length: int) -> Tensor:
+        """(rows, length), without the placeholder."""
+        words = self.config.vocab_size - 1
+        return torch.randint(0, words, (rows, length), generator=self.generator)
+
+    def cases(self, kind: str) -> dict[str, Case]:
+        """The rows of a kind by name."""
+        n = self.inserted
+        theirs = "transformers" if importlib.util.find_spec("transformers") else ""
+        ours = {"ours": Case(against=theirs), f"ours, {n} inserted": Case(n)}
+        peers = {"transformers": Case(peer=True)} if theirs else {}
+        if kind == "decode":
+            ours |= {"ours, fp32": Case(form="fp32"),
+                     "ours, int8": Case(form="int8", against="ours, fp32")}
+        elif kind == "batch":
+            return {"1 row": Case(), "16 rows": Case(rows=16, against="1 row")}
+        elif kind == "length":
+            room = self.config.context - NEW - 1
+            short, long = (min(length, room) for length in LENGTHS)
+            return {f"{short} tokens": Case(context=short),
+                    f"{long} tokens": Case(context=long, against=f"{short} tokens")}
+        elif kind == "answer":
+            return {"ours": Case(), f"ours, {n} inserted": Case(n, against="ours")}
+        elif kind == "training" and theirs:
+            ours[f"ours, {n} inserted"] = Case(n, against=f"transformers, {n} inserted")
+            peers[f"transformers, {n} inserted"] = Case(n, peer=True)
+        return ours | peers
 
     def adaptor(self, inserted: int) -> Adaptor:
         """A fresh adaptor (fp32, trainable) with its own embedding and head."""
@@ -116,33 +126,60 @@ class Bench:
         adaptor.copy_frozen(self.model.llama)
         return adaptor
 
-    def build(self, kind: str, name: str) -> Callable[[], float]:
-        """The measurement of one variant."""
-        peer = peer_llama(self.model.llama) if name.startswith("transformers") else None
-        if kind == "training":
-            return self.build_training(self.variants[name], peer)
-        workflow = "mm" if self.variants[name] else "text"
-        if workflow == "mm":
-            self.model.adaptors["mm"] = self.adaptor(self.variants[name]).to(self.model.llama.dtype)
-        build = self.build_prefill if kind == "prefill" else self.build_decode
-        return build(workflow, peer)
+    def fast(self, form: str) -> IAA:
+        """The model as `sample.py` runs it, in a form of `Case`."""
+        if form not in self.packed:
+            dtype = torch.float32 if form == "fp32" else self.dtype
+            model = self.frozen(dtype)
+            model.adaptors["mm"] = self.adaptor(self.inserted).requires_grad_(False).to(dtype)
+            pack(model, form == "int8")
+            self.packed[form] = model.eval()
+        return self.packed[form]
 
-    def build_prefill(self, workflow: str, peer: nn.Module | None) -> Callable[[], float]:
+    def build(self, kind: str, name: str) -> Callable[[], float]:
+        """The measurement of one case."""
+        case = self.cases(kind)[name]
+        peer = peer_llama(self.model.llama) if case.peer else None
+        if kind == "training":
+            return self.build_training(case.inserted, peer)
+        model = None if peer else self.fast(case.form)
+        workflow = "mm" if case.inserted else "text"
+        prompts = self.random_tokens(case.rows, case.context)
+        if kind == "prefill":
+            return self.build_prefill(model, workflow, prompts.to(self.device), peer)
+        if kind == "answer":
+            return self.build_answer(model, workflow, prompts.tolist())
+        return self.build_decode(model, workflow, prompts, peer)
+
+    def build_prefill(self, model, workflow: str, prompts: Tensor, peer) -> Callable[[], float]:
         """The prompt into a cache, and the logits of its last token."""
-        tokens = torch.tensor([self.prompt], device=self.device)
 
         @torch.inference_mode()
         def work():
             if peer is not None:
-                return peer(tokens, use_cache=True, logits_to_keep=1)
-            x = self.model(tokens, workflow, cache=self.model.new_cache(1, PROMPT, workflow))
-            return self.model.logits(x[:, -1], workflow)
+                return peer(prompts, use_cache=True, logits_to_keep=1)
+            cache = model.new_cache(1, prompts.shape[1], workflow)
+            return model.prefill(prompts.tolist(), None, workflow, cache)
 
         return lambda: timed(work, self.device)
 
-    def build_decode(self, workflow: str, peer: nn.Module | None) -> Callable[[], float]:
+    def build_answer(self, model: IAA, workflow: str, prompts: list) -> Callable[[], float]:
+        """A picture through the tower and an answer of two tokens, the end's included."""
+        image = self.batch[2][:1]
+        patches = model.clip.config.patches
+        prompts[0][1 : 1 + patches] = [model.image_token] * patches
+
+        @torch.inference_mode()
+        def work():
+            features = model.clip(image)
+            given = features if workflow == "mm" else None
+            model.generate(prompts, given, workflow, max_tokens=2)
+
+        return lambda: timed(work, self.device)
+
+    def build_decode(self, model, workflow: str, prompts: Tensor, peer) -> Callable[[], float]:
         """`generate`, from its first new token to its last: NEW steps."""
-        tokens = torch.tensor([self.prompt], device=self.device)
+        rows, tokens = len(prompts), prompts.to(self.device)
 
         def measure() -> float:
             times = []
@@ -151,13 +188,12 @@ class Bench:
                 times.append(time.perf_counter())
 
             if peer is None:
-                self.model.generate([self.prompt], workflow=workflow, max_tokens=NEW + 1,
-                                    on_token=note)
+                model.generate(prompts.tolist(), None, workflow, NEW + 1, on_token=note)
             else:
                 streamer = SimpleNamespace(put=note, end=lambda: None)  # notes the prompt too
                 peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
                               max_new_tokens=NEW + 1, streamer=streamer)
-            return times[-1] - times[-NEW - 1]
+            return times[-1] - times[-NEW * rows - 1]
 
         return measure
 
@@ -181,35 +217,51 @@ class Bench:
 
         return lambda: timed(work, self.device)
 
-    def tokens(self, kind: str) -> int:
+    def tokens(self, kind: str, name: str) -> int:
         """Tokens that one measurement handles."""
-        return {"prefill": PROMPT, "decode": NEW, "training": ROWS * self.row}[kind]
+        case = self.cases(kind)[name]
+        return {"prefill": case.context, "answer": 2, "training": ROWS * self.row}.get(
+            kind, NEW * case.rows)
 
     def least_seconds(self, kind: str, name: str, limits: dict[str, float]) -> float:
-        """The time that the machine's limit alone would take."""
-        c, n = self.config, self.variants[name]
-        if kind == "decode":
-            need = decode_bytes(c, c.layers + n, PROMPT + NEW // 2, self.itemsize)
+        """The time that the machine's limit alone would take (answer: its LLM's prefill alone)."""
+        c, case = self.config, self.cases(kind)[name]
+        layers = c.layers + case.inserted
+        if kind in ("decode", "batch", "length"):
+            size = {"": self.dtype.itemsize, "fp32": 4, "int8": 1}[case.form]
+            cache = max(size, self.dtype.itemsize)
+            need = decode_bytes(c, layers, case.context + NEW // 2, size, case.rows, cache)
             return NEW * need / (limits["memory, GB/s"] * 1e9)
-        if kind == "prefill":
-            flops = forward_flops(c, c.layers + n, 1, PROMPT, 1)
+        if kind == "training":
+            flops = training_flops(c, case.inserted, ROWS, self.row, ROWS * SCORED)
         else:
-            flops = training_flops(c, n, ROWS, self.row, ROWS * SCORED)
+            flops = forward_flops(c, layers, 1, case.context, 1)
         return flops / (limits["matrix product, TFLOP/s"] * 1e12)
 
 
 def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """One look at the machine: matrix products in the dtype and in fp32, reading a large tensor."""
+    """The machine: matrix products in the dtype and in fp32, reading memory; the best of 5."""
     out, side = {}, 2048
     for name, kind in (("", dtype), (" fp32", torch.float32)):
         a = torch.randn(side, side, device=device).to(kind)
-        timed(lambda a=a: a @ a, device)
-        rate = 2 * side**3 / timed(lambda a=a: a @ a, device)
-        out[f"matrix product{name}, TFLOP/s"] = rate / 1e12
-    big = torch.zeros(2**26, device=device)  # 256 MB
-    timed(big.sum, device)
-    out["memory, GB/s"] = big.numel() * 4 / timed(big.sum, device) / 1e9
+        best = min(timed(lambda a=a: a @ a, device) for _ in range(5))
+        out[f"matrix product{name}, TFLOP/s"] = 2 * side**3 / best / 1e12
+    big = torch.ones(2**26, device=device)  # 256 MB, written: pages of zeros may share one page
+    best = min(timed(big.sum, device) for _ in range(5))
+    out["memory, GB/s"] = big.numel() * 4 / best / 1e9
     return out
+
+
+@torch.inference_mode()
+def perplexity(model: IAA, ids: list[int], length: int = 512) -> float:
+    """Of the text workflow on `ids`, in pieces of `length` tokens that are read afresh."""
+    device, total, count = model.llama.embedding.weight.device, 0.0, 0
+    for start in range(0, len(ids) - 1, length):
+        piece = torch.tensor([ids[start : start + length + 1]], device=device)
+        logits = model.logits(model(piece[:, :-1]))[0].float()
+        total += F.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+        count += len(logits)
+    return math.exp(total / count)
 
 
 def peak_memory(work: Callable[[], float], device: str) -> int:
@@ -239,7 +291,7 @@ def memory_elsewhere(args: argparse.Namespace, kind: str, name: str) -> int:
 
 def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
     """Seconds by variant, a value a run; they take turns, after one call each to warm up."""
-    works = {name: bench.build(kind, name) for name in bench.names(kind)}
+    works = {name: bench.build(kind, name) for name in bench.cases(kind)}
     seconds = {name: [] for name in works}
     for run in range(runs + 1):
         for name, work in works.items():
@@ -250,15 +302,17 @@ def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
 
 
 def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: dict) -> list[dict]:
-    """The table's rows of one kind: tokens/s, share of the limit, and the peer's time over ours."""
-    out = []
+    """The table's rows of one kind: rate, share of the limit, speed relative to another case."""
+    out, cases = [], bench.cases(kind)
     for name, times in seconds.items():
-        row = {"what": kind, "model": name, "tokens_per_s": bench.tokens(kind) / median(times),
+        against, rate = cases[name].against, bench.tokens(kind, name) / median(times)
+        row = {"what": kind, "model": name, "tokens_per_s": rate, "against": against,
                "share_of_limit": bench.least_seconds(kind, name, limits) / median(times)}
-        ours = name.startswith("ours")
-        peer = seconds.get(name.replace("ours", "transformers")) if ours else None
-        ratio = None if peer is None else median(b / a for a, b in zip(times, peer, strict=True))
-        out.append({**row, "ours_to_theirs": ratio})
+        if against:
+            pairs = zip(times, seconds[against], strict=True)
+            more = bench.tokens(kind, name) / bench.tokens(kind, against)
+            row["times_as_fast"] = more * median(theirs / ours for ours, theirs in pairs)
+        out.append(row)
     return out
 
 
@@ -266,14 +320,16 @@ def show(result: dict) -> str:
     """The result as a Markdown table under the machine's limits."""
     limits = ", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items())
     lines = [limits, "",
-             "| what | model | tokens/s | share of limit | ours / theirs | peak memory, MB |",
+             "| what | case | tokens/s | share of limit | times as fast as | peak memory, MB |",
              "|---|---|--:|--:|--:|--:|"]
     for row in result["rows"]:
-        ratio = "" if row["ours_to_theirs"] is None else f"{row['ours_to_theirs']:.2f}"
+        ratio = f"{row['times_as_fast']:.2f} {row['against']}" if row["against"] else ""
         memory = f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else ""
         lines.append(f"| {row['what']} | {row['model']} | {row['tokens_per_s']:,.1f} | "
                      f"{row['share_of_limit']:.0%} | {ratio} | {memory} |")
-    return "\n".join(lines)
+    for name, value in result["perplexity"].items():
+        lines.append(f"perplexity, {name}: {value:.3f}")
+    return "\n".join([*lines, flops_of_8b()])
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -290,6 +346,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [%(default)s]")
     add("--only", choices=KINDS, action="append", help="leave the others out (may be repeated)")
     add("--no-memory", action="store_true", help="leave peak memory out: a process a row")
+    add("--text", type=Path, help="a text: its perplexity too, packed and int8")
     add("--json", type=Path, help="write the result here too")
     add("--memory-of", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -313,8 +370,14 @@ def main(argv: list[str] | None = None) -> dict:
     for row in rows if not args.no_memory else ():
         row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
     settings = ("llm", "vision", "dtype", "device", "threads", "runs")
+    scores = {}
+    if args.text:
+        ids = Tokenizer.load(args.llm).encode(args.text.read_text())
+        scores = {name: perplexity(bench.fast(form), ids)
+                  for name, form in ((args.dtype, ""), ("int8", "int8"))}
     about = {name: str(getattr(args, name)) for name in settings}
-    result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows}
+    result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows,
+              "perplexity": scores}
     print(show(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -45,6 +45,9 @@ class ClipConfig:
     def __post_init__(self):
         for name in ("mean", "std"):  # lists, as read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("width", "layers", "heads", "ffn", "patch", "image_px"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
         if self.image_px % self.patch:
             raise ValueError(f"image_px = {self.image_px} is not a multiple of "
                              f"patch = {self.patch}")
@@ -113,8 +116,8 @@ class Clip(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.patches = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
-        self.class_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1 + config.patches, width) * 0.02)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(1 + config.patches, width))
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
 

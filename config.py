@@ -10,11 +10,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from iaa import TEXT
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from iaa import DTYPES, TEXT
 
 
 @dataclass(frozen=True)

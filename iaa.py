@@ -20,8 +20,9 @@ Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -42,9 +43,12 @@ from llama import (
     RMSNorm,
     Rope,
     attention_mask,
+    new_embedding,
 )
+from mixed import Mixed, rows_by_name
 
 TEXT = "text"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that users type
 OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # as released: i mod 5 < 2
 
 
@@ -107,13 +111,14 @@ class Adaptor(nn.Module):
         self.config = config
         vocab, width = llama.vocab_size, llama.width
         self.projector = Projector(vision_width, width)
-        self.embedding = nn.Embedding(vocab, width) if config.own_embedding else None
+        self.embedding = new_embedding(vocab, width) if config.own_embedding else None
         self.layers = nn.ModuleList(DecoderLayer(llama) for _ in config.insertion)
         gates = len(config.insertion) if config.structure in "ab" else 0
         self.gates = nn.ModuleList(Linear(width, width) for _ in range(gates))
         self.norm = RMSNorm(width, llama.norm_eps) if config.own_head else None
         self.head = Linear(width, vocab) if config.own_head else None
         self.llm = Llama(llama) if config.own_llm else None
+        self.places = config.insertion
 
     @torch.no_grad()
     def copy_frozen(self, llama: Llama) -> None:
@@ -130,9 +135,18 @@ class Adaptor(nn.Module):
         if self.llm is not None:
             self.llm.load_state_dict(llama.state_dict())
 
-    def after_layer(self, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> AfterLayer:
-        """The hook that `Llama.forward` calls: insertion layers at their places (Eqs. 1, 2)."""
-        number = {index: n for n, index in enumerate(self.config.insertion)}
+    def place(self, x: Tensor, slots: Tensor, features: Tensor) -> Tensor:
+        """x (B, T, D) with the projected features (N, P, D_vision) in its `slots` (B, T) bool."""
+        return x.masked_scatter(slots[..., None], self.projector(features))
+
+    def after_layer(
+        self, rope: Rope, mask: Tensor | None, cache: KVCache | None, last_only: bool = False
+    ) -> AfterLayer:
+        """The hook that `Llama.forward` calls: insertion layers at their places (Eqs. 1, 2).
+
+        last_only: the last one returns its last token alone, as `DecoderLayer`.
+        """
+        number = {index: n for n, index in enumerate(self.places)}
         structure, side = self.config.structure, None
 
         def hook(i: int, x_in: Tensor, x_out: Tensor) -> Tensor:
@@ -140,13 +154,12 @@ class Adaptor(nn.Module):
             if i not in number:
                 return x_out
             n = number[i]
-            layer = self.layers[n]
+            layer, last = self.layers[n], last_only and n + 1 == len(self.layers)
             if structure == "c":
-                return layer(x_out, rope, mask, cache)  # Eq. 2
-            if structure == "b":
-                return x_out + self.gates[n](layer(x_out, rope, mask, cache))
-            side = layer(x_in if side is None else side, rope, mask, cache)  # Eq. 1: own stream
-            return x_out + self.gates[n](side)
+                return layer(x_out, rope, mask, cache, last)  # Eq. 2
+            x = x_out if structure == "b" else x_in if side is None else side
+            side = layer(x, rope, mask, cache, last)  # a: its own stream (Eq. 1)
+            return (x_out[:, -1:] if last else x_out) + self.gates[n](side)
 
         return hook
 
@@ -161,10 +174,16 @@ class IAA(nn.Module):
         self.image_token = image_token  # the placeholder's id
         self.adaptors = nn.ModuleDict()
 
-    def adaptor(self, workflow: str) -> Adaptor | None:
-        """The named adaptor; None for "text". Raises ValueError that lists the known names."""
+    def adaptor(self, workflow: str | Sequence[str]) -> Adaptor | Mixed | None:
+        """The named adaptor; None for "text". Raises ValueError that lists the known names.
+
+        A sequence names one workflow for each row of a batch, rows of one workflow side by side.
+        """
         if workflow == TEXT:
             return None
+        if not isinstance(workflow, str):
+            parts = [(self.adaptor(name), rows) for name, rows in rows_by_name(workflow)]
+            return Mixed(parts, self.llama)
         if workflow not in self.adaptors:
             known = ", ".join([TEXT, *self.adaptors])
             raise ValueError(f"no adaptor named {workflow!r}; there are: {known}")
@@ -173,12 +192,14 @@ class IAA(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, T) int64, each image as P placeholders
-        workflow: str = TEXT,
-        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders
+        workflow: str | Sequence[str] = TEXT,  # of the batch, or of each row
+        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders; or (N, P,
+        # D_vision), what `self.clip` made of them: the tower then does not run
         positions: Tensor | None = None,  # (B, T), default 0 .. T - 1 after the cache
         mask: Tensor | None = None,  # from `attention_mask`, default causal
         cache: KVCache | None = None,
-    ) -> Tensor:  # (B, T, D) hidden states for `logits`
+        last_only: bool = False,  # whoever wants the next token alone: less for the last layer
+    ) -> Tensor:  # (B, T, D), last_only: (B, 1, D) hidden states for `logits`
         """The workflow's hidden states (Fig. 2). Raises ValueError for images that do not fit."""
         adaptor = self.adaptor(workflow)
         llama = self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
@@ -194,8 +215,11 @@ class IAA(nn.Module):
             end = past + tokens.shape[1]
             positions = torch.arange(past, end, device=tokens.device)[None]  # (1, T)
         rope = llama.rope(positions, x.dtype)
-        hook = None if adaptor is None else adaptor.after_layer(rope, mask, cache)
-        return llama(x, rope, mask, cache, hook)
+        if adaptor is None:
+            return llama(x, rope, mask, cache, None, last_only)
+        inserted_last = len(llama.layers) - 1 in adaptor.places  # then it ends the pass
+        hook = adaptor.after_layer(rope, mask, cache, last_only and inserted_last)
+        return llama(x, rope, mask, cache, hook, last_only and not inserted_last)
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
         """x (B, T, D) with the projected features of `images` where their placeholders stand."""
@@ -204,12 +228,12 @@ class IAA(nn.Module):
         if slots.sum() != wanted:
             raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
                              f"of {self.clip.config.patches} tokens ({wanted})")
-        with torch.no_grad():
-            features = self.clip(images)  # (N, P, D_vision)
-        features = adaptor.projector(features.to(x.dtype))  # (N, P, D)
-        return x.masked_scatter(slots[..., None], features)
+        if images.ndim == 4:
+            with torch.no_grad():
+                images = self.clip(images)  # (N, P, D_vision)
+        return adaptor.place(x, slots, images.to(x.dtype))
 
-    def logits(self, x: Tensor, workflow: str = TEXT) -> Tensor:
+    def logits(self, x: Tensor, workflow: str | Sequence[str] = TEXT) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) by the workflow's norm and head."""
         adaptor = self.adaptor(workflow)
         if adaptor is None or (adaptor.head is None and adaptor.llm is None):
@@ -232,19 +256,66 @@ class IAA(nn.Module):
         logits = self.logits(x[scored], workflow)  # (scored, V)
         return F.cross_entropy(logits.float(), targets[scored], reduction="sum")
 
-    def new_cache(self, batch: int, length: int, workflow: str = TEXT) -> KVCache:
-        """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
+    def places(self, workflow: str | Sequence[str]) -> Sequence[int]:
+        """The frozen layers that the workflow's insertion layers follow, ascending."""
         adaptor = self.adaptor(workflow)
-        slots = self.llama.config.layers + (0 if adaptor is None else len(adaptor.layers))
+        return () if adaptor is None else adaptor.places
+
+    def new_cache(
+        self, batch: int, length: int, workflow: str | Sequence[str] = TEXT
+    ) -> KVCache:
+        """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
+        slots = self.llama.config.layers + len(self.places(workflow))
         device = self.llama.embedding.weight.device
         return KVCache(self.llama.config, slots, batch, length, self.llama.dtype, device)
+
+    def prefill(
+        self,
+        prompts: list[list[int]],
+        images: Tensor | None,
+        workflow: str | Sequence[str],
+        cache: KVCache,
+    ) -> Tensor:
+        """Fill an empty cache up to the longest prompt; the logits after each prompt (B, V).
+
+        Prompts of one workflow and length run together: nothing is computed for padding, the
+        columns before a shorter prompt, which hold zeros and are hidden by `attention_mask`.
+        """
+        counts = [prompt.count(self.image_token) // self.clip.config.patches for prompt in prompts]
+        if images is not None and sum(counts) != len(images):
+            raise ValueError(f"image placeholders for {sum(counts)} images, given {len(images)}")
+        ends, device = list(accumulate(counts)), self.llama.embedding.weight.device
+        names = [workflow] * len(prompts) if isinstance(workflow, str) else workflow
+        kinds = list(zip(names, map(len, prompts), strict=True))
+        longest, logits = max(map(len, prompts)), [None] * len(prompts)
+        for name, length in sorted(set(kinds)):
+            rows = [row for row, kind in enumerate(kinds) if kind == (name, length)]
+            alone = len(rows) == len(prompts)
+            part = cache if alone else self.new_cache(len(rows), length, name)
+            own = [n for row in rows for n in range(ends[row] - counts[row], ends[row])]
+            given = images[own] if images is not None and own else None
+            tokens = torch.tensor([prompts[row] for row in rows], device=device)  # (rows, length)
+            x = self(tokens, name, given, cache=part, last_only=True)  # (rows, 1, D)
+            for row, values in zip(rows, self.logits(x[:, 0], name).float(), strict=True):
+                logits[row] = values
+            if not alone:
+                order = [(i, kind) for kind, layers in (("frozen", range(self.llama.config.layers)),
+                                                        ("inserted", self.places(workflow)))
+                         for i in layers]
+                taken = [slot for slot, (i, kind) in enumerate(sorted(order))
+                         if kind == "frozen" or i in self.places(name)]
+                for slot, data in zip(taken, part.data, strict=True):
+                    cache.data[slot][:, rows, :, : longest - length] = 0
+                    cache.data[slot][:, rows, :, longest - length : longest] = data
+        cache.length = longest
+        return torch.stack(logits)
 
     @torch.inference_mode()
     def generate(
         self,
         prompts: list[list[int]],  # token ids, each image as P placeholders; lengths may differ
-        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders
-        workflow: str = TEXT,
+        images: Tensor | None = None,  # as `forward` takes them
+        workflow: str | Sequence[str] = TEXT,  # of the batch, or of each row
         max_tokens: int = 128,  # new ones, at most
         stop: tuple[int, ...] = (),  # ids that end an answer; not returned
         temperature: float = 0.0,  # 0 = greedy
@@ -253,27 +324,21 @@ class IAA(nn.Module):
         on_token: Callable[[int, int], None] | None = None,  # called with each (row, token) in turn
     ) -> list[list[int]]:
         """The new tokens of each prompt. Raises ValueError where they would exceed the context."""
+        if not prompts or not all(prompts):
+            raise ValueError("no prompt given, or one without tokens")
         longest, device = max(map(len, prompts)), self.llama.embedding.weight.device
         context = self.llama.config.context
         if longest + max_tokens > context:
             raise ValueError(f"prompt of {longest} tokens + {max_tokens} new ones exceed "
                              f"the context of {context}")
-        padding = [longest - len(prompt) for prompt in prompts]  # on the left
-        padded = [[0] * pads + prompt for pads, prompt in zip(padding, prompts, strict=True)]
-        tokens = torch.tensor(padded, device=device)  # (B, T)
-        starts = torch.tensor(padding, device=device)  # (B,)
-        ragged = starts if any(padding) else None  # prompts of one length need no mask
+        starts = torch.tensor([longest - len(p) for p in prompts], device=device)  # (B,)
+        ragged = starts if starts.any() else None  # prompts of one length need no mask
         cache = self.new_cache(len(prompts), longest + max_tokens, workflow)
         rows = range(len(prompts))
         generators = [torch.Generator(device).manual_seed(seed + row) for row in rows]
         answers, open_rows = [[] for _ in rows], set(rows)
-        for _ in range(max_tokens):
-            columns = torch.arange(cache.length, cache.length + tokens.shape[1], device=device)
-            positions = (columns - starts[:, None]).clamp(min=0)  # (B, T)
-            mask = attention_mask(tokens.shape[1], cache.length, ragged, device=device)
-            x = self(tokens, workflow, images, positions, mask, cache)  # (B, T, D)
-            images = None  # they stand in the cache now
-            logits = self.logits(x[:, -1], workflow).float()  # (B, V)
+        logits = self.prefill(prompts, images, workflow, cache)  # (B, V)
+        for left in reversed(range(max_tokens)):
             chosen = choose(logits, temperature, top_p, generators).tolist()
             for row in sorted(open_rows):
                 if chosen[row] in stop:
@@ -282,9 +347,13 @@ class IAA(nn.Module):
                 answers[row].append(chosen[row])
                 if on_token is not None:
                     on_token(row, chosen[row])
-            if not open_rows:
+            if not open_rows or not left:
                 break
             tokens = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
+            positions = (cache.length - starts)[:, None]  # (B, 1)
+            mask = attention_mask(1, cache.length, ragged, device=device)
+            x = self(tokens, workflow, None, positions, mask, cache)  # (B, 1, D)
+            logits = self.logits(x[:, 0], workflow).float()  # (B, V)
         return answers
 
 

@@ -10,6 +10,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -20,13 +21,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from chat import Tokenizer, render
 from clip import open_image, preprocess
 from data import GROUNDING_PROMPT, Box, text_to_boxes
-from iaa import IAA, TEXT, load_iaa
+from iaa import DTYPES, IAA, TEXT, load_iaa
+from packing import pack
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
 DRAWN_PX = 448  # a picture whose longer side is less is enlarged before boxes are drawn on it
 HELP = """/image PATH      look at another picture; what was said about the one before is forgotten
@@ -81,14 +83,18 @@ class Chat:
     chosen: str | None = None  # workflow; None: "mm" with a picture, "text" without
     image: Image.Image | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
+    seen: dict[bytes, Tensor] = field(default_factory=dict)  # digest of a picture -> its features
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype | None = None, **sampling) -> "Chat":
-        """Open what train.py left in `folder`, on the GPU where there is one."""
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype | None = None, int8: bool = False, **sampling
+    ) -> "Chat":
+        """Open what train.py left in `folder`, on the GPU where there is one, packed for speed."""
         if not Path(folder, "iaa.json").is_file():
             raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
                                     "python train.py --config configs/demo.toml, or see README")
         model, info = load_iaa(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        pack(model, int8)
         return cls(model, Tokenizer.load(info["llm"]), info["prompts"], **sampling)
 
     @property
@@ -96,24 +102,33 @@ class Chat:
         """The workflow of the next answer."""
         return self.chosen or (TEXT if self.image is None else "mm")
 
+    @torch.inference_mode()
+    def features(self, image: Image.Image) -> Tensor:
+        """What the vision tower makes of a picture, once for equal pixels: (1, P, D_vision)."""
+        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if key not in self.seen:
+            device = self.model.llama.embedding.weight.device
+            images = preprocess(image, self.model.clip.config)[None].to(device)  # (1, 3, S, S)
+            self.seen[key] = self.model.clip(images)
+        return self.seen[key]
+
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
         """Answer `text`, piece by piece to `on_text`; both join the history, even cut by Ctrl-C.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
-        workflow, clip, began = self.workflow, self.model.clip.config, time.perf_counter()
+        workflow, began = self.workflow, time.perf_counter()
         frozen = self.model.adaptor(workflow) is None
         form = {"template": None, "system": None} if frozen else self.prompts[workflow]
         image = None if frozen else self.image
         turns = [*self.turns, ("user", text)]
-        patches = clip.patches if image else 0
+        patches = self.model.clip.config.patches if image else 0
         ids, _ = render(self.tokenizer, turns, form["template"], form["system"], patches)
         room = self.model.llama.config.context - len(ids)
         if room < 1:
             raise ValueError(f"the prompt, with history and picture, takes {len(ids)} tokens: "
                              f"the context of {room + len(ids)} leaves no room for an answer")
-        device = self.model.llama.embedding.weight.device
-        images = preprocess(image, clip)[None].to(device) if image else None
+        images = self.features(image) if image else None
         stream = Stream(self.tokenizer, on_text)
         try:
             self.model.generate([ids], images, workflow, min(room, self.max_tokens),
@@ -223,6 +238,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--boxes", type=Path, metavar="OUT.png", help="the picture with the boxes of the answer")
     add("--json", action="store_true", help="one JSON object in place of the text; boxes in pixels")
     add("--dtype", choices=DTYPES, help="compute in this [as the weights are stored]")
+    add("--quantize", choices=["int8"], help="weights of LLM and adaptors in half the memory")
     args = parser.parse_args(argv)
     asked, drawn = args.prompt is not None, args.boxes is not None
     for wrong, rule in (
@@ -232,6 +248,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         (drawn and args.boxes.suffix not in (".png", ".jpg"),
          f"--boxes {args.boxes}: write .png or .jpg"),
         (drawn and not args.boxes.parent.is_dir(), f"--boxes {args.boxes}: no such folder"),
+        (args.quantize and args.dtype == "fp32", "--quantize int8 computes in bf16: not fp32"),
         (args.max_tokens < 1, f"--max-tokens {args.max_tokens}: must be 1 or more"),
         (not 0 <= args.temperature < 1e6, f"--temperature {args.temperature}: must be 0 or more"),
         (not 0 < args.top_p <= 1, f"--top-p {args.top_p}: must be above 0, and 1 at most"),
@@ -247,8 +264,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = arguments(argv)
         image = None if args.image is None else open_image(args.image)
-        chat = Chat.load(args.model, DTYPES.get(args.dtype), max_tokens=args.max_tokens,
-                         temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+        dtype = "bf16" if args.quantize else args.dtype
+        chat = Chat.load(args.model, DTYPES.get(dtype), args.quantize == "int8",
+                         max_tokens=args.max_tokens, temperature=args.temperature,
+                         top_p=args.top_p, seed=args.seed)
         chat.image, chat.chosen = image, args.workflow
         chat.model.adaptor(chat.workflow)  # says so now where there is none of that name
         if args.prompt is None:

@@ -36,10 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from chat import Tokenizer
 from clip import preprocess
-from config import DTYPES, Config, StageConfig, read_config
+from config import Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from files import lock, new_folder, read_json, replace_text, write_json
-from iaa import IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
 from llama import DecoderLayer
 
 MAX_BAD_STEPS = 10  # in a row, then the run stops

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import bench
+import costs
 from bench_peer import Peer, peer_llama, unfused
 from clip import Clip, ClipConfig
 from llama import Llama, LlamaConfig
@@ -21,16 +22,18 @@ TINY = LlamaConfig(11, 6, 2, 3, 1, 2, 5, 512)  # D 6, 2 layers, H 3, K 1, E 2, F
 
 def test_counts_of_a_tiny_model():
     """By hand: a layer's matrices hold 6 x 10 + 6 x 6 + 3 x 6 x 5 = 186 weights."""
-    assert bench.layer_weights(TINY) == 6 * (3 + 1 + 1) * 2 + 6 * 6 + 3 * 6 * 5 == 186
+    assert costs.layer_weights(TINY) == 6 * (3 + 1 + 1) * 2 + 6 * 6 + 3 * 6 * 5 == 186
     layer = Llama(TINY).layers[0]
     assert sum(p.numel() for p in layer.parameters()) == 186 + 2 * 6
     matrices, attention, head = 2 * 7 * 2 * 186, 7 * 7 * 2 * 6 * 2, 2 * 6 * 11
-    assert bench.forward_flops(TINY, 2, 1, 7, 1) == matrices + attention + head == 6516
+    assert costs.forward_flops(TINY, 2, 1, 7, 1) == matrices + attention + head == 6516
     trained = 2 * 7 * 1 * 186 + 3 * head  # gradients: an insertion layer's, 3 rows of the head
     forward = 2 * 7 * 3 * 186 + 7 * 7 * 3 * 6 * 2 + 3 * head
-    assert bench.training_flops(TINY, 1, 1, 7, 3) == 2 * forward + 7 * 7 * 3 * 6 * 2 + trained
+    assert costs.training_flops(TINY, 1, 1, 7, 3) == 2 * forward + 7 * 7 * 3 * 6 * 2 + trained
     weights = 2 * (186 + 12) + 6 + 6 * 11  # layers with their norms, the last norm, the head
-    assert bench.decode_bytes(TINY, 2, 20, 2) == 2 * (weights + 2 * 2 * 1 * 2 * 20) == 1256
+    cache = 2 * 2 * 1 * 2 * 20
+    assert costs.decode_bytes(TINY, 2, 20, 2) == 2 * (weights + cache) == 1256
+    assert costs.decode_bytes(TINY, 2, 20, 1, 16, 2) == weights + 2 * 16 * cache  # int8, 16 rows
 
 
 def test_unfused_weights_are_the_fused_ones():
@@ -66,8 +69,15 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
     bench.main([*bases(tmp_path), "--runs", "1", "--inserted", "2", "--dtype", "fp32",
                 "--no-memory", "--threads", "1", "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
+    ours = ["ours", "ours, 2 inserted"]
     assert [(row["what"], row["model"]) for row in rows] == [
-        (kind, model) for kind in bench.KINDS for model in ("ours", "ours, 2 inserted")]
+        ("prefill", ours[0]), ("prefill", ours[1]), ("decode", ours[0]), ("decode", ours[1]),
+        ("decode", "ours, fp32"), ("decode", "ours, int8"),
+        ("batch", "1 row"), ("batch", "16 rows"),
+        ("length", "400 tokens"), ("length", "447 tokens"),  # of a context of 512, 64 are new
+        ("answer", ours[0]), ("answer", ours[1]), ("training", ours[0]), ("training", ours[1])]
+    ratios = {row["model"]: row["times_as_fast"] for row in rows if row["against"]}
+    assert ratios.keys() == {"ours, int8", "16 rows", "447 tokens", ours[1]}
     assert all(row["tokens_per_s"] > 0 and row["share_of_limit"] > 0 for row in rows)
     assert "| decode | ours, 2 inserted |" in capsys.readouterr().out
 
@@ -78,7 +88,7 @@ def test_peer_computes_the_same(tmp_path):
     options = ["--dtype", "fp32", "--inserted", "2", "--device", "cpu"]
     run = bench.Bench(bench.arguments([*bases(tmp_path), *options]))
     peer = peer_llama(run.model.llama)
-    tokens = torch.tensor([run.prompt])
+    tokens = run.random_tokens(1, 40)
     with torch.no_grad():
         ours = run.model.logits(run.model(tokens))
         torch.testing.assert_close(peer(tokens).logits, ours, atol=1e-4, rtol=0)
@@ -98,3 +108,15 @@ def test_peak_memory_sees_what_is_allocated():
         return int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
 
     assert 40e6 < peak("torch.ones(2**24).sum()") - peak("None") < 150e6
+
+
+def test_perplexity_of_a_uniform_model(tmp_path):
+    """A head of zeros finds each of 61 words as likely as the others."""
+    run = bench.Bench(bench.arguments([*bases(tmp_path), "--dtype", "fp32", "--inserted", "0"]))
+    run.model.llama.norm.weight.data.zero_()
+    assert bench.perplexity(run.model, list(range(50)) * 3, 64) == pytest.approx(61)
+
+
+def test_flops_of_8b_literal():
+    """2 x 6.98e9 weights x 640 tokens, attention and head: 9.0 TFLOP; 8 layers more: 1.250."""
+    assert "9.0, IAA-8 11.3 (1.250 times), IAA-14" in costs.flops_of_8b()

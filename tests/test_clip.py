@@ -107,6 +107,8 @@ def test_named_sizes():
     ("change", "message"),
     [
         ({"image_px": 20}, "image_px = 20 is not a multiple of patch = 6"),
+        ({"heads": 0}, "heads = 0: must be 1 or more"),
+        ({"patch": 0}, "patch = 0: must be 1 or more"),
         ({"heads": 3}, "width = 40 is not a multiple of heads = 3"),
         ({"activation": "relu"}, "'relu': quick_gelu or gelu"),
         ({"aspect": "stretch"}, "'stretch': pad or crop"),

@@ -364,6 +364,45 @@ def test_batch_of_different_lengths_equals_one_by_one():
         assert alone == sampled[i : i + 1]
 
 
+def test_padding_is_not_computed():
+    """The layers see each prompt's own tokens, once, prompts of one length together."""
+    iaa, seen = model("c"), []
+    iaa.llama.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    iaa.generate([[1] * 9, [2] * 3, [3] * 9], None, "c", 2)
+    assert seen == [(1, 3), (2, 9), (3, 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*CONFIGS, "text"])
+def test_last_only_is_the_last_token(name):
+    """Wherever the last insertion layer sits, the last token comes out the same, alone."""
+    iaa = model(*([] if name == "text" else [name]))
+    tokens, images = batch()
+    images = None if name == "text" else images
+    wanted = iaa(tokens, name, images)[:, -1:]
+    torch.testing.assert_close(iaa(tokens, name, images, last_only=True), wanted)
+
+
+@torch.no_grad()
+def test_features_may_stand_for_their_images():
+    """What the tower made of the pictures gives the same bits as the pictures; it does not run."""
+    iaa, (tokens, images) = model("c"), batch()
+    wanted, features = iaa(tokens, "c", images), iaa.clip(images)
+    iaa.clip.forward = None
+    assert torch.equal(iaa(tokens, "c", features), wanted)
+    assert iaa.generate(tokens.tolist(), features, "c", 4)
+
+
+def test_generate_checks_its_prompts():
+    """Nothing to answer, an empty prompt, too many images: a line that says so."""
+    iaa, (tokens, images) = model("c"), batch()
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="no prompt given, or one without tokens"):
+            iaa.generate(prompts)
+    with pytest.raises(ValueError, match="placeholders for 1 images, given 2"):
+        iaa.generate(tokens[:1].tolist(), images, "c", 4)
+
+
 def test_a_mixed_batch_of_rows_with_and_without_image():
     """A row without placeholders needs no image of its own."""
     iaa = model("c")

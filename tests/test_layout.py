@@ -12,15 +12,18 @@ IMPORTS = {  # of ours, by file: the design
     "llama": set(),
     "clip": set(),
     "files": set(),
-    "iaa": {"clip", "files", "llama"},
+    "mixed": {"llama"},
+    "iaa": {"clip", "files", "llama", "mixed"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"iaa"},  # for TEXT
+    "config": {"iaa"},  # for TEXT and DTYPES
     "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
-    "sample": {"chat", "clip", "data", "iaa"},
+    "packing": {"llama"},
+    "sample": {"chat", "clip", "data", "iaa", "packing"},
     "eval": {"chat", "clip", "data", "files", "iaa"},
     "plot": set(),
-    "bench": {"bench_peer", "iaa"},
+    "bench": {"bench_peer", "chat", "costs", "iaa", "packing"},
+    "costs": {"llama"},
     "bench_peer": {"iaa"},
     "checkpoint_files": set(),
     "weight_tables": {"clip", "llama"},
@@ -33,7 +36,8 @@ IMPORTS = {  # of ours, by file: the design
     "convert_data": {
         "box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample")  # the core
+LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "train",
+        "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]

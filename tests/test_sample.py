@@ -1,6 +1,9 @@
 """sample.py: streaming, JSON, chat commands, workflows, boxes, errors; on tiny random models."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from chat import Tokenizer
 from files import new_folder
 from iaa import IAA, Adaptor, AdaptorConfig, save_adaptor
 
+ROOT = Path(__file__).resolve().parent.parent
 IMAGE_ID = 258  # of the tiny base
 
 
@@ -110,6 +114,35 @@ def test_random_model_streams_its_answer(run, picture, capsys):
     chat = sample.Chat.load(run, max_tokens=20, temperature=1.0)
     chat.image = Image.open(picture)
     assert capsys.readouterr().out == chat.ask("what?").answer + "\n"
+
+
+def test_the_tower_runs_once_a_picture(run, picture):
+    """Over the turns of a dialogue, and when the same pixels come again; another picture counts."""
+    chat, seen = sample.Chat.load(run, max_tokens=2), []
+    chat.model.clip.register_forward_pre_hook(lambda *_: seen.append(1))
+    for path in (picture, picture):
+        chat.image = Image.open(path).convert("RGB")
+        chat.ask("one")
+        chat.ask("two")
+    assert len(seen) == 1
+    chat.image = Image.new("RGB", (40, 30), "red")
+    chat.ask("three")
+    assert len(seen) == 2
+
+
+def test_int8_answers(run, picture, capsys):
+    """`--quantize int8` gives an answer of as many tokens as wanted."""
+    sample.main(["--model", str(run), "--image", str(picture), "--prompt", "what?", "--json",
+                 "--quantize", "int8", "--max-tokens", "4", "--temperature", "2"])
+    assert 0 <= json.loads(capsys.readouterr().out)["tokens"] <= 4
+
+
+def test_a_start_builds_nothing_at_random(run):
+    """A model comes up without torch's compiler, which nn.Embedding's own start would import."""
+    code = (f"import sys, sample; sample.Chat.load({str(run)!r}); "
+            "print({'torch._dynamo', 'sympy'} & sys.modules.keys())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_same_seed_same_answer(run, picture):
@@ -274,6 +307,7 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
     ask_of = (*ask, "--image", picture, "--boxes")
     assert ".png or .jpg" in fails(capsys, *ask_of, tmp_path / "b.xyz")
     assert "no such folder" in fails(capsys, *ask_of, tmp_path / "no" / "b.png")
+    assert "not fp32" in fails(capsys, *ask, "--quantize", "int8", "--dtype", "fp32")
     assert "--json needs --prompt" in fails(capsys, "--model", run, "--json")
     assert "empty" in fails(capsys, "--model", run, "--prompt", " ")
     for option, value in (("--max-tokens", 0), ("--temperature", -1), ("--temperature", "nan"),
