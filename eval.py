@@ -3,7 +3,7 @@
     python eval.py easy-vqa data/easy-vqa --model runs/demo   the demo's table
     python eval.py text README.md --model runs/demo           the text workflow against plain Llama
 
-easy-VQA: every question is asked alone and answered greedily; right means the expected word.
+easy-VQA: every question is answered greedily, as if asked alone; right means the expected word.
 Grounding: precision at IoU 0.5 of the answer's first box. Answers are written as they come to
 `answers-easy-vqa.jsonl` in the model's folder.
 """
@@ -20,8 +20,8 @@ from typing import TextIO
 import torch
 from safetensors import SafetensorError
 
-from chat import IMAGE, Tokenizer, render
-from clip import open_image, preprocess
+from ask import Asker, Question
+from chat import IMAGE, Tokenizer
 from data import JsonlDataset, iou, text_to_boxes
 from files import read_json
 from iaa import IAA, TEXT, load_base, load_iaa
@@ -37,47 +37,33 @@ def question_kind(answer: str) -> str:
     return "shape" if answer in ("rectangle", "circle", "triangle") else "colour"
 
 
-class Asker:
-    """Asks questions about pictures in batches of similar length."""
-
-    def __init__(self, model: IAA, tokenizer: Tokenizer, prompts: dict, batch: int):
-        self.model, self.tokenizer, self.prompts, self.batch = model, tokenizer, prompts, batch
-
-    def ask(self, workflow: str, questions: list[tuple[Path, str]], max_tokens: int):
-        """Yield (index, answer) for each (picture, question), a batch at a time."""
-        settings, clip = self.prompts[workflow], self.model.clip.config
-        template, system = settings["template"], settings["system"]
-        prompts = [render(self.tokenizer, [("user", text)], template, system, clip.patches)[0]
-                   for _, text in questions]
-        order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
-        device = self.model.llama.embedding.weight.device
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            images = [preprocess(open_image(questions[i][0]), clip) for i in rows]
-            images = torch.stack(images).to(device)
-            answers = self.model.generate([prompts[i] for i in rows], images, workflow, max_tokens,
-                                          tuple(self.tokenizer.stop_ids))
-            for i, answer in zip(rows, answers, strict=True):
-                yield i, self.tokenizer.decode(answer).strip()
+def single_questions(row: dict) -> list[tuple[str, str, str]]:
+    """(picture, question, answer) of every question of a row."""
+    turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
+    return [(row["image"], q, a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def single_questions(dataset: JsonlDataset) -> list[tuple[str, str, str]]:
-    """(picture, question, answer) of every question of every row."""
+def chosen_questions(dataset: JsonlDataset, limit: int, seed: int) -> list[tuple[str, str, str]]:
+    """(picture, question, answer) of all questions about pictures drawn by `seed`, up to `limit`.
+
+    Drawn by picture: what is asked about one picture shares the work of looking at it.
+    """
+    order = list(range(len(dataset)))
+    random.Random(seed).shuffle(order)
     found = []
-    for i in range(len(dataset)):
-        row = dataset.row(i)
-        turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
-        found += [(row["image"], q, a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
-    return found
+    for i in order:
+        if len(found) >= limit:
+            break
+        found += single_questions(dataset.row(i))
+    return found[:limit]
 
 
 def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out: TextIO) -> dict:
     """Counts of right answers by kind and of grounded pictures, `limit` of each at most."""
-    asked = single_questions(JsonlDataset([data / "test-questions.jsonl"], data))
-    random.Random(seed).shuffle(asked)
-    asked = asked[:limit]
+    asked = chosen_questions(JsonlDataset([data / "test-questions.jsonl"], data), limit, seed)
     right, total = Counter(), Counter()
-    for i, answer in asker.ask("mm", [(data / image, question) for image, question, _ in asked], 8):
+    questions = [Question(f"{n}", text, data / image) for n, (image, text, _) in enumerate(asked)]
+    for i, answer in asker.ask(questions, "mm", 8):
         image, question, expected = asked[i]
         kind, ok = question_kind(expected), answer == expected
         total[kind] += 1
@@ -89,14 +75,15 @@ def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out: TextIO) -> di
         dataset = JsonlDataset([data / "test-boxes.jsonl"], data)
         rows = [dataset.row(i) for i in range(min(limit, len(dataset)))]
         hits = 0
-        questions = [row["conversations"][0]["value"].removeprefix(IMAGE) for row in rows]
-        pairs = [(data / row["image"], text) for row, text in zip(rows, questions, strict=True)]
-        for i, answer in asker.ask("grounding", pairs, 48):
+        texts = [row["conversations"][0]["value"].removeprefix(IMAGE) for row in rows]
+        questions = [Question(row["id"], text, data / row["image"])
+                     for row, text in zip(rows, texts, strict=True)]
+        for i, answer in asker.ask(questions, "grounding", 48):
             box = rows[i]["boxes"][0]
             boxes = text_to_boxes(answer, rows[i]["width"], rows[i]["height"])
             overlap = iou(boxes[0], box) if boxes else 0.0
             hits += overlap >= 0.5
-            said = {"image": rows[i]["image"], "question": questions[i], "expected": box,
+            said = {"image": rows[i]["image"], "question": texts[i], "expected": box,
                     "answer": answer, "iou": round(overlap, 3)}
             out.write(json.dumps(said) + "\n")
         result["grounding"] = {"hits": hits, "total": len(rows)}
@@ -106,8 +93,10 @@ def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out: TextIO) -> di
 def commonest(data: Path, asked: list) -> dict[str, int]:
     """How many of the asked questions the commonest training answer of their kind gets right."""
     counts = defaultdict(Counter)
-    for _, _, answer in single_questions(JsonlDataset([data / "train-questions.jsonl"], data)):
-        counts[question_kind(answer)][answer] += 1
+    dataset = JsonlDataset([data / "train-questions.jsonl"], data)
+    for i in range(len(dataset)):
+        for _, _, answer in single_questions(dataset.row(i)):
+            counts[question_kind(answer)][answer] += 1
     guess = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
     return dict(Counter(question_kind(a) for _, _, a in asked if guess[question_kind(a)] == a))
 
@@ -159,7 +148,7 @@ def main() -> None:
     add("data", type=Path, help="easy-vqa: folder that convert_data.py wrote; text: a text file")
     add("--model", type=Path, default=Path("runs/demo"), help="folder with iaa.json [%(default)s]")
     add("--limit", type=int, default=1000, help="questions and pictures asked [%(default)s]")
-    add("--batch", type=int, default=32, help="questions at once [%(default)s]")
+    add("--batch-tokens", type=int, default=2048, help="tokens at once, about [%(default)s]")
     add("--seed", type=int, default=0, help="choice of the questions [%(default)s]")
     args = parser.parse_args()
     try:
@@ -172,7 +161,7 @@ def main() -> None:
             return
         began = time.perf_counter()
         with open(args.model / "answers-easy-vqa.jsonl", "w", buffering=1) as out:
-            asker = Asker(model, tokenizer, info["prompts"], args.batch)
+            asker = Asker(model, tokenizer, info["prompts"], args.batch_tokens)
             result = easy_vqa(args.data, asker, args.limit, args.seed, out)
         text = Path(__file__).with_name("README.md").read_text()
         result["text"] = text_identical(model, info["llm"], text, tokenizer)

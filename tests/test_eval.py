@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import eval as scoring
+from ask import Asker
 from chat import Tokenizer
 from data import GROUNDING_PROMPT
-from eval import Asker, easy_vqa, text_identical
+from eval import easy_vqa, text_identical
 from iaa import IAA, Adaptor, AdaptorConfig
 
 
@@ -54,8 +55,8 @@ def test_counts_and_commonest_answers(data, model, monkeypatch):
     answers = {"q1": "red", "q2": "no", "q3": "circle.",
                GROUNDING_PROMPT.format("it"): "[0.25, 0.25, 0.75, 0.75]"}
 
-    def ask(self, workflow, questions, max_tokens):
-        yield from enumerate(answers[text] for _, text in questions)
+    def ask(self, questions, workflow, max_tokens):
+        yield from enumerate(answers[question.text] for question in questions)
 
     monkeypatch.setattr(Asker, "ask", ask)
     out = io.StringIO()
@@ -66,25 +67,6 @@ def test_counts_and_commonest_answers(data, model, monkeypatch):
     assert result["grounding"] == {"hits": 1, "total": 1}
     lines = [json.loads(line) for line in out.getvalue().splitlines()]
     assert len(lines) == 4 and lines[-1]["iou"] == 1.0
-
-
-def test_answers_come_back_under_their_own_question(data, model, monkeypatch):
-    """Batches are sorted by length; each answer still carries its question's index."""
-    iaa, tokenizer, _ = model
-    seen = []
-
-    def generate(self, prompts, images, workflow, max_tokens, stop):
-        seen.append([len(p) for p in prompts])
-        return [tokenizer.encode(str(len(p))) for p in prompts]
-
-    monkeypatch.setattr(IAA, "generate", generate)
-    prompts = {"mm": {"template": "chatml", "system": ""}}
-    texts = ["a long question?", "b", "a question", "cc"]
-    asker = Asker(iaa, tokenizer, prompts, 2)
-    got = dict(asker.ask("mm", [(data / "a.png", text) for text in texts], 8))
-    lengths = {i: int(answer) for i, answer in got.items()}
-    assert sorted(got) == [0, 1, 2, 3] and seen[0] < seen[1]
-    assert [lengths[i] - lengths[1] for i in range(4)] == [len(t) - 1 for t in texts]
 
 
 def test_text_check_says_yes_and_no(model):

@@ -18,7 +18,8 @@ IMPORTS = {  # of ours, by file: the design
     "config": {"iaa"},  # for TEXT
     "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
     "sample": {"chat", "clip", "data", "iaa"},
-    "eval": {"chat", "clip", "data", "files", "iaa"},
+    "ask": {"chat", "clip", "iaa"},
+    "eval": {"ask", "chat", "data", "files", "iaa"},
     "plot": set(),
     "bench": {"bench_peer", "iaa"},
     "bench_peer": {"iaa"},
