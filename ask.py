@@ -14,7 +14,7 @@ Letters: B rows, T new columns, S columns so far, V vocabulary, P image tokens.
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ class Question:
     key: str  # its name, unique in a benchmark
     text: str
     image: Path | bytes
+    workflow: str = "mm"  # that answers it
+    facts: dict = field(default_factory=dict)  # what scoring needs, saved beside the answer
 
     def picture(self) -> Image.Image:
         """The picture as RGB. OSError or ValueError names the question."""
