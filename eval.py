@@ -28,7 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ask import Asker, Question
-from benchmarks import BENCHMARKS, Benchmark
+from benchmarks import BENCHMARKS, Benchmark, read_text
 from chat import Tokenizer
 from files import lock, read_json, write_json
 from iaa import TEXT, load_iaa
@@ -230,7 +230,8 @@ def score(name: str, folder: Path) -> None:
     said += [f"{row}: the whole published set has {whole}, not {table[row]['asked']}"
              for row, whole in benchmark.published.items()
              if row in table and table[row]["asked"] != whole]
-    print("\n".join(said))
+    for line in said:
+        print(line)
 
 
 def run_benchmark(name: str, args: argparse.Namespace) -> None:
@@ -255,10 +256,10 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
 
 def run_retention(args: argparse.Namespace) -> None:
     """The text workflow, and each adaptor's without a picture, against the LLM loaded afresh."""
-    texts = {path: path.read_text(encoding="utf-8") for path in args.data}
+    texts = [read_text(path) for path in args.data]
     model, info = load_iaa(args.model, None, join_ranks().device)
     workflows = args.workflow or [TEXT, *model.adaptors]
-    table = compare(model, info["llm"], workflows, list(texts.values()), args.limit)
+    table = compare(model, info["llm"], workflows, texts, args.limit)
     print_table("text", table, ".4g")
     if TEXT in table:
         same = table[TEXT]["logit difference"] == 0
@@ -268,16 +269,16 @@ def run_retention(args: argparse.Namespace) -> None:
 
 def run_lm(args: argparse.Namespace) -> None:
     """Text benchmarks through lm-eval."""
-    try:
-        from harness import evaluate
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
     ranks = join_ranks()
     model, info = load_iaa(args.model, None, ranks.device)
     model.adaptor(args.workflow)  # says so now where there is none of that name
-    tokenizer = Tokenizer.load(info["llm"])
-    table = evaluate(model, tokenizer, args.workflow, args.tasks, args.include, args.limit,
-                     args.allow_code_execution)
+    try:
+        from harness import evaluate
+
+        table = evaluate(model, Tokenizer.load(info["llm"]), args.workflow, args.tasks,
+                         args.include, args.limit, args.allow_code_execution)
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
     if ranks.rank == 0:
         print_table("lm-eval", table)
 
