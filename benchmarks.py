@@ -16,7 +16,7 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,10 @@ def mmbench_submission(records: list[Record], folder: Path) -> str:
 
 
 def write_xlsx(path: Path, table: list[list]) -> None:
-    """A workbook of one sheet: numbers as numbers, all else as text."""
+    """A workbook of one sheet: numbers as numbers, all else as text.
+
+    pandas knows a workbook by the name xl/workbook.xml.
+    """
     schema = "http://schemas.openxmlformats.org"
     main, package = f"{schema}/spreadsheetml/2006/main", f"{schema}/package/2006"
     office = f"{schema}/officeDocument/2006/relationships"
@@ -195,13 +198,13 @@ def write_xlsx(path: Path, table: list[list]) -> None:
         "[Content_Types].xml": f'<Types xmlns="{package}/content-types">'
         '<Default Extension="rels" '
         'ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-        f'<Override PartName="/book.xml" ContentType="{kinds}.sheet.main+xml"/>'
-        f'<Override PartName="/sheet.xml" ContentType="{kinds}.worksheet+xml"/></Types>',
-        "_rels/.rels": link("officeDocument", "book.xml"),
-        "book.xml": f'<workbook xmlns="{main}" xmlns:r="{office}"><sheets>'
+        f'<Override PartName="/xl/workbook.xml" ContentType="{kinds}.sheet.main+xml"/>'
+        f'<Override PartName="/xl/sheet.xml" ContentType="{kinds}.worksheet+xml"/></Types>',
+        "_rels/.rels": link("officeDocument", "xl/workbook.xml"),
+        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{office}"><sheets>'
         '<sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "_rels/book.xml.rels": link("worksheet", "sheet.xml"),
-        "sheet.xml": f'<worksheet xmlns="{main}"><sheetData>{rows}</sheetData></worksheet>',
+        "xl/_rels/workbook.xml.rels": link("worksheet", "sheet.xml"),
+        "xl/sheet.xml": f'<worksheet xmlns="{main}"><sheetData>{rows}</sheetData></worksheet>',
     }
     temporary = path.with_name(f".{path.name}.tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
@@ -326,28 +329,29 @@ def expression_question(row: dict, stem: str, images: Path) -> Question:
 def read_easy_vqa(data: Path, images: Path | None) -> list[Question]:
     """The demo's held-out questions and boxes, as convert_data.py wrote them."""
     counts: dict[str, Counter] = {}
-    for _, row in all_rows(data, "train-questions"):
+    for row in all_rows(data, "train-questions"):
         for turn in row["conversations"][1::2]:
             counts.setdefault(answer_kind(turn["value"]), Counter())[turn["value"]] += 1
     commonest = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
     found = []
-    for picture, row in all_rows(data, "test-questions"):
+    for row in all_rows(data, "test-questions"):
+        picture = path_below(data, row["image"])
         turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
         for number, (text, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
             facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer))}
             found.append(Question(f"{row['id']}/{number}", text, picture, facts=facts))
-    for picture, row in all_rows(data, "test-boxes"):
+    for row in all_rows(data, "test-boxes"):
         text = row["conversations"][0]["value"].removeprefix(IMAGE)
         facts = {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
+        picture = path_below(data, row["image"])
         found.append(Question(row["id"], text, picture, "grounding", facts))
     return found
 
 
-def all_rows(data: Path, name: str) -> list[tuple[Path, dict]]:
-    """(picture, row) of each row of `name`.jsonl."""
+def all_rows(data: Path, name: str) -> Iterator[dict]:
+    """The rows of `name`.jsonl."""
     dataset = JsonlDataset([data / f"{name}.jsonl"], data)
-    rows = map(dataset.row, range(len(dataset)))
-    return [(path_below(data, row["image"]), row) for row in rows]
+    return map(dataset.row, range(len(dataset)))
 
 
 # ---------------------------------------------------------------------------------- the table

@@ -130,7 +130,7 @@ def test_mmbench_test_split_becomes_a_submission(tmp_path, rows):
     assert row == {"asked": 2}
     assert str(tmp_path) in mmbench_submission(said, tmp_path)
     with zipfile.ZipFile(tmp_path / "submission.xlsx") as file:
-        sheet = file.read("sheet.xml").decode()
+        sheet = file.read("xl/sheet.xml").decode()
     lines = sheet.split("<row>")[1:]
     assert [line.count("<c") for line in lines] == [8] * 4
     assert lines[0].split("</c>")[6].endswith("prediction</t></is>")
