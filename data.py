@@ -164,20 +164,14 @@ class JsonlDataset(Dataset):
 
     def picture(self, name: str) -> Image.Image:
         """A decoded picture below the root. RowError where it is elsewhere, missing or broken."""
-        path, shown = self.root / name.replace("\0", "?"), repr(name[:200])
         try:
-            inside = ".." not in path.parts and path.resolve().is_relative_to(self.root)
-            if not inside or Path(name).is_absolute():
-                raise RowError(f"image {shown} is not below {self.root}")
-            if not path.is_file():
-                raise RowError(f"image {shown} does not exist below {self.root}")
-            image = Image.open(path)
+            image = Image.open(path_below(self.root, name))
             image.load()
         except RowError:
             raise
         except Exception as error:  # Pillow's decoders raise a dozen kinds
             reason = f"{type(error).__name__}: {error}"
-            raise RowError(f"image {shown} is broken: {reason}"[:500]) from None
+            raise RowError(f"image {name[:200]!r} is broken: {reason}"[:500]) from None
         return image
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
@@ -207,6 +201,18 @@ class JsonlDataset(Dataset):
     def collate(self, items: list) -> "Batch":
         """Batch of fetched rows."""
         return collate(items, self.tokenizer.pad_id, self.tokenizer.image_id, self.image_tokens)
+
+
+def path_below(root: Path, name: str) -> Path:
+    """The picture `name` of a row, below `root`. RowError where it is elsewhere or missing."""
+    root, shown = root.resolve(), repr(name[:200])
+    path = root / name.replace("\0", "?")
+    inside = ".." not in path.parts and path.resolve().is_relative_to(root)
+    if not inside or Path(name).is_absolute():
+        raise RowError(f"image {shown} is not below {root}")
+    if not path.is_file():
+        raise RowError(f"image {shown} does not exist below {root}")
+    return path
 
 
 def scan_lines(path: Path, block_bytes: int = 1 << 24) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,185 +1,336 @@
-"""Score a model, and show what the paper claims first: text-only answers are the frozen model's.
+"""Score a model on a benchmark, beside the paper's figures; show that its text is as it was.
 
-    python eval.py easy-vqa data/easy-vqa --model runs/demo   the demo's table
-    python eval.py text README.md --model runs/demo           the text workflow against plain Llama
+    python eval.py mme DATA --model runs/iaa8            also: mmbench-en, mmbench-cn, mmmu
+    python eval.py refcoco DATA --images coco/train2014 --model runs/iaa8
+    python eval.py easy-vqa data/easy-vqa --model runs/demo
+    python eval.py retention README.md --model runs/demo
+    python eval.py lm mmlu c-eval bbh humaneval math --model runs/iaa8
+    torchrun --nproc_per_node 8 eval.py mme ...          the same on 8 processes
 
-easy-VQA: every question is asked alone and answered greedily; right means the expected word.
-Grounding: precision at IoU 0.5 of the answer's first box. Answers are written as they come to
-`answers-easy-vqa.jsonl` in the model's folder.
+A benchmark's answers go to `eval/<benchmark>/answers-<rank>.jsonl` in the model's folder as they
+come. Started again, it asks what is not answered yet; `--rescore` scores what is there, without
+model or data.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
+import os
 import random
 import sys
 import time
-from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
-from chat import IMAGE, Tokenizer, render
-from clip import open_image, preprocess
-from data import JsonlDataset, iou, text_to_boxes
-from files import read_json
-from iaa import IAA, TEXT, load_base, load_iaa
+from ask import Asker, Question
+from benchmarks import BENCHMARKS, Benchmark, read_text
+from chat import Tokenizer
+from files import lock, read_json, write_json
+from iaa import TEXT, load_iaa
+from retention import compare
+from scoring import Record, Table
 
-KINDS = ("colour", "shape", "yes/no")
-IDENTICAL = "text-only logits identical to the base model"
-
-
-def question_kind(answer: str) -> str:
-    """The table's row for an expected answer."""
-    if answer in ("yes", "no"):
-        return "yes/no"
-    return "shape" if answer in ("rectangle", "circle", "triangle") else "colour"
+PROGRESS_SECONDS = 5
 
 
-class Asker:
-    """Asks questions about pictures in batches of similar length."""
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; one alone is rank 0 of 1."""
 
-    def __init__(self, model: IAA, tokenizer: Tokenizer, prompts: dict, batch: int):
-        self.model, self.tokenizer, self.prompts, self.batch = model, tokenizer, prompts, batch
+    rank: int
+    world: int
+    device: str
 
-    def ask(self, workflow: str, questions: list[tuple[Path, str]], max_tokens: int):
-        """Yield (index, answer) for each (picture, question), a batch at a time."""
-        settings, clip = self.prompts[workflow], self.model.clip.config
-        template, system = settings["template"], settings["system"]
-        prompts = [render(self.tokenizer, [("user", text)], template, system, clip.patches)[0]
-                   for _, text in questions]
-        order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
-        device = self.model.llama.embedding.weight.device
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            images = [preprocess(open_image(questions[i][0]), clip) for i in rows]
-            images = torch.stack(images).to(device)
-            answers = self.model.generate([prompts[i] for i in rows], images, workflow, max_tokens,
-                                          tuple(self.tokenizer.stop_ids))
-            for i, answer in zip(rows, answers, strict=True):
-                yield i, self.tokenizer.decode(answer).strip()
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
 
 
-def single_questions(dataset: JsonlDataset) -> list[tuple[str, str, str]]:
-    """(picture, question, answer) of every question of every row."""
-    found = []
-    for i in range(len(dataset)):
-        row = dataset.row(i)
-        turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
-        found += [(row["image"], q, a) for q, a in zip(turns[::2], turns[1::2], strict=True)]
-    return found
+def join_ranks() -> Ranks:
+    """The process group that torchrun describes, over gloo: only words to wait are sent."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("gloo")
+    return Ranks(rank, world, device)
 
 
-def easy_vqa(data: Path, asker: Asker, limit: int, seed: int, out: TextIO) -> dict:
-    """Counts of right answers by kind and of grounded pictures, `limit` of each at most."""
-    asked = single_questions(JsonlDataset([data / "test-questions.jsonl"], data))
-    random.Random(seed).shuffle(asked)
-    asked = asked[:limit]
-    right, total = Counter(), Counter()
-    for i, answer in asker.ask("mm", [(data / image, question) for image, question, _ in asked], 8):
-        image, question, expected = asked[i]
-        kind, ok = question_kind(expected), answer == expected
-        total[kind] += 1
-        right[kind] += ok
-        said = {"image": image, "question": question, "expected": expected, "answer": answer}
-        out.write(json.dumps(said) + "\n")
-    result = {"right": dict(right), "total": dict(total), "commonest": commonest(data, asked)}
-    if "grounding" in asker.model.adaptors:
-        dataset = JsonlDataset([data / "test-boxes.jsonl"], data)
-        rows = [dataset.row(i) for i in range(min(limit, len(dataset)))]
-        hits = 0
-        questions = [row["conversations"][0]["value"].removeprefix(IMAGE) for row in rows]
-        pairs = [(data / row["image"], text) for row, text in zip(rows, questions, strict=True)]
-        for i, answer in asker.ask("grounding", pairs, 48):
-            box = rows[i]["boxes"][0]
-            boxes = text_to_boxes(answer, rows[i]["width"], rows[i]["height"])
-            overlap = iou(boxes[0], box) if boxes else 0.0
-            hits += overlap >= 0.5
-            said = {"image": rows[i]["image"], "question": questions[i], "expected": box,
-                    "answer": answer, "iou": round(overlap, 3)}
-            out.write(json.dumps(said) + "\n")
-        result["grounding"] = {"hits": hits, "total": len(rows)}
-    return result
+# ---------------------------------------------------------------------------------- answers
 
 
-def commonest(data: Path, asked: list) -> dict[str, int]:
-    """How many of the asked questions the commonest training answer of their kind gets right."""
-    counts = defaultdict(Counter)
-    for _, _, answer in single_questions(JsonlDataset([data / "train-questions.jsonl"], data)):
-        counts[question_kind(answer)][answer] += 1
-    guess = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
-    return dict(Counter(question_kind(a) for _, _, a in asked if guess[question_kind(a)] == a))
+def read_answers(folder: Path) -> list[Record]:
+    """The whole lines of all answers files, each question once. ValueError names a broken line."""
+    found = {}
+    for path in sorted(folder.glob("answers-*.jsonl")):
+        *lines, _ = path.read_bytes().split(b"\n")  # behind the last newline: nothing, or half
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                found[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: not an answer; remove the line") from None
+    return list(found.values())
 
 
-@torch.inference_mode()
-def text_identical(
-    model: IAA, llm: Path, text: str, tokenizer: Tokenizer, length: int = 512
-) -> tuple[bool, int]:
-    """Whether the text workflow's logits are those of a Llama loaded afresh; tokens read."""
-    plain, _ = load_base(llm, model.llama.dtype, str(model.llama.embedding.weight.device))
-    ids = tokenizer.encode(text)
-    same = True
-    for start in range(0, len(ids), length):
-        tokens = torch.tensor([ids[start : start + length]], device=plain.embedding.weight.device)
-        expected = plain.embedding(tokens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        expected = plain(expected, plain.rope(positions, plain.dtype))
-        same &= torch.equal(plain.logits(expected), model.logits(model(tokens, TEXT), TEXT))
-    return same, len(ids)
+def drop_half_line(path: Path) -> None:
+    """Cut off what a killed run left behind the last newline."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def print_table(result: dict, model_folder: Path) -> None:
-    """The demo's table."""
-    print(f"\n{'held-out easy-VQA':<24}{'right':>8}{'commonest answer':>20}{'asked':>12}")
-    for kind in (*KINDS, "all"):
-        kinds = KINDS if kind == "all" else (kind,)
-        right, total, guess = (sum(result[part].get(k, 0) for k in kinds)
-                               for part in ("right", "total", "commonest"))
-        if total:
-            print(f"{kind:<24}{right / total:>8.1%}{guess / total:>20.1%}{total:>12}")
-    if "grounding" in result:
-        hits, total = result["grounding"]["hits"], result["grounding"]["total"]
-        print(f"{'grounding, IoU 0.5':<24}{hits / total:>8.1%}{'':>20}{total:>12}")
-    same, tokens = result["text"]
-    print(f"{IDENTICAL}: {'yes' if same else 'NO'} ({tokens} tokens of real text)")
-    for stage in read_json(model_folder / "config.json")["stage"]:
-        log = model_folder / stage["name"] / "log.jsonl"
-        if log.is_file():
-            seconds = sum(json.loads(line)["seconds"] for line in log.read_text().splitlines())
-            print(f"{'stage ' + stage['name']:<30}{seconds / 60:>6.1f} min")
-    print(f"{'evaluation':<30}{result['seconds'] / 60:>6.1f} min")
+def chosen(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+    """All questions, or `limit` and a few more of each workflow, by whole pictures at random.
+
+    Drawn by picture, because questions about one picture share the work of looking at it, and a
+    benchmark may score them together.
+    """
+    keys = [question.key for question in questions]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"question {max(keys, key=keys.count)} comes twice")
+    if limit is None:
+        return questions
+    by_picture: dict[tuple, list[Question]] = {}
+    for question in questions:
+        by_picture.setdefault((question.workflow, question.image), []).append(question)
+    pictures = sorted(by_picture, key=lambda place: by_picture[place][0].key)
+    random.Random(seed).shuffle(pictures)
+    taken: dict[str, list[Question]] = {}
+    for workflow, image in pictures:
+        some = taken.setdefault(workflow, [])
+        if len(some) < limit:
+            some += by_picture[workflow, image]
+    return [question for some in taken.values() for question in some]
+
+
+def share(questions: list[Question], rank: int, world: int) -> list[Question]:
+    """A rank's part: every `world`-th picture with all its questions."""
+    number = {image: n for n, image in enumerate(dict.fromkeys(q.image for q in questions))}
+    return [question for question in questions if number[question.image] % world == rank]
+
+
+def fingerprint(questions: list[Question], model: Path, workflows: list[str]) -> dict:
+    """What answers depend on: the questions, and the SHA-256 of the base and of each adaptor."""
+    asked = json.dumps([(q.key, q.workflow, q.text) for q in questions]).encode()
+    parts = {"questions": hashlib.sha256(asked).hexdigest(), "asked": len(questions)}
+    places = read_json(model / "iaa.json", "adaptors")["adaptors"]
+    for name in workflows:
+        meta = read_json(model / places[name] / "config.json", "base", "prompt")
+        with open(model / places[name] / "adaptor.safetensors", "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        parts[name] = {"adaptor": digest, "base": meta["base"], "prompt": meta["prompt"]}
+    return parts
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Write what the answers in `folder` depend on, or compare. ValueError where they differ."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    other = [key for key in settings if before.get(key) != settings[key]]
+    if other:
+        raise ValueError(f"{folder} holds answers of another run ({', '.join(other)} differ); "
+                         "name another folder with --out, or remove this one")
+
+
+class Progress:
+    """Lines such as `mme: 320 of 1187 on rank 0 of 2, 4.1 a second, 3.5 min left`."""
+
+    def __init__(self, name: str, total: int, ranks: Ranks):
+        self.head, self.total, self.shown = name, total, ranks.rank == 0
+        self.where = f" on rank 0 of {ranks.world}" if ranks.world > 1 else ""
+        self.began = self.last = time.perf_counter()
+
+    def say(self, done: int) -> None:
+        """Print, unless something was printed a moment ago."""
+        now = time.perf_counter()
+        if self.shown and (now - self.last > PROGRESS_SECONDS or done == self.total):
+            rate = done / (now - self.began)
+            left = (self.total - done) / rate / 60
+            print(f"{self.head}: {done} of {self.total}{self.where}, {rate:.1f} a second, "
+                  f"{left:.1f} min left", file=sys.stderr, flush=True)
+            self.last = now
+
+
+def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Ask this rank's part of what is not answered yet; each batch of answers is saved at once."""
+    benchmark, folder = BENCHMARKS[name], args.out
+    questions = chosen(benchmark.read(args.data, args.images), args.limit, args.seed)
+    model, info = load_iaa(args.model, None, ranks.device)
+    workflows = [workflow for workflow in benchmark.tokens if workflow in model.adaptors]
+    if not workflows:
+        model.adaptor(next(iter(benchmark.tokens)))  # says what there is
+    questions = [question for question in questions if question.workflow in workflows]
+    if ranks.rank == 0:
+        check_settings(folder, {"benchmark": name} | fingerprint(questions, args.model, workflows))
+    ranks.wait()
+    done = {record["key"] for record in read_answers(folder)}
+    ranks.wait()  # nobody writes before all have read
+    mine = share([q for q in questions if q.key not in done], ranks.rank, ranks.world)
+    batch_tokens = args.batch_tokens or (32768 if ranks.device != "cpu" else 2048)
+    asker = Asker(model, Tokenizer.load(info["llm"]), info["prompts"], batch_tokens)
+    path, count = folder / f"answers-{ranks.rank}.jsonl", 0
+    drop_half_line(path)
+    progress = Progress(name, len(mine), ranks)
+    with open(path, "a", encoding="utf-8", buffering=1) as out:
+        for workflow in workflows:
+            part = [question for question in mine if question.workflow == workflow]
+            for i, answer in asker.ask(part, workflow, benchmark.tokens[workflow]):
+                record = {"key": part[i].key, **part[i].facts, "prompt": part[i].text,
+                          "answer": answer}
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                count += 1
+                progress.say(count)
+    ranks.wait()
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def print_table(title: str, table: Table, form: str = ".1f") -> None:
+    """Rows by name, columns as they first come; counts as they are, other numbers in `form`."""
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    wide = max(len(name) for name in (title, *table))
+    print(f"\n{title:<{wide}}" + "".join(f"  {column:>8}" for column in columns))
+    for name, row in table.items():
+        values = (row.get(column, "") for column in columns)
+        cells = (f"{value:{form}}" if isinstance(value, float) else str(value) for value in values)
+        print(f"{name:<{wide}}" + "".join(f"  {cell:>{max(8, len(column))}}"
+                                          for cell, column in zip(cells, columns, strict=True)))
+
+
+def score(name: str, folder: Path) -> None:
+    """The benchmark's table from the answers in `folder`, beside the paper's row."""
+    benchmark: Benchmark = BENCHMARKS[name]
+    settings = read_json(folder / "settings.json", "benchmark", "asked")
+    records = sorted(read_answers(folder), key=lambda record: record["key"])
+    if settings["benchmark"] != name:
+        raise ValueError(f"{folder} holds answers to {settings['benchmark']}, not to {name}")
+    if not records:
+        raise ValueError(f"{folder}: no answers yet")
+    try:
+        table = benchmark.score(records)
+        said = [benchmark.export(records, folder)] if benchmark.export else []
+    except KeyError as error:
+        raise ValueError(f"{folder}: {error} is missing in an answer of {name}") from None
+    write_json(folder / "scores.json", table)
+    print_table(name, {row: cells | benchmark.paper.get(row, {}) for row, cells in table.items()})
+    if len(records) < settings["asked"]:
+        said.append(f"only {len(records)} of {settings['asked']} questions are answered")
+    said += [f"{row}: the whole published set has {whole}, not {table[row]['asked']}"
+             for row, whole in benchmark.published.items()
+             if row in table and table[row]["asked"] != whole]
+    for line in said:
+        print(line)
+
+
+def run_benchmark(name: str, args: argparse.Namespace) -> None:
+    """Ask and score, or only score."""
+    args.out = args.out or args.model / "eval" / name
+    if args.rescore:
+        score(name, args.out)
+        return
+    if args.data is None:
+        raise ValueError(f"{name}: DATA is needed, the published files; or --rescore")
+    if not args.data.exists():
+        raise FileNotFoundError(f"{args.data}: no such file or folder")
+    ranks = join_ranks()
+    with lock(args.out) if ranks.rank == 0 else contextlib.nullcontext():
+        answer_all(name, args, ranks)
+        if ranks.rank == 0:
+            score(name, args.out)
+
+
+# ---------------------------------------------------------------------------------- text
+
+
+def run_retention(args: argparse.Namespace) -> None:
+    """The text workflow, and each adaptor's without a picture, against the LLM loaded afresh."""
+    texts = [read_text(path) for path in args.data]
+    model, info = load_iaa(args.model, None, join_ranks().device)
+    workflows = args.workflow or [TEXT, *model.adaptors]
+    table = compare(model, info["llm"], workflows, texts, args.limit)
+    print_table("text", table, ".4g")
+    if TEXT in table:
+        same = table[TEXT]["logit difference"] == 0
+        print("text-only logits identical to the base model: "
+              f"{'yes' if same else 'NO'} ({table[TEXT]['tokens']} tokens)")
+
+
+def run_lm(args: argparse.Namespace) -> None:
+    """Text benchmarks through lm-eval."""
+    ranks = join_ranks()
+    model, info = load_iaa(args.model, None, ranks.device)
+    model.adaptor(args.workflow)  # says so now where there is none of that name
+    try:
+        from harness import evaluate
+
+        table = evaluate(model, Tokenizer.load(info["llm"]), args.workflow, args.tasks,
+                         args.include, args.limit, args.allow_code_execution)
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
+    if ranks.rank == 0:
+        print_table("lm-eval", table)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Score a model.", allow_abbrev=False)
+    parts = parser.add_subparsers(dest="what", required=True, metavar="WHAT",
+                                  help=", ".join((*BENCHMARKS, "retention", "lm")))
+    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shared.add_argument("--model", type=Path, default=Path("runs/demo"),
+                        help="folder with iaa.json [%(default)s]")
+    for name in BENCHMARKS:
+        add = parts.add_parser(name, parents=[shared], allow_abbrev=False).add_argument
+        add("data", type=Path, nargs="?", metavar="DATA", help="the published file or folder")
+        add("--images", type=Path, help="root of the pictures, where DATA has none")
+        add("--out", type=Path, help="folder of the answers [MODEL/eval/NAME]")
+        add("--limit", type=int, help="ask about this many, by whole pictures [all]")
+        add("--seed", type=int, default=0, help="choice of the pictures [%(default)s]")
+        add("--batch-tokens", type=int, help="tokens at once, about [2048; 32768 on a GPU]")
+        add("--rescore", action="store_true", help="score the answers that are there")
+    add = parts.add_parser("retention", parents=[shared], allow_abbrev=False).add_argument
+    add("data", type=Path, nargs="+", metavar="FILE", help="text files")
+    add("--workflow", nargs="+", help="of these [text and every adaptor]")
+    add("--limit", type=int, default=64, help="greedy answers compared [%(default)s]")
+    add = parts.add_parser("lm", parents=[shared], allow_abbrev=False).add_argument
+    add("tasks", nargs="+", metavar="TASK", help="mmlu c-eval bbh humaneval math, or lm-eval's")
+    add("--workflow", default=TEXT, help="[%(default)s]")
+    add("--include", type=Path, help="folder of further task files (YAML)")
+    add("--limit", type=int, help="questions a task [all]")
+    add("--allow-code-execution", action="store_true", help="run what the model writes (humaneval)")
+    args = parser.parse_args()
+    for key in ("limit", "batch_tokens"):
+        value = getattr(args, key, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {value}: must be 1 or more")
+    return args
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Score a model.", allow_abbrev=False)
-    add = parser.add_argument
-    add("what", choices=["easy-vqa", "text"])
-    add("data", type=Path, help="easy-vqa: folder that convert_data.py wrote; text: a text file")
-    add("--model", type=Path, default=Path("runs/demo"), help="folder with iaa.json [%(default)s]")
-    add("--limit", type=int, default=1000, help="questions and pictures asked [%(default)s]")
-    add("--batch", type=int, default=32, help="questions at once [%(default)s]")
-    add("--seed", type=int, default=0, help="choice of the questions [%(default)s]")
-    args = parser.parse_args()
+    """Command line; what a user can cause ends in one line."""
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, info = load_iaa(args.model, None, device)
-        tokenizer = Tokenizer.load(info["llm"])
-        if args.what == "text":
-            same, tokens = text_identical(model, info["llm"], args.data.read_text(), tokenizer)
-            print(f"{IDENTICAL}: {'yes' if same else 'NO'} ({tokens} tokens)")
-            return
-        began = time.perf_counter()
-        with open(args.model / "answers-easy-vqa.jsonl", "w", buffering=1) as out:
-            asker = Asker(model, tokenizer, info["prompts"], args.batch)
-            result = easy_vqa(args.data, asker, args.limit, args.seed, out)
-        text = Path(__file__).with_name("README.md").read_text()
-        result["text"] = text_identical(model, info["llm"], text, tokenizer)
-        result["seconds"] = time.perf_counter() - began
-        print_table(result, args.model)
+        args = arguments()
+        run = {"retention": run_retention, "lm": run_lm}
+        if args.what in run:
+            run[args.what](args)
+        else:
+            run_benchmark(args.what, args)
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\neval.py: stopped; the same command goes on")
 
 
 if __name__ == "__main__":

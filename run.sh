@@ -34,6 +34,7 @@ demo() {
     python train.py --config configs/demo.toml "$@"
     python plot.py runs/demo
     python eval.py easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
+    python eval.py retention README.md --model runs/demo
     local picture=data/easy-vqa/test/7.png
     python sample.py --model runs/demo --image $picture --prompt "what color is the shape?"
     python sample.py --model runs/demo --workflow grounding --image $picture --boxes runs/demo/box.png \

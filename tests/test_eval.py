@@ -1,104 +1,218 @@
-"""eval.py: counting, the commonest answer, the text check that must be able to say no."""
+"""eval.py: answers are saved as they come, resumed, spread over ranks and scored again alone."""
 
-import io
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import eval as scoring
-from chat import Tokenizer
-from data import GROUNDING_PROMPT
-from eval import Asker, easy_vqa, text_identical
-from iaa import IAA, Adaptor, AdaptorConfig
+import eval as evaluation
+from ask import Asker, Question
+from eval import chosen, print_table, read_answers, share
+from files import new_folder
+from iaa import Adaptor, AdaptorConfig, save_adaptor
+
+ROOT = Path(evaluation.__file__).parent
 
 
 @pytest.fixture
-def data(tmp_path):
-    """Two held-out pictures with three questions, four training questions."""
-    Image.new("RGB", (40, 20), "white").save(tmp_path / "a.png")
+def world(tmp_path, tiny_base):
+    """A model in `run` and four pictures with seven questions and a box each in `data`."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    run.mkdir(), data.mkdir()
+    llama, tower = tiny_base(run)
+    index = {"llm": "llama", "vision": "clip", "image_token": 258, "adaptors": {}}
+    for name in ("mm", "grounding"):
+        adaptor = Adaptor(AdaptorConfig((0, 2)), llama.config, tower.config.width)
+        for weight in adaptor.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+        with new_folder(run / name) as folder:
+            prompt = {"prompt": {"template": "chatml", "system": ""}}
+            save_adaptor(adaptor, folder, {"llama": "llama", "clip": "clip"}, prompt, torch.float32)
+        index["adaptors"][name] = name
+    (run / "iaa.json").write_text(json.dumps(index))
 
-    def row(turns, **extra):
+    def row(number, turns, **extra):
         said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
         said[0]["value"] = "<image>\n" + said[0]["value"]
-        return {"id": "x", "image": "a.png", "workflow": "mm", "conversations": said, **extra}
+        return {"id": f"x/{number}", "image": f"{number}.png", "workflow": "mm",
+                "conversations": said, **extra}
 
-    files = {
-        "test-questions": [row(["q1", "red", "q2", "yes"]), row(["q3", "circle"])],
-        "train-questions": [row(["q1", "blue", "q2", "no", "q3", "circle"]), row(["q", "no"])],
-        "test-boxes": [row([GROUNDING_PROMPT.format("it"), "x"], width=40, height=20,
-                           boxes=[[10, 0, 30, 20]])],
-    }
+    for number in range(4):
+        Image.new("RGB", (40, 20), ("red", "blue", "teal", "gray")[number]).save(
+            data / f"{number}.png")
+    asked = [(("what?", "red", "is it?", "yes"), ("which", "circle"), ("is", "no", "not?", "no"),
+              ("colour", "teal", "shape?", "circle"))[n] for n in range(4)]
+    files = {"test-questions": [row(n, turns) for n, turns in enumerate(asked)],
+             "train-questions": [row(9, ["q", "blue", "q", "no", "q", "circle"])],
+             "test-boxes": [row(n, ["where?", "x"], id=f"box/{n}", width=40, height=20,
+                                boxes=[[0, 0, 9, 9]]) for n in range(4)]}
     for name, rows in files.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path
 
 
-@pytest.fixture
-def model(tiny_base, tmp_path):
-    """A tiny model with the adaptors mm and grounding, its tokenizer and the LLM's folder."""
-    llama, clip = tiny_base(tmp_path / "base")
-    llm = tmp_path / "base" / "llama"
-    tokenizer = Tokenizer.load(llm)
-    iaa = IAA(llama, clip, tokenizer.image_id)
-    for name in ("mm", "grounding"):
-        iaa.adaptors[name] = Adaptor(AdaptorConfig((0, 2)), llama.config, clip.config.width)
-        iaa.adaptors[name].copy_frozen(llama)
-    return iaa, tokenizer, llm
+def go(monkeypatch, *arguments):
+    """eval.py with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    evaluation.main()
 
 
-def test_counts_and_commonest_answers(data, model, monkeypatch):
-    """Right answers are counted by kind, boxes by IoU, beside the commonest training answer."""
-    iaa, tokenizer, _ = model
-    answers = {"q1": "red", "q2": "no", "q3": "circle.",
-               GROUNDING_PROMPT.format("it"): "[0.25, 0.25, 0.75, 0.75]"}
-
-    def ask(self, workflow, questions, max_tokens):
-        yield from enumerate(answers[text] for _, text in questions)
-
-    monkeypatch.setattr(Asker, "ask", ask)
-    out = io.StringIO()
-    result = easy_vqa(data, Asker(iaa, tokenizer, {}, 4), 1000, 0, out)
-    assert result["right"] == {"colour": 1, "yes/no": 0, "shape": 0}
-    assert result["total"] == {"colour": 1, "yes/no": 1, "shape": 1}
-    assert result["commonest"] == {"shape": 1}  # circle; blue and no are wrong here
-    assert result["grounding"] == {"hits": 1, "total": 1}
-    lines = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert len(lines) == 4 and lines[-1]["iou"] == 1.0
+def easy(world, *more):
+    """The arguments of a run on the world's data."""
+    return ("easy-vqa", world / "data", "--model", world / "run", "--out", world / "out", *more)
 
 
-def test_answers_come_back_under_their_own_question(data, model, monkeypatch):
-    """Batches are sorted by length; each answer still carries its question's index."""
-    iaa, tokenizer, _ = model
+def answers(folder):
+    """Key -> answer."""
+    return {record["key"]: record["answer"] for record in read_answers(folder)}
+
+
+def test_a_run_saves_and_scores(world, monkeypatch, capsys):
+    """Every question once, with what scoring needs; the table; the same again by --rescore."""
+    go(monkeypatch, *easy(world))
+    printed = capsys.readouterr()
+    assert "easy-vqa: 11 of 11" in printed.err
+    assert "grounding, IoU 0.5" in printed.out and "commonest answer" in printed.out
+    assert len(answers(world / "out")) == 11
+    line = json.loads((world / "out" / "answers-0.jsonl").read_text().splitlines()[0])
+    assert {"key", "prompt", "answer", "expected", "commonest"} <= line.keys()
+    scores = json.loads((world / "out" / "scores.json").read_text())
+    assert scores["all"]["asked"] == 7 and scores["grounding, IoU 0.5"]["asked"] == 4
+    shutil.rmtree(world / "run"), shutil.rmtree(world / "data")
+    (world / "out" / "scores.json").unlink()
+    go(monkeypatch, "easy-vqa", "--rescore", "--out", world / "out")
+    assert json.loads((world / "out" / "scores.json").read_text()) == scores
+    assert capsys.readouterr().out == printed.out
+
+
+def test_a_killed_run_goes_on(world, monkeypatch, capsys):
+    """Stopped after three answers, with half a line on disk: only the rest is asked."""
+    go(monkeypatch, *easy(world, "--out", world / "whole"))
+    ask = Asker.ask
+
+    def ask_three(self, questions, workflow, max_tokens):
+        for number, said in enumerate(ask(self, questions, workflow, max_tokens)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield said
+
+    monkeypatch.setattr(Asker, "ask", ask_three)
+    with pytest.raises(SystemExit, match="goes on"):
+        go(monkeypatch, *easy(world))
+    assert len(answers(world / "out")) == 3
+    with open(world / "out" / "answers-0.jsonl", "a") as file:
+        file.write('{"key": "x/0/1", "ans')
     seen = []
 
-    def generate(self, prompts, images, workflow, max_tokens, stop):
-        seen.append([len(p) for p in prompts])
-        return [tokenizer.encode(str(len(p))) for p in prompts]
+    def ask_and_note(self, questions, workflow, max_tokens):
+        seen.extend(question.key for question in questions)
+        return ask(self, questions, workflow, max_tokens)
 
-    monkeypatch.setattr(IAA, "generate", generate)
-    prompts = {"mm": {"template": "chatml", "system": ""}}
-    texts = ["a long question?", "b", "a question", "cc"]
-    asker = Asker(iaa, tokenizer, prompts, 2)
-    got = dict(asker.ask("mm", [(data / "a.png", text) for text in texts], 8))
-    lengths = {i: int(answer) for i, answer in got.items()}
-    assert sorted(got) == [0, 1, 2, 3] and seen[0] < seen[1]
-    assert [lengths[i] - lengths[1] for i in range(4)] == [len(t) - 1 for t in texts]
+    monkeypatch.setattr(Asker, "ask", ask_and_note)
+    go(monkeypatch, *easy(world))
+    assert len(seen) == 8 and answers(world / "out") == answers(world / "whole")
+    go(monkeypatch, *easy(world))
+    assert len(seen) == 8  # nothing is left to ask
 
 
-def test_text_check_says_yes_and_no(model):
-    """Identical with adaptors loaded; one changed frozen weight is noticed."""
-    iaa, tokenizer, llm = model
-    text = "Some text that is long enough for two windows of the check. " * 3
-    assert text_identical(iaa, llm, text, tokenizer, length=100) == (True, len(text))
-    with torch.no_grad():
-        iaa.llama.layers[1].ffn.down.weight[0, 0] += 0.5
-    assert text_identical(iaa, llm, text, tokenizer, length=100)[0] is False
+def test_two_ranks_share_the_work(world, monkeypatch):
+    """torchrun on two processes: the answers of one, in two files; one score."""
+    go(monkeypatch, *easy(world, "--out", world / "whole"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", "29631", ROOT / "eval.py", *easy(world)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("grounding, IoU 0.5") == 1 and "on rank 0 of 2" in done.stderr
+    files = sorted((world / "out").glob("answers-*.jsonl"))
+    assert len(files) == 2 and all(len(file.read_text().splitlines()) >= 4 for file in files)
+    assert answers(world / "out") == answers(world / "whole")
 
 
-@pytest.mark.parametrize("answer, kind", [("yes", "yes/no"), ("triangle", "shape"),
-                                          ("teal", "colour")])
-def test_kinds(answer, kind):
-    """The table's row of an answer."""
-    assert scoring.question_kind(answer) == kind
+def test_answers_of_another_run_are_not_mixed(world, monkeypatch):
+    """Another model or other questions in the same folder: one line, nothing written."""
+    go(monkeypatch, *easy(world))
+    before = (world / "out" / "answers-0.jsonl").read_text()
+    with pytest.raises(SystemExit, match=r"holds answers of another run \(questions, asked differ"):
+        go(monkeypatch, *easy(world, "--limit", 1))
+    weights = world / "run" / "mm" / "adaptor.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SystemExit, match=r"\(mm differ\)"):
+        go(monkeypatch, *easy(world))
+    assert (world / "out" / "answers-0.jsonl").read_text() == before
+    with pytest.raises(SystemExit, match="answers to easy-vqa, not to mme"):
+        go(monkeypatch, "mme", "--rescore", "--out", world / "out")
+
+
+def test_an_adaptor_that_is_not_there(world, monkeypatch, capsys):
+    """Without grounding its questions are left out; without any adaptor there is nothing to ask."""
+    index = json.loads((world / "run" / "iaa.json").read_text())
+    del index["adaptors"]["grounding"]
+    (world / "run" / "iaa.json").write_text(json.dumps(index))
+    go(monkeypatch, *easy(world))
+    assert "grounding" not in capsys.readouterr().out and len(answers(world / "out")) == 7
+    (world / "run" / "iaa.json").write_text(json.dumps(index | {"adaptors": {}}))
+    with pytest.raises(SystemExit, match="no adaptor named 'mm'"):
+        go(monkeypatch, *easy(world))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("mme",), "DATA is needed"), (("mme", "nowhere"), "nowhere: no such file"),
+    (("mme", ".", "--limit", "0"), "--limit 0"), (("mmmu", "--rescore"), "settings.json: no such"),
+    (("easy-vqa", ".", "--model", "nowhere", "--out", "x"), "no such data file"),
+])
+def test_clear_errors(arguments, message, tmp_path, monkeypatch):
+    """One line that names the file or the option."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        go(monkeypatch, *arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_answers_file_is_named(tmp_path):
+    """File and line; half a line at the end is a killed run's and no error."""
+    (tmp_path / "answers-0.jsonl").write_text('{"key": "1"}\n{"k\n{"key": "2"}\n')
+    with pytest.raises(ValueError, match="answers-0.jsonl:2: not an answer"):
+        read_answers(tmp_path)
+    (tmp_path / "answers-0.jsonl").write_text('{"key": "1"}\n{"k')
+    assert read_answers(tmp_path) == [{"key": "1"}]
+
+
+def some(keys, images):
+    """Questions by key and picture."""
+    return [Question(key, "?", bytes([image])) for key, image in zip(keys, images, strict=True)]
+
+
+def test_a_limit_takes_whole_pictures():
+    """At random by the seed, the same every time, and never half of a picture's questions."""
+    questions = some("abcdefgh", [0, 0, 1, 1, 2, 2, 3, 3])
+    assert chosen(questions, None, 0) == questions
+    taken = chosen(questions, 3, 0)
+    turned = chosen(questions[::-1], 3, 0)
+    assert len(taken) == 4 and {q.key for q in turned} == {q.key for q in taken}
+    assert all(sum(q.image == t.image for q in taken) == 2 for t in taken)
+    assert any(chosen(questions, 3, seed) != taken for seed in range(1, 9))
+    with pytest.raises(ValueError, match="question a comes twice"):
+        chosen(some("aba", [1, 2, 3]), None, 0)
+
+
+def test_ranks_get_every_question_once():
+    """Parts are disjoint, complete, and hold a picture's questions together."""
+    questions = some("abcdefg", [5, 1, 5, 2, 3, 3, 1])
+    parts = [share(questions, rank, 3) for rank in range(3)]
+    assert sorted(q.key for part in parts for q in part) == list("abcdefg")
+    assert [{q.image for q in part} for part in parts] == [{b"\5", b"\3"}, {b"\1"}, {b"\2"}]
+
+
+def test_the_table(capsys):
+    """Columns as they first come, counts whole, other numbers rounded, gaps blank."""
+    print_table("t", {"a": {"score": 12.345, "asked": 3}, "long": {"score": 1.0, "IAA-8": 2.0}})
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "t        score     asked     IAA-8", "a         12.3         3          ",
+        "long       1.0                 2.0"]

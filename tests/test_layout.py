@@ -20,7 +20,12 @@ IMPORTS = {  # of ours, by file: the design
     "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
     "packing": {"llama"},
     "sample": {"chat", "clip", "data", "iaa", "packing"},
-    "eval": {"chat", "clip", "data", "files", "iaa"},
+    "eval": {"ask", "benchmarks", "chat", "files", "harness", "iaa", "retention", "scoring"},
+    "ask": {"chat", "clip", "iaa"},
+    "scoring": {"data"},
+    "benchmarks": {"ask", "chat", "data", "scoring"},
+    "retention": {"chat", "iaa", "scoring"},
+    "harness": {"chat", "iaa", "scoring"},
     "plot": set(),
     "bench": {"bench_peer", "chat", "costs", "iaa", "packing"},
     "costs": {"llama"},
@@ -33,8 +38,7 @@ IMPORTS = {  # of ours, by file: the design
     "data_sources": {"chat", "data", "data_files"},
     "box_sources": {"data", "data_files", "data_sources"},
     "demo_data": {"clip", "data", "data_sources", "files"},
-    "convert_data": {
-        "box_sources", "clip", "data", "data_sources", "demo_data", "files"},
+    "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "train",
         "sample")  # the core
