@@ -16,7 +16,12 @@ IMPORTS = {  # of ours, by file: the design
     "chat": {"files"},
     "data": {"chat"},
     "config": {"iaa"},  # for TEXT
-    "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
+    "parts": {"iaa"},
+    "ranks": set(),
+    "zero": set(),
+    "checkpoint": {"config", "files", "ranks", "zero"},
+    "train": {"chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
+              "ranks", "zero"},
     "sample": {"chat", "clip", "data", "iaa"},
     "eval": {"chat", "clip", "data", "files", "iaa"},
     "plot": set(),
@@ -28,7 +33,8 @@ IMPORTS = {  # of ours, by file: the design
         "chat", "checkpoint_files", "clip", "files", "iaa", "llama", "weight_tables"},
     "convert_data": {"chat", "clip", "data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "train", "sample")  # the core
+LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "parts", "ranks", "zero",
+        "checkpoint", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files")  # may name pickle's errors, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
