@@ -9,12 +9,12 @@ takes c bytes (2 in bf16, 4 in fp32), a gradient on its way r (c, or 4 with `red
 
     stage                      computes   master   moments   gradients        frozen
     0  torch's DDP                 -         4P        8P    4P + 4P buckets    cF
-    1  optimizer shared out       cP       4P/N      8P/N    rP* + 4P/N         cF
+    1  optimizer shared out       cP       4P/N      8P/N    4P/N (or rP*)      cF
     2  gradients too              cP       4P/N      8P/N    4P/N               cF
     3  weights too                 -       4P/N      8P/N    4P/N               cF/N (or cF)
 
-At stage 0 the fp32 weights are their own masters. (*) only with gradient accumulation. While a
-pass runs, stages 2 and 3 also hold the gradients of two units, r bytes a weight (one on its way,
+At stage 0 the fp32 weights are their own masters. (*) the larger, with gradient accumulation. While
+a pass runs, stages 2 and 3 also hold the gradients of two units, r bytes a weight (one on its way,
 one being filled), and stage 3 the weights of two units, c bytes each (one in use, the next on its
 way). A *unit* is what is gathered together: a decoder layer, an embedding, a head with its norm.
 
@@ -440,9 +440,9 @@ def bytes_held(
         return {"computes": 0, "master": MASTER * trained, "moments": 2 * MASTER * trained,
                 "gradients": MASTER * trained + buckets, "frozen": 0}
     shard = MASTER * padded // world
-    whole = r * padded if stage == 1 and accumulation > 1 else 0
+    whole = r * padded if stage == 1 and accumulation > 1 else 0  # until the last micro-batch
     return {"computes": c * padded if stage < 3 else 0, "master": shard, "moments": 2 * shard,
-            "gradients": whole + shard, "frozen": frozen // world}
+            "gradients": max(whole, shard), "frozen": frozen // world}
 
 
 def bytes_sent(

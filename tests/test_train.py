@@ -81,8 +81,8 @@ def run(world, *arguments, processes=1, **options):
     """train.py as a user starts it."""
     command = [sys.executable, str(ROOT / "train.py")]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
-                   str(processes), "--master_port", "29517", str(ROOT / "train.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node", str(processes), str(ROOT / "train.py")]
     command += ["--config", str(world / "config.toml"), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env=ONE_THREAD, timeout=240, **options)
@@ -226,7 +226,7 @@ def test_changed_settings_do_not_resume(world, trained):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 60
     folder = world / "changed" / "pretrain_projector"
-    while not list(folder.glob("step-*")) and time.time() < deadline:
+    while not list(folder.glob("step-*/state.json")) and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.wait()
