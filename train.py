@@ -17,6 +17,7 @@ Letters: as in iaa.py.
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from chat import Tokenizer
-from checkpoint import complete_sets, remove, resume_state, save_state
+from checkpoint import remove, resume_state, save_state
 from clip import preprocess
 from config import DTYPES, Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
@@ -344,7 +345,7 @@ def after_stage(config: Config, stage: StageConfig) -> None:
         "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last stage
     }
     write_json(out / "iaa.json", index)
-    for old in complete_sets(out / stage.name):
+    for old in (out / stage.name).glob("step-*"):
         remove(old)
 
 
@@ -376,6 +377,7 @@ def train(config: Config, only: str | None) -> None:
             ranks.barrier()  # all have looked
             if not finished:
                 run_stage(open_run(config, ranks, stage), stage)
+                gc.collect()  # zero.py's hooks and the model refer to each other: free both now
             if ranks.rank == 0:  # for a finished one too: it may have been killed before this
                 after_stage(config, stage)
             folder = Path(config.out, stage.name)

@@ -140,8 +140,7 @@ class Unit:
 
     def collect(self, dtype: torch.dtype) -> None:
         """Add the weights' gradients to the flat gradient (made where there is none), drop them."""
-        fresh = self.gradient is None
-        if fresh:
+        if self.gradient is None:
             self.gradient = torch.zeros(len(self.flat), dtype=dtype, device=self.flat.device)
         for weight, start in zip(self.weights, self.starts(), strict=True):
             if weight.grad is not None:
@@ -211,7 +210,7 @@ def timetable(parts: list, stage: int, shard_frozen: bool) -> tuple[list[Unit], 
             backward.append(Stop(unit, part, stage == 3 and part.again, complete))
         seen.add(unit)
     turn = len(stops)
-    stops += reversed(backward)
+    stops += reversed(backward)  # autograd's order
     if stops[turn].unit is not stops[turn - 1].unit:
         raise ValueError("the last part of the forward pass must be the first of the backward pass")
     return units, stops, turn
@@ -263,7 +262,10 @@ class Sharded:
                 stop.part.last.register_forward_hook(hook)
 
     def walk(self, number: int) -> None:
-        """Go on to that stop, with everything on the way; nothing if it lies behind."""
+        """Go on to that stop, with everything on the way. Raises RuntimeError if it lies behind."""
+        if self.position > number:
+            raise RuntimeError(f"stop {number} was called after stop {self.position}: the model "
+                               "runs its parts in another order than they were listed in")
         while self.position < number:
             if self.position >= 0:
                 self.leave()
