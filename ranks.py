@@ -50,6 +50,7 @@ class Ranks:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
                                     rank=self.rank, world_size=self.world, timeout=self.timeout)
+            self.begin(self.place)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -60,7 +61,9 @@ class Ranks:
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
         if isinstance(error, (dist.DistError, Terminated)) or "gloo" in str(error):
-            raise LostRank(f"rank {self.rank} stopped in {self.place}: {self.lost()}") from None
+            told = " on SIGTERM" if isinstance(error, Terminated) else ""
+            line = f"rank {self.rank} stopped{told} in {self.place}: {self.lost()}"
+            raise LostRank(line) from None
         with contextlib.suppress(dist.DistError):
             self.store.set(f"note/{self.rank}", f"{kind.__name__}: {error}".splitlines()[0])
 
@@ -69,7 +72,7 @@ class Ranks:
         raise Terminated("SIGTERM")
 
     def lost(self) -> str:
-        """Leave a note; which ranks leave none within a few seconds, or failed by themselves."""
+        """Leave a note; say which ranks leave none for GRACE_S seconds, or failed by themselves."""
         others, notes = set(range(self.world)) - {self.rank}, {}
         try:
             self.store.set(f"note/{self.rank}", WAITED)
@@ -79,11 +82,14 @@ class Ranks:
                 for rank in others - notes.keys():
                     if self.store.check([f"note/{rank}"]):
                         notes[rank] = self.store.get(f"note/{rank}").decode()
+            silent = sorted(others - notes.keys())
+            places = {r: self.store.get(f"place/{r}").decode() for r in silent}
         except dist.DistError:
-            return "the process that keeps the group's store (the launcher, or rank 0) is gone"
+            launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return f"{'the launcher' if launched else 'rank 0'}, which keeps the notes, is dead"
         said = [f"rank {r} failed ({notes[r]})" for r in sorted(notes) if notes[r] != WAITED]
-        said += [f"rank {r} is dead or hangs" for r in sorted(others - notes.keys())]
-        return ", ".join(said) or "all ranks were told to stop"
+        said += [f"rank {r} is dead or hangs in {places[r]}" for r in silent]
+        return ", ".join(said) or "so did all others"
 
     def begin(self, place: str) -> None:
         """Note where training is, for messages; fails where the launcher is gone."""
