@@ -44,13 +44,18 @@ class Ranks:
             torch.cuda.set_device(self.device)
 
     def __enter__(self) -> "Ranks":
-        if self.world > 1:
-            signal.signal(signal.SIGTERM, self.terminate)
-            self.store, *_ = next(rendezvous("env://"))
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.world == 1:
+            return self
+        signal.signal(signal.SIGTERM, self.terminate)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            self.store, *_ = next(rendezvous("env://", timeout=self.timeout))
+            self.begin(self.place)  # before all have joined, so that no rank is without a word
             dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
                                     rank=self.rank, world_size=self.world, timeout=self.timeout)
-            self.begin(self.place)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise LostRank(f"rank {self.rank} of {self.world} found no others: {reason}") from None
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -83,12 +88,12 @@ class Ranks:
                     if self.store.check([f"note/{rank}"]):
                         notes[rank] = self.store.get(f"note/{rank}").decode()
             silent = sorted(others - notes.keys())
-            places = {r: self.store.get(f"place/{r}").decode() for r in silent}
+            places = [self.store.get(f"place/{r}").decode() for r in silent]
         except dist.DistError:
             launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             return f"{'the launcher' if launched else 'rank 0'}, which keeps the notes, is dead"
         said = [f"rank {r} failed ({notes[r]})" for r in sorted(notes) if notes[r] != WAITED]
-        said += [f"rank {r} is dead or hangs in {places[r]}" for r in silent]
+        said += [f"rank {r} is dead or hangs in {p}" for r, p in zip(silent, places, strict=True)]
         return ", ".join(said) or "so did all others"
 
     def begin(self, place: str) -> None:
