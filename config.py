@@ -38,6 +38,7 @@ class StageConfig:
     save_every: int = 100  # steps
     eval_every: int = 100  # steps
     eval_rows: int = 64
+    zero: int = 0  # ZeRO stage where there are several ranks, see zero.py
 
     def __post_init__(self):
         where = f"stage {self.name}"
@@ -52,6 +53,8 @@ class StageConfig:
                              "0 or more, below 1")
         if self.trains not in ("projector", "adaptor"):
             raise ValueError(f'{where}: trains = {self.trains!r}: "projector" or "adaptor"')
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"{where}: zero = {self.zero}: 0, 1, 2 or 3")
         if not self.name.isidentifier() or not self.adaptor.isidentifier() or self.adaptor == TEXT:
             raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: "
                              f"letters, digits and _, and not {TEXT!r}")
@@ -78,6 +81,9 @@ class Config:
     max_tokens: int = 2048  # longer rows are cut
     dtype: str = "bf16"
     recompute: bool = False  # activation checkpointing
+    shard_frozen: bool = True  # ZeRO-3 also shares out the frozen models; false: each rank has them
+    reduce_fp32: bool = False  # ZeRO sends gradients in fp32, not in dtype
+    timeout_s: int = 600  # without an answer from another rank; then all stop
     seed: int = 0
     threads: int = 0  # of the processor; 0 = as torch chooses
     workers: int = 1  # processes that load data
@@ -85,6 +91,8 @@ class Config:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
+        if self.timeout_s < 1:
+            raise ValueError(f"timeout_s = {self.timeout_s}: must be 1 or more")
         if not self.stage:
             raise ValueError("no [[stage]] given")
         names = [s.name for s in self.stage]

@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def flush(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's list of names, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` that takes its name once the block ends, and is removed on failure.
@@ -26,13 +33,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            flush(file)
         temporary.rename(path)
-        parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,7 +60,9 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file, or replace it, in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
+    flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: dict) -> None:

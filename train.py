@@ -1,46 +1,48 @@
 """Train IAA: the stages of a TOML file in order, each from the result of the one before (Table 1).
 
     python train.py --config configs/demo.toml [--stage NAME] [--set key=value ...]
-    torchrun --nproc_per_node N train.py --config ...      the same on N processes (torch's DDP)
+    torchrun --nproc_per_node N train.py --config ...      the same on N processes (zero.py)
 
 - Everything random is a function of the seed and the step, so the step is the data cursor and the
   RNG state in one. A run killed and started again ends with the same bits as an unbroken one.
 - Trained weights are fp32 and their own master copy: layers cast them to the frozen model's dtype.
+  ZeRO stages 1 to 3 keep the masters in shards and compute with copies in that dtype.
 - The loss is the sum over the global batch divided by its number of scored tokens, however the
-  batch is split over micro-batches and ranks.
+  batch is split over micro-batches and ranks; they need not divide evenly.
 - `out/` holds `config.json`, `iaa.json` (what `sample.py` opens) and, for each stage, `log.jsonl`,
-  checkpoints `step-000100/` while it runs and `adaptor/` once it is finished. Folders appear whole
-  or not at all.
+  checkpoints `step-000100/` while it runs (checkpoint.py) and `adaptor/` once it is finished.
 
 Letters: as in iaa.py.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from chat import Tokenizer
+from checkpoint import remove, resume_state, save_state
 from clip import preprocess
 from config import Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
-from files import lock, new_folder, read_json, replace_text, write_json
+from files import lock, new_folder, replace_text, write_json
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
 from llama import DecoderLayer
+from parts import parts
+from ranks import LostRank, Ranks
+from zero import Replicated, Sharded
 
 MAX_BAD_STEPS = 10  # in a row, then the run stops
 
@@ -55,39 +57,28 @@ def lr_at(step: int, stage: StageConfig) -> float:
 
 @dataclass
 class Run:
-    """What all stages share: frozen models, tokenizer, this process's place among the ranks."""
+    """What a stage works with: frozen models, tokenizer, this process's place among the ranks."""
 
     config: Config
+    ranks: Ranks
     model: IAA
     base: dict[str, str]
     tokenizer: Tokenizer
-    device: torch.device
-    rank: int
-    world: int
-
-    def say(self, text: str) -> None:
-        """Print once for all ranks."""
-        if self.rank == 0:
-            print(text, flush=True)
 
 
-def open_run(config: Config) -> Run:
-    """Join the process group where there is one, load the frozen models."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    llama, llama_sha = load_base(config.llm, DTYPES[config.dtype], str(device))
-    clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], str(device))
+def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
+    """Load the frozen models for a stage, as each may share them out in another way."""
+    device = "cpu" if shards_frozen(config, ranks, stage) else str(ranks.device)
+    llama, llama_sha = load_base(config.llm, DTYPES[config.dtype], device)
+    clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], device)
     tokenizer = Tokenizer.load(config.llm)
-    model = IAA(llama, clip, tokenizer.image_id)
     base = {"llama": llama_sha, "clip": clip_sha}
-    return Run(config, model, base, tokenizer, device, rank, world)
+    return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer)
+
+
+def shards_frozen(config: Config, ranks: Ranks, stage: StageConfig) -> bool:
+    """Whether the frozen models are kept in shards, which `Sharded` moves to the device."""
+    return ranks.world > 1 and stage.zero == 3 and config.shard_frozen
 
 
 def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
@@ -119,13 +110,13 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
         if result.unexpected_keys:
             raise ValueError(f"{folder} has {result.unexpected_keys[0]}, "
                              f"which stage {stage.name} has no place for")
-    return adaptor.to(run.device)
+    return adaptor
 
 
-def make_optimizer(adaptor: Adaptor, stage: StageConfig) -> torch.optim.AdamW:
+def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
     """AdamW over every trained parameter once; the projector may have a rate of its own."""
-    projector = list(adaptor.projector.parameters())
-    rest = [p for name, p in adaptor.named_parameters() if not name.startswith("projector.")]
+    projector = [m for name, m in masters.items() if name.startswith("projector.")]
+    rest = [m for name, m in masters.items() if not name.startswith("projector.")]
     groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
     groups += [{"params": rest, "peak": stage.lr}] if rest else []
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
@@ -135,62 +126,70 @@ def make_optimizer(adaptor: Adaptor, stage: StageConfig) -> torch.optim.AdamW:
 class Loss(nn.Module):
     """The workflow's loss as a module for DDP to wrap. Sees the frozen models, owns the adaptor."""
 
-    def __init__(self, model: IAA, workflow: str):
+    def __init__(self, model: IAA, workflow: str, device: torch.device):
         super().__init__()
+        self.device = device
         self.adaptor = model.adaptors[workflow]
         self.model, self.workflow = (model,), workflow  # a tuple: its frozen parts are not ours
 
     def forward(self, b: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's scored tokens."""
+        b = b.to(self.device)
         inputs = (b.tokens, b.targets, self.workflow, b.images, b.positions, b.segments)
         return self.model[0].loss(*inputs)
 
 
-def global_sum(value: float, run: Run) -> float:
-    """Sum of a number over all ranks."""
-    if run.world == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=run.device)
-    dist.all_reduce(total)
-    return total.item()
+def share_out(run: Run, stage: StageConfig, adaptor: Adaptor) -> Replicated | Sharded:
+    """The stage's training state, held as its ZeRO stage says."""
+    config, ranks, model = run.config, run.ranks, run.model
+    loss = Loss(model, stage.adaptor, ranks.device)
+    if ranks.world == 1 or stage.zero == 0:
+        adaptor.to(ranks.device)
+        return Replicated(loss, dict(adaptor.named_parameters()), ranks.world)
+    order = parts(model, stage.adaptor)
+    used = {w for part in order for w in part.weights}
+    unused = [w for w in model.parameters() if w not in used]
+    names = {w: name for name, w in adaptor.named_parameters()}
+    return Sharded(loss, order, unused, names, stage.zero, model.llama.dtype, ranks.device,
+                   config.shard_frozen, config.reduce_fp32)
 
 
 def train_step(
-    loss: nn.Module, batches: list[Batch], optimizer, stage: StageConfig, step: int, run: Run
+    state: Replicated | Sharded, batches: list[Batch | None], optimizer, stage: StageConfig,
+    step: int, ranks: Ranks
 ) -> tuple[float, float, bool]:
-    """One update, unless not finite. Returns (mean loss, gradient norm, whether it was done)."""
-    scored = global_sum(sum(b.scored for b in batches), run)
-    total = torch.zeros((), device=run.device)
+    """One update, unless not finite. Returns (mean loss, gradient norm, whether it was done).
+
+    batches: as many on every rank; None where this one has no rows left.
+    """
+    scored = ranks.sum(sum(b.scored for b in batches if b is not None))
+    total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches):
-        if isinstance(loss, DistributedDataParallel):
-            loss.require_backward_grad_sync = i == len(batches) - 1
-        part = loss(batch.to(run.device))
-        (part * (run.world / scored)).backward()  # DDP divides by the number of ranks
-        total += part.detach()
-    norm = nn.utils.clip_grad_norm_(loss.parameters(), stage.clip_norm).item()
-    mean = global_sum(total.item(), run) / scored
+        total += state.forward_backward(batch, scored, last=i == len(batches) - 1)
+    norm = state.clip(stage.clip_norm)
+    mean = ranks.sum(total.item()) / scored
     done = math.isfinite(norm) and math.isfinite(mean)
     if done:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, stage)
         optimizer.step()
+        state.publish()
     optimizer.zero_grad()
     return mean, norm, done
 
 
-@torch.no_grad()
-def held_out_loss(loss: Loss, batches: list[Batch], run: Run) -> float:
+def held_out_loss(state: Replicated | Sharded, batches: list[Batch]) -> float:
     """Mean loss over the scored tokens of the held-out batches; every rank computes the same."""
-    total = sum(loss(batch.to(run.device)).item() for batch in batches)
+    total = sum(state.forward(batch).item() for batch in batches)
     return total / sum(batch.scored for batch in batches)
 
 
-def micro_batches(stage: StageConfig, sampler: Sampler, run: Run, first: int):
+def micro_batches(stage: StageConfig, sampler: Sampler, ranks: Ranks, first: int):
     """Rows of this rank's micro-batches from step `first` on: each `world`-th, from `rank` on."""
     for step in range(first, stage.steps):
         rows = sampler.rows(step)
         cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
-        yield from cuts[run.rank :: run.world]
+        yield from cuts[ranks.rank :: ranks.world]
 
 
 def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
@@ -221,42 +220,6 @@ def step_flops(run: Run, adaptor: Adaptor, batch: Batch) -> float:
     return layers + head + attention
 
 
-def save_state(run: Run, stage: StageConfig, adaptor: Adaptor, optimizer, step: int) -> None:
-    """A checkpoint from which the stage goes on at `step`; the newest two are kept."""
-    folder = Path(run.config.out, stage.name)
-    named = {p: name for name, p in adaptor.named_parameters()}
-    weights = {name: p.detach().contiguous() for name, p in adaptor.state_dict().items()}
-    moments = {f"{key}.{named[p]}": value
-               for p, values in optimizer.state.items() for key, value in values.items()}
-    state = {"step": step, "stage": asdict(stage), "base": run.base}
-    with new_folder(folder / f"step-{step:06d}") as new:
-        save_file(weights, new / "adaptor.safetensors")
-        save_file(moments, new / "optimizer.safetensors")
-        (new / "state.json").write_text(json.dumps(state))
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-
-
-def resume_state(run: Run, stage: StageConfig, adaptor: Adaptor, optimizer) -> int:
-    """Fill adaptor and optimizer from the newest checkpoint, return its step; 0 without one."""
-    found = sorted(Path(run.config.out, stage.name).glob("step-*"))
-    if not found:
-        return 0
-    state = read_json(found[-1] / "state.json")
-    was, now = state["stage"], json.loads(json.dumps(asdict(stage)))
-    free = ("save_every", "eval_every", "eval_rows")
-    changed = [key for key in now if was.get(key) != now[key] and key not in free]
-    if changed or state["base"] != run.base:
-        raise ValueError(f"{found[-1]} was made with another {', '.join(changed) or 'base model'}: "
-                         "restore it, or remove the folder to start the stage again")
-    adaptor.load_state_dict(load_file(found[-1] / "adaptor.safetensors"))
-    tensors = load_file(found[-1] / "optimizer.safetensors")
-    for name, p in adaptor.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-        optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys}
-    return state["step"]
-
-
 class Log:
     """A line a step on the screen and in `log.jsonl`; lines of steps to run again are cut."""
 
@@ -264,7 +227,7 @@ class Log:
         self.run, self.stage, self.clock = run, stage, time.perf_counter()
         self.path = Path(run.config.out, stage.name, "log.jsonl")
         self.tokens, self.padded, self.skipped = 0, 0, 0
-        if run.rank == 0 and self.path.is_file():
+        if run.ranks.rank == 0 and self.path.is_file():
             lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]
             kept = [line + "\n" for line in lines if json.loads(line)["step"] < first]
             replace_text(self.path, "".join(kept))
@@ -272,30 +235,32 @@ class Log:
     def step(
         self, step: int, values: dict, batches: list[Batch], adaptor: Adaptor, wait_s: float
     ) -> None:
-        """Write a step's line; tokens and FLOPs are of all ranks, taken as equal to this one's."""
+        """Write a step's line; tokens and FLOPs of all ranks are reckoned from this one's share."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         run, tokens = self.run, sum(int(b.lengths.sum()) for b in batches)
         flops = sum(step_flops(run, adaptor, b) for b in batches)
         self.tokens += tokens
         self.padded += sum(b.tokens.numel() for b in batches)
+        per_second = self.stage.batch // self.stage.micro_batch / max(1, len(batches)) / seconds
         memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if run.device.type == "cuda":
+        if run.ranks.device.type == "cuda":
             memory_gb = torch.cuda.max_memory_allocated() / 2**30
         row = {
-            "step": step, **values, "tokens_per_s": run.world * tokens / seconds,
-            "tflops": run.world * flops / seconds / 1e12, "data_wait": wait_s / seconds,
-            "padding": 1 - self.tokens / self.padded, "seconds": seconds, "memory_gb": memory_gb,
+            "step": step, **values, "tokens_per_s": tokens * per_second,
+            "tflops": flops * per_second / 1e12, "data_wait": wait_s / seconds,
+            "padding": 1 - self.tokens / max(1, self.padded), "seconds": seconds,
+            "memory_gb": memory_gb,
         }
         for name in [name for b in batches for name in b.skipped]:
             self.skipped += 1
             print(f"skipped {name} ({self.skipped} so far)", file=sys.stderr)
-        if run.rank == 0:
+        if run.ranks.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         left = (self.stage.steps - step - 1) * seconds
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
-        run.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  "
+        run.ranks.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  "
                 f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
                 f"{row['tokens_per_s']:.0f} tok/s  {row['tflops']:.3f} TFLOP/s  "
                 f"padding {row['padding']:.1%}  wait {row['data_wait']:.1%}  "
@@ -304,46 +269,45 @@ class Log:
 
 def run_stage(run: Run, stage: StageConfig) -> None:
     """Train one stage to its end and save its adaptor."""
-    per_step = stage.batch // stage.micro_batch
-    if per_step % run.world:
-        raise ValueError(f"stage {stage.name}: {per_step} micro-batches a step "
-                         f"do not divide among {run.world} ranks")
+    ranks, per_step = run.ranks, stage.batch // stage.micro_batch
     folder = Path(run.config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
     for layer in (m for m in run.model.modules() if isinstance(m, DecoderLayer)):
         layer.recompute = run.config.recompute
-    optimizer = make_optimizer(adaptor, stage)
-    first = resume_state(run, stage, adaptor, optimizer)
+    state = share_out(run, stage, adaptor)
+    optimizer = make_optimizer(state.masters, stage)
+    first = resume_state(folder, ranks, state, optimizer, stage, run.base)
     size = sum(p.numel() for p in adaptor.parameters())
-    run.say(f"stage {stage.name}: {size:,} parameters, from step {first}")
-    loss = own_loss = Loss(run.model, stage.adaptor)
-    if run.world > 1:
-        loss = DistributedDataParallel(own_loss, find_unused_parameters=True)
+    ranks.say(f"stage {stage.name}: {size:,} parameters, from step {first}")
     dataset = open_data(run, stage, stage.data)
     sampler = Sampler(dataset.lengths, stage.batch, run.config.seed)
-    stream = loader(dataset, micro_batches(stage, sampler, run, first), run.config.workers)
+    stream = loader(dataset, micro_batches(stage, sampler, ranks, first), run.config.workers)
+    mine = len(range(ranks.rank, per_step, ranks.world))  # micro-batches; some ranks may have one
+    none = [None] * (math.ceil(per_step / ranks.world) - mine)  # less than others: they join in
     held_out = held_out_batches(run, stage)
     log, bad = Log(run, stage, first), 0
     for step in range(first, stage.steps):
+        ranks.begin(f"stage {stage.name}, step {step + 1}")
         asked = time.perf_counter()
-        batches = [next(stream) for _ in range(per_step // run.world)]
+        batches = [next(stream) for _ in range(mine)]
         wait = time.perf_counter() - asked
-        mean, norm, done = train_step(loss, batches, optimizer, stage, step, run)
+        mean, norm, done = train_step(state, batches + none, optimizer, stage, step, ranks)
         bad = 0 if done else bad + 1
         if bad:
-            run.say(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped ({bad} in a row)")
+            ranks.say(f"step {step + 1}: loss {mean}, gradient norm {norm}: "
+                      f"skipped ({bad} in a row)")
         if bad >= MAX_BAD_STEPS:
             raise ValueError(f"{bad} steps in a row were not finite; "
                              f"the last checkpoint in {folder} is intact")
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
-            values["held_out"] = held_out_loss(own_loss, held_out, run)
+            values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, adaptor, wait)
-        if run.rank == 0 and (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
-            save_state(run, stage, adaptor, optimizer, step + 1)
-    finish_stage(run, stage, adaptor)
+        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
+            save_state(folder, ranks, state, optimizer, stage, run.base, step + 1)
+    finish_stage(run, stage, adaptor, state)
 
 
 def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
@@ -356,27 +320,33 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
     return list(loader(dataset, cuts))
 
 
-def finish_stage(run: Run, stage: StageConfig, adaptor: Adaptor) -> None:
-    """Save the adaptor in the frozen model's dtype, note it in `iaa.json`, drop the checkpoints."""
-    if run.rank == 0:
-        out = Path(run.config.out)
-        template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
-        prompt = {"template": template, "system": run.config.system}
-        extra = {"prompt": prompt, "stage": asdict(stage)}
-        with new_folder(adaptor_folder(run.config, stage.name)) as new:
-            save_adaptor(adaptor, new, run.base, extra, run.model.llama.dtype)
-        finished = [s for s in run.config.stage if is_finished(run.config, s)]
-        index = {
-            "llm": os.path.relpath(run.config.llm, out),
-            "vision": os.path.relpath(run.config.vision, out),
-            "image_token": run.tokenizer.image_id,
-            "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last stage
-        }
-        write_json(out / "iaa.json", index)
-        for old in (out / stage.name).glob("step-*"):
-            shutil.rmtree(old)
-    if run.world > 1:
-        dist.barrier()
+def finish_stage(
+    run: Run, stage: StageConfig, adaptor: Adaptor, state: Replicated | Sharded
+) -> None:
+    """Save the adaptor in the frozen model's dtype."""
+    template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
+    prompt = {"template": template, "system": run.config.system}
+    extra = {"prompt": prompt, "stage": asdict(stage)}
+    with state.whole():
+        if run.ranks.rank == 0:
+            with new_folder(adaptor_folder(run.config, stage.name)) as new:
+                save_adaptor(adaptor, new, run.base, extra, run.model.llama.dtype)
+    run.ranks.barrier()
+
+
+def after_stage(config: Config, stage: StageConfig) -> None:
+    """Note the finished adaptors in `iaa.json`, drop the stage's checkpoints."""
+    out = Path(config.out)
+    finished = [s for s in config.stage if is_finished(config, s)]
+    index = {
+        "llm": os.path.relpath(config.llm, out),
+        "vision": os.path.relpath(config.vision, out),
+        "image_token": Tokenizer.load(config.llm).image_id,
+        "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last stage
+    }
+    write_json(out / "iaa.json", index)
+    for old in (out / stage.name).glob("step-*"):
+        remove(old)
 
 
 def adaptor_folder(config: Config, stage: str) -> Path:
@@ -393,23 +363,27 @@ def train(config: Config, only: str | None) -> None:
     """Run the named stage, or all stages that are not finished."""
     if only is not None and only not in [s.name for s in config.stage]:
         raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
-    rank = int(os.environ.get("RANK", 0))
-    with lock(Path(config.out)) if rank == 0 else contextlib.nullcontext():
-        run = open_run(config)
-        if rank == 0:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    ranks = Ranks(config.timeout_s)
+    alone = lock(Path(config.out)) if ranks.rank == 0 else contextlib.nullcontext()
+    with alone, ranks:
+        if ranks.rank == 0:
             write_json(Path(config.out, "config.json"), asdict(config))
         for stage in config.stage:
             if only not in (None, stage.name):
                 continue
-            if is_finished(config, stage):
-                folder = Path(config.out, stage.name)
-                run.say(f"stage {stage.name}: finished before (remove {folder} to train it again)")
-                continue
-            began = time.perf_counter()
-            run_stage(run, stage)
-            run.say(f"stage {stage.name}: done in {(time.perf_counter() - began) / 60:.1f} min")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            began, finished = time.perf_counter(), is_finished(config, stage)
+            ranks.barrier()  # all have looked
+            if not finished:
+                run_stage(open_run(config, ranks, stage), stage)
+                gc.collect()  # zero.py's hooks and the model refer to each other: free both now
+            if ranks.rank == 0:  # for a finished one too: it may have been killed before this
+                after_stage(config, stage)
+            folder = Path(config.out, stage.name)
+            ranks.say(f"stage {stage.name}: " + (
+                f"finished before (remove {folder} to train it again)" if finished
+                else f"done in {(time.perf_counter() - began) / 60:.1f} min"))
 
 
 def main() -> None:
@@ -423,7 +397,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         train(read_config(args.config, args.set), args.stage)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, LostRank) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the same command goes on from the last checkpoint")

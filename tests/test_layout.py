@@ -16,8 +16,10 @@ IMPORTS = {  # of ours, by file: the design
     "iaa": {"clip", "files", "llama", "mixed"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"iaa"},  # for TEXT and DTYPES
-    "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
+    "config": {"iaa"},  # for TEXT
+    "train": {
+        "chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
+        "ranks", "zero"},
     "packing": {"llama"},
     "sample": {"chat", "clip", "data", "iaa", "packing"},
     "eval": {"ask", "benchmarks", "chat", "files", "harness", "iaa", "retention", "scoring"},
@@ -26,6 +28,10 @@ IMPORTS = {  # of ours, by file: the design
     "benchmarks": {"ask", "chat", "data", "scoring"},
     "retention": {"chat", "iaa", "scoring"},
     "harness": {"chat", "iaa", "scoring"},
+    "parts": {"iaa"},
+    "ranks": set(),
+    "zero": set(),
+    "checkpoint": {"config", "files", "ranks", "zero"},
     "plot": set(),
     "bench": {"bench_peer", "chat", "costs", "iaa", "packing"},
     "costs": {"llama"},
@@ -40,8 +46,8 @@ IMPORTS = {  # of ours, by file: the design
     "demo_data": {"clip", "data", "data_sources", "files"},
     "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "train",
-        "sample")  # the core
+LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "parts",
+        "ranks", "zero", "checkpoint", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import processes
 from safetensors.torch import load_file
 
 from config import StageConfig, read_config
 from files import lock
-from train import lr_at
+from ranks import LostRank
+from train import lr_at, train
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -81,8 +84,8 @@ def run(world, *arguments, processes=1, **options):
     """train.py as a user starts it."""
     command = [sys.executable, str(ROOT / "train.py")]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
-                   str(processes), "--master_port", "29517", str(ROOT / "train.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node", str(processes), str(ROOT / "train.py")]
     command += ["--config", str(world / "config.toml"), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env=ONE_THREAD, timeout=240, **options)
@@ -157,13 +160,67 @@ def test_killed_run_ends_with_the_same_bits(world, trained):
 
 def test_accumulation_and_ranks_change_nothing(world, trained):
     """One micro-batch or several, one process or two: the same weights to rounding."""
-    for out, setting, processes in (("whole", "instruct.micro_batch=8", 1),
-                                    ("two", "stage.micro_batch=2", 2)):
-        result = run(world, "--set", f"out={world}/{out}", "--set", setting, processes=processes)
+    for out, setting, ranks in (("whole", "instruct.micro_batch=8", 1),
+                                ("two", "stage.micro_batch=2", 2)):
+        result = run(world, "--set", f"out={world}/{out}", "--set", setting, processes=ranks)
         assert result.returncode == 0, result.stderr
         expected, got = tensors(world, "run", "instruct"), tensors(world, out, "instruct")
         for name in expected:
             assert torch.allclose(expected[name], got[name], rtol=0, atol=2e-5), (out, name)
+
+
+def instruct(config: str, settings: list[str]) -> None:
+    """On a rank: the second stage alone, from the frozen model."""
+    torch.set_num_threads(1)
+    train(read_config(config, ["instruct.start=none", *settings]), "instruct")
+
+
+def steps_done(out: Path, wanted: int) -> None:
+    """Wait until the log has as many steps."""
+    path, deadline = out / "instruct" / "log.jsonl", time.time() + 60
+    while not path.is_file() or path.read_text().count("\n") < wanted:
+        assert time.time() < deadline, "the ranks do not train"
+        time.sleep(0.02)
+
+
+def test_killed_ranks_end_with_the_same_bits(world, tmp_path):
+    """kill -9 of one of two ranks at stage 3, started again: the bits of the run never killed."""
+    config = str(world / "config.toml")
+
+    def go(out: str, kill: bool) -> None:
+        settings = ["stage.zero=3", "stage.save_every=1", "stage.steps=20", f"out={tmp_path}/{out}"]
+        with processes(2, instruct, config, settings) as (started, result):
+            if kill:
+                steps_done(tmp_path / out, 3)
+                os.kill(started[0].pid, signal.SIGKILL)
+                assert isinstance(result(60)[1], LostRank)
+            else:
+                assert [result(60)[1], result(60)[1]] == [None, None]
+
+    go("whole", kill=False)
+    go("killed", kill=True)
+    assert not (tmp_path / "killed" / "instruct" / "adaptor").exists()
+    go("killed", kill=False)
+    expected, got = tensors(tmp_path, "whole", "instruct"), tensors(tmp_path, "killed", "instruct")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    left = {path.name for path in (tmp_path / "killed" / "instruct").iterdir()}
+    assert left == {"adaptor", "log.jsonl"}
+
+
+@pytest.mark.parametrize("fault, zero", [(signal.SIGKILL, 3), (signal.SIGSTOP, 0)])
+def test_a_lost_rank_is_named(world, tmp_path, fault, zero):
+    """A rank that dies or hangs: the other stops within the timeout, naming it and the step."""
+    settings = [f"out={tmp_path}", "timeout_s=3", f"stage.zero={zero}", "instruct.steps=5000"]
+    with processes(2, instruct, str(world / "config.toml"), settings) as (started, result):
+        steps_done(tmp_path, 3)
+        os.kill(started[1].pid, fault)
+        rank, error = result(20)
+        assert rank == 0 and isinstance(error, LostRank), error
+        step = r"stage instruct, step \d+"
+        line = f"rank 0 stopped in {step}: rank 1 is dead or hangs in {step}"
+        assert re.fullmatch(line, str(error))
+        started[0].join(10)
+        assert not started[0].is_alive()
 
 
 def test_learning_rate_schedule():
@@ -226,7 +283,7 @@ def test_changed_settings_do_not_resume(world, trained):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 60
     folder = world / "changed" / "pretrain_projector"
-    while not list(folder.glob("step-*")) and time.time() < deadline:
+    while not list(folder.glob("step-*/state.json")) and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.wait()

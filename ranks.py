@@ -1,0 +1,120 @@
+"""One process among many: joining them, sums over all of them, and which of them was lost.
+
+`torchrun` (or SLURM) starts the processes and tells each its rank by environment variables. NCCL
+carries the data between GPUs, gloo between processors.
+
+A rank that dies or hangs leaves the others waiting in a collective, which fails at once where a
+connection broke, and after `timeout_s` where nobody answers. Each rank that fails so, or by an
+error of its own, leaves a note in the group's key-value store: the ranks without a note are the
+lost ones. A step begins with a word to the store, so that no rank outlives its launcher.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+GRACE_S = 5  # for the other ranks' notes
+WAITED = "waited"  # the note of a rank whose collective failed
+
+
+class LostRank(Exception):
+    """A collective failed; the message names the ranks that did not answer, and the step."""
+
+
+class Terminated(Exception):
+    """SIGTERM came: the launcher ends all ranks where one has failed."""
+
+
+class Ranks:
+    """This process's place among the ranks; a context that joins the group and leaves it."""
+
+    def __init__(self, timeout_s: float):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.place, self.timeout = "start", timedelta(seconds=timeout_s)
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self) -> "Ranks":
+        if self.world == 1:
+            return self
+        signal.signal(signal.SIGTERM, self.terminate)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            self.store, *_ = next(rendezvous("env://", timeout=self.timeout))
+            self.begin(self.place)  # before all have joined, so that no rank is without a word
+            dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
+                                    rank=self.rank, world_size=self.world, timeout=self.timeout)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise LostRank(f"rank {self.rank} of {self.world} found no others: {reason}") from None
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.world == 1:
+            return
+        if error is None:
+            dist.destroy_process_group()
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
+        if isinstance(error, (dist.DistError, Terminated)) or "gloo" in str(error):
+            told = " on SIGTERM" if isinstance(error, Terminated) else ""
+            line = f"rank {self.rank} stopped{told} in {self.place}: {self.lost()}"
+            raise LostRank(line) from None
+        with contextlib.suppress(dist.DistError):
+            self.store.set(f"note/{self.rank}", f"{kind.__name__}: {error}".splitlines()[0])
+
+    def terminate(self, number: int, frame) -> None:
+        """SIGTERM's handler."""
+        raise Terminated("SIGTERM")
+
+    def lost(self) -> str:
+        """Leave a note; say which ranks leave none for GRACE_S seconds, or failed by themselves."""
+        others, notes = set(range(self.world)) - {self.rank}, {}
+        try:
+            self.store.set(f"note/{self.rank}", WAITED)
+            deadline = time.monotonic() + GRACE_S
+            while len(notes) < len(others) and time.monotonic() < deadline:
+                time.sleep(0.1)
+                for rank in others - notes.keys():
+                    if self.store.check([f"note/{rank}"]):
+                        notes[rank] = self.store.get(f"note/{rank}").decode()
+            silent = sorted(others - notes.keys())
+            places = [self.store.get(f"place/{r}").decode() for r in silent]
+        except dist.DistError:
+            launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return f"{'the launcher' if launched else 'rank 0'}, which keeps the notes, is dead"
+        said = [f"rank {r} failed ({notes[r]})" for r in sorted(notes) if notes[r] != WAITED]
+        said += [f"rank {r} is dead or hangs in {p}" for r, p in zip(silent, places, strict=True)]
+        return ", ".join(said) or "so did all others"
+
+    def begin(self, place: str) -> None:
+        """Note where training is, for messages; fails where the launcher is gone."""
+        self.place = place
+        if self.world > 1:
+            self.store.set(f"place/{self.rank}", place)
+
+    def sum(self, value: float) -> float:
+        """Sum of a number over all ranks."""
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(0.0)
+
+    def say(self, text: str) -> None:
+        """Print once for all ranks."""
+        if self.rank == 0:
+            print(text, flush=True)

@@ -1,0 +1,320 @@
+"""zero.py on 1 to 4 gloo processes: the same weights as one process, bytes as the head says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import processes
+
+from checkpoint import resume_state, save_state
+from clip import Clip, ClipConfig
+from config import Config, StageConfig
+from data import Batch
+from iaa import IAA, Adaptor, AdaptorConfig
+from llama import DecoderLayer, Llama, LlamaConfig
+from parts import parts
+from ranks import Ranks
+from train import Run, held_out_loss, make_optimizer, share_out, train_step
+from zero import Unit, bytes_gathered, bytes_held, bytes_sent, timetable
+
+STEPS = 20
+IMAGE = 40  # the placeholder's token
+ADAPTORS = {  # what is trained
+    "c": AdaptorConfig((0, 2), "c"),
+    "a": AdaptorConfig((0, 1), "a", own_embedding=False),
+    "tied": AdaptorConfig(own_llm=True, own_embedding=False, own_head=False),  # all but one weight
+    "projector": AdaptorConfig(own_embedding=False, own_head=False),
+}
+
+
+def tiny(kind: str) -> tuple[IAA, Adaptor]:
+    """A model of odd sizes, so that shards are uneven, and an adaptor that is not at its start."""
+    torch.manual_seed(0)
+    llama = LlamaConfig(41, 12, 3, 2, 1, 6, 20, context=64, tied=kind in ("tied", "projector"))
+    vision = ClipConfig(10, 2, 2, 14, 4, 8)  # 4 patches
+    model = IAA(Llama(llama), Clip(vision), IMAGE)
+    adaptor = Adaptor(ADAPTORS[kind], llama, vision.width)
+    adaptor.copy_frozen(model.llama)
+    for gate in adaptor.gates:
+        torch.nn.init.normal_(gate.weight, std=0.1)
+    model.adaptors["mm"] = adaptor
+    return model, adaptor
+
+
+def rows(step: int, number: int) -> list[Batch]:
+    """Rows of a step: the second quarter has no picture, and in every fifth step none has."""
+    generator = torch.Generator().manual_seed(step)
+    made = []
+    for i in range(number):
+        picture = step % 5 != 4 and not number // 4 <= i < number // 2
+        tokens = torch.randint(0, 39, (1, 9), generator=generator)
+        tokens[0, 1:5] = IMAGE if picture else tokens[0, 1:5]
+        targets = torch.randint(0, 39, (1, 9), generator=generator)
+        targets[0, : 5 + i % 3] = -100
+        images = torch.randn(1, 3, 8, 8, generator=generator) if picture else None
+        made.append(Batch(tokens, targets, images, None, None, torch.tensor([9]), []))
+    return made
+
+
+def join(made: list[Batch]) -> Batch:
+    """Rows as one micro-batch."""
+    images = [b.images for b in made if b.images is not None]
+    return Batch(torch.cat([b.tokens for b in made]), torch.cat([b.targets for b in made]),
+                 torch.cat(images) if images else None, None, None,
+                 torch.cat([b.lengths for b in made]), [])
+
+
+def cut(step: int, number: int, parts_: int, ranks: Ranks) -> list[Batch | None]:
+    """This rank's micro-batches of a step that has `number` rows in `parts_` micro-batches."""
+    made, size = rows(step, number), number // parts_
+    cuts = [join(made[i : i + size]) for i in range(0, number, size)]
+    mine = cuts[ranks.rank :: ranks.world]
+    return mine + [None] * (-(-parts_ // ranks.world) - len(mine))
+
+
+def open_state(kind: str, stage: StageConfig, ranks: Ranks, **settings):
+    """Adaptor, state and optimizer of a run on tiny models."""
+    config = Config("out", "llm", "vision", "images", [stage], dtype="fp32", **settings)
+    model, adaptor = tiny(kind)
+    for layer in (m for m in model.modules() if isinstance(m, DecoderLayer)):
+        layer.recompute = config.recompute
+    state = share_out(Run(config, ranks, model, {}, None), stage, adaptor)
+    return adaptor, state, make_optimizer(state.masters, stage)
+
+
+def whole_weights(state, adaptor: Adaptor) -> dict:
+    """The adaptor's weights as numpy arrays, as they are saved."""
+    with state.whole():
+        return {name: w.detach().clone().numpy() for name, w in adaptor.named_parameters()}
+
+
+def work(ranks: Ranks, kind: str, zero: int, number: int, cuts: int, **settings) -> dict:
+    """Train for STEPS; losses, norms, weights and the bytes sent in the last step."""
+    stage = StageConfig("s", ["x"], steps=STEPS, lr=1e-2, batch=number, zero=zero, warmup=0.1,
+                        micro_batch=1)
+    adaptor, state, optimizer = open_state(kind, stage, ranks, **settings)
+    losses = []
+    for step in range(STEPS):
+        before = getattr(state, "sent", 0)
+        batches = cut(step, number, cuts, ranks)
+        losses.append(train_step(state, batches, optimizer, stage, step, ranks)[:2])
+    sent = getattr(state, "sent", 0) - before
+    held_out = held_out_loss(state, [join(rows(99, 4))])
+    return {"losses": losses, "held_out": held_out, "sent": sent,
+            "weights": whole_weights(state, adaptor)}
+
+
+def joined(function, arguments: tuple, settings: dict):
+    """On a rank: join the group, work."""
+    torch.set_num_threads(1)
+    with Ranks(60) as ranks:
+        return function(ranks, *arguments, **settings)
+
+
+def on_ranks(world: int, function, *arguments, **settings) -> list:
+    """function(ranks, ...) on `world` processes; their results in order."""
+    with processes(world, joined, function, arguments, settings) as (_, result):
+        found = dict(result(120) for _ in range(world))
+    for one in found.values():
+        if isinstance(one, Exception):
+            raise one
+    return [found[rank] for rank in range(world)]
+
+
+def error(found: dict, expected: dict) -> float:
+    """The largest relative difference of a weight tensor, a loss or a norm."""
+    errors = [0.0]
+    for name, weight in expected["weights"].items():
+        difference = torch.tensor(found["weights"][name] - weight).norm()
+        errors.append((difference / torch.tensor(weight).norm()).item())
+    for pair, wanted in zip(found["losses"], expected["losses"], strict=True):
+        errors += [abs(a - b) / max(abs(b), 1e-6) for a, b in zip(pair, wanted, strict=True)]
+    errors.append(abs(found["held_out"] - expected["held_out"]) / expected["held_out"])
+    return max(errors)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """work() on one process, whole batches; each case once."""
+    made = {}
+
+    def get(kind: str, number: int) -> dict:
+        if (kind, number) not in made:
+            made[kind, number] = work(Ranks(60), kind, 0, number, 1)
+        return made[kind, number]
+
+    return get
+
+
+@pytest.mark.parametrize("kind, world, zero, number, cuts, settings", [
+    ("c", 1, 0, 16, 4, {}),
+    ("a", 3, 0, 12, 4, {}),  # 4 micro-batches among 3 ranks
+    ("projector", 2, 1, 16, 8, {}),  # a rank whose loss reaches no trained weight
+    ("tied", 3, 2, 12, 4, {"reduce_fp32": True}),
+    ("tied", 2, 3, 16, 8, {"recompute": True}),
+    ("projector", 4, 3, 16, 2, {}),  # two ranks without any rows
+    ("c", 2, 3, 16, 2, {"shard_frozen": False}),
+])
+def test_as_one_process(alone, kind, world, zero, number, cuts, settings):
+    """20 steps, some rows or ranks without a picture: losses, norms and weights within 1e-5."""
+    arguments = (work, kind, zero, number, cuts)
+    found = on_ranks(world, *arguments, **settings) if world > 1 else [
+        work(Ranks(60), *arguments[1:])]
+    expected = alone(kind, number)
+    start = {name: w.detach().numpy() for name, w in tiny(kind)[1].named_parameters()}
+    assert error({**expected, "weights": start}, expected) > 1e-2  # training has changed them
+    for one in found:
+        assert error(one, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ADAPTORS)
+def test_parts_are_called_in_their_order(kind):
+    """parts.py's list is the order in which the forward pass calls them; nothing trained is missed.
+    """
+    model, adaptor = tiny(kind)
+    listed, called = parts(model, "mm"), []
+    for number, part in enumerate(listed):
+        part.first.register_forward_pre_hook(lambda *_, n=number: called.append(n))
+    batch = join(rows(0, 4))
+    model.loss(batch.tokens, batch.targets, "mm", batch.images)
+    assert called == list(range(len(listed)))
+    assert {w for part in listed for w in part.weights} >= set(adaptor.parameters())
+
+
+def held(ranks: Ranks, kind: str, zero: int, cuts: int) -> dict:
+    """Bytes by kind, from live tensors, when a step's gradients are complete; the most gathered."""
+    stage = StageConfig("s", ["x"], steps=STEPS, zero=zero, micro_batch=1)
+    adaptor, state, optimizer = open_state(kind, stage, ranks)
+    found, most, gather = {}, [0], Unit.gather
+
+    def watched(unit: Unit) -> int:
+        sent = gather(unit)
+        filled = sum(u.flat.untyped_storage().nbytes() for u in state.units)
+        most[0] = max(most[0], filled)
+        return sent
+
+    def measure(*_) -> None:
+        masters = list(state.masters.values())
+        trained = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
+                   for w in adaptor.parameters()}
+        gradients = [w.grad for w in [*masters, *adaptor.parameters()] if w.grad is not None]
+        gradients = {g.data_ptr(): g.nbytes for g in gradients}
+        found.update(
+            computes=sum(trained.values()) if zero else 0,
+            master=sum(m.nbytes for m in masters),
+            gradients=sum(gradients.values()),
+            frozen=sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0)
+
+    def reduce(unit: Unit) -> tuple:
+        waiting = [u.gradient.nbytes for u in state.units if u.gradient is not None]
+        found["waiting"] = max(found.get("waiting", 0), sum(waiting))
+        return reduce_unit(unit)
+
+    reduce_unit = Unit.reduce
+    if zero:
+        Unit.gather, Unit.reduce = watched, reduce
+    optimizer.register_step_pre_hook(measure)
+    for step in range(2):
+        train_step(state, cut(step, 48, cuts, ranks), optimizer, stage, step, ranks)
+    moments = [v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    return {**found, "moments": sum(moments), "most": most[0]}
+
+
+@pytest.mark.parametrize("kind, zero, world", [
+    ("c", 0, 2), ("c", 1, 2), ("a", 2, 3), ("c", 3, 3), ("tied", 3, 4)])
+def test_bytes_held_are_the_formula(kind, zero, world):
+    """State counted from live tensors equals `bytes_held`; of the units stage 3 gathers two."""
+    model, _ = tiny(kind)
+    listed = parts(model, "mm")
+    units, stops, _ = timetable(listed, zero, True)
+    if zero == 3:
+        used = {w for part in listed for w in part.weights}
+        units.append(Unit([w for w in model.parameters() if w not in used]))
+    expected = bytes_held(units, zero, world, 2, 4, 4)
+    if zero == 0:  # DDP's buckets are not seen from here
+        expected["gradients"] //= 2
+    largest = max(4 * unit.padded(world) for unit in units if unit.trained)
+    for one in on_ranks(world, held, kind, zero, 2 * world):
+        most, waiting = one.pop("most"), one.pop("waiting", 0)
+        if zero == 1:  # whole gradients, until they are reduced with the last micro-batch
+            one["gradients"] = max(one["gradients"], waiting)
+        else:
+            assert waiting <= largest
+        assert one == expected
+        assert zero != 3 or most == bytes_gathered(stops, world, 4)
+    if zero == 3:  # all of it 1 / N, but for padding
+        size = sum(w.numel() for w in tiny(kind)[0].parameters())
+        trained = sum(unit.numel for unit in units if unit.trained)
+        assert sum(expected.values()) < (16 * trained + 4 * (size - trained)) / world * 1.05
+
+
+@pytest.mark.parametrize("zero, cuts, times", [(1, 8, 2), (2, 2, 2), (2, 8, 5), (3, 2, 3)])
+def test_bytes_sent_are_the_formula(zero, cuts, times):
+    """Counted at every collective: 2 a weight (times its size) at stage 1 and 2, 3 at stage 3."""
+    model, adaptor = tiny("c")
+    units, stops, _ = timetable(parts(model, "mm"), zero, False)
+    size = 4 * sum(w.numel() for w in adaptor.parameters()) / 2  # (N - 1) / N of fp32
+    found = on_ranks(2, work, "c", zero, 16, cuts, shard_frozen=False)
+    for one in found:
+        assert one["sent"] == bytes_sent(units, stops, zero, 2, cuts // 2, 4, 4)
+        assert one["sent"] <= times * size * 1.01  # padding
+
+
+def resumed(ranks: Ranks, folder: str, zero: int, first: int, last: int) -> dict:
+    """Go on from the newest checkpoint in the folder, train to step `last`, save another."""
+    stage = StageConfig("s", ["x"], steps=STEPS, lr=1e-2, batch=16, zero=zero, micro_batch=4,
+                        warmup=0.1)
+    adaptor, state, optimizer = open_state("c", stage, ranks)
+    assert resume_state(Path(folder), ranks, state, optimizer, stage, {}) == first
+    losses = [train_step(state, cut(step, 16, 4, ranks), optimizer, stage, step, ranks)[:2]
+              for step in range(first, last)]
+    save_state(Path(folder), ranks, state, optimizer, stage, {}, last)
+    return {"losses": losses, "weights": whole_weights(state, adaptor)}
+
+
+def test_resume_on_other_ranks_and_stages(alone, tmp_path):
+    """2 ranks at stage 3, then 4 at stage 2, then 1: the losses and weights of an unbroken run."""
+    found = []
+    for world, zero, first, last in ((2, 3, 0, 7), (4, 2, 7, 13), (3, 1, 13, 17)):
+        found.append(on_ranks(world, resumed, str(tmp_path), zero, first, last)[0])
+    found.append(resumed(Ranks(60), str(tmp_path), 3, 17, STEPS))
+    whole = {**alone("c", 16), "losses": [pair for one in found for pair in one["losses"]],
+             "weights": found[-1]["weights"]}
+    assert error(whole, alone("c", 16)) < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000017", "step-000020"]
+
+
+def test_sets_without_a_manifest_are_ignored(tmp_path):
+    """What a killed save left is neither resumed from nor in the way of the next save."""
+    resumed(Ranks(60), str(tmp_path), 0, 0, 2)
+    left = tmp_path / "step-000004"
+    left.mkdir()
+    (left / "rank-0-of-2.safetensors").write_bytes(b"cut short")
+    (tmp_path / ".adaptor.123.tmp").mkdir()
+    resumed(Ranks(60), str(tmp_path), 0, 2, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+    (tmp_path / "step-000004" / "rank-0-of-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="rank-0-of-1.safetensors: missing or broken"):
+        resumed(Ranks(60), str(tmp_path), 0, 4, 5)
+
+
+def poisoned(ranks: Ranks, zero: int) -> list:
+    """Steps of which the second has a NaN on the last rank only."""
+    stage = StageConfig("s", ["x"], steps=STEPS, zero=zero, micro_batch=1)
+    adaptor, state, optimizer = open_state("c", stage, ranks)
+    before = whole_weights(state, adaptor)
+    done = []
+    for step in range(3):
+        batches = cut(step, 16, 4, ranks)
+        if step == 1 and ranks.rank == ranks.world - 1:
+            batches[0].images[0, 0, 0, 0] = float("nan")
+        done.append(train_step(state, batches, optimizer, stage, step, ranks)[2])
+    after = whole_weights(state, adaptor)
+    assert all((after[name] != before[name]).any() for name in after)
+    return done + [all(torch.tensor(w).isfinite().all().item() for w in after.values())]
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_step_that_is_not_finite_is_skipped_by_all(zero):
+    """NaN on one rank: no rank updates, the weights stay finite, the next step is done."""
+    assert on_ranks(2, poisoned, zero) == [[True, False, True, True]] * 2
