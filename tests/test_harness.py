@@ -123,4 +123,4 @@ metric_list: [{{metric: acc}}]
         right += max((0, 1), key=lambda i: scores[i][0]) == question["answer"]
     assert row["score"] == pytest.approx(100 * right / 6)
     with pytest.raises(ValueError, match="no task 'nothing'"):
-        evaluate(*parts, "text", ["nothing"], tmp_path)
+        evaluate(*parts, "text", ["sums", "nothing"], tmp_path)
