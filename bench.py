@@ -34,8 +34,10 @@ from torch import Tensor, nn
 from bench_peer import Peer, peer_llama
 from chat import Tokenizer
 from costs import decode_bytes, flops_of_8b, forward_flops, training_flops
-from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, spread
+from generate import generate
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
+from storage import load_base
 
 KINDS = ("prefill", "decode", "batch", "length", "answer", "training")
 PROMPT, NEW, LENGTHS = 320, 64, (400, 4000)  # tokens
@@ -173,7 +175,7 @@ class Bench:
         def work():
             features = model.clip(image)
             given = features if workflow == "mm" else None
-            model.generate(prompts, given, workflow, max_tokens=2)
+            generate(model, prompts, given, workflow, max_tokens=2)
 
         return lambda: timed(work, self.device)
 
@@ -188,7 +190,7 @@ class Bench:
                 times.append(time.perf_counter())
 
             if peer is None:
-                model.generate(prompts.tolist(), None, workflow, NEW + 1, on_token=note)
+                generate(model, prompts.tolist(), None, workflow, NEW + 1, on_token=note)
             else:
                 streamer = SimpleNamespace(put=note, end=lambda: None)  # notes the prompt too
                 peer.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,

@@ -31,9 +31,10 @@ from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
 from chat import Tokenizer
 from files import lock, read_json, write_json
-from iaa import TEXT, load_iaa
+from iaa import TEXT
 from retention import compare
 from scoring import Record, Table
+from storage import load_iaa
 
 PROGRESS_SECONDS = 5
 

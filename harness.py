@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from chat import Tokenizer, template_of
+from generate import generate
 from iaa import IAA
 from scoring import Table
 
@@ -181,8 +182,8 @@ class WorkflowLM(TemplateLM):
                     raise AllEnded
 
         with contextlib.suppress(AllEnded):
-            self.model.generate(prompts, None, self.workflow, new, self.words.stop_ids,
-                                on_token=heard)
+            generate(self.model, prompts, None, self.workflow, new, self.words.stop_ids,
+                     on_token=heard)
         texts = [self.words.decode(ids) for ids in said]
         for stop in until:
             texts = [text.split(stop)[0] if stop else text for text in texts]

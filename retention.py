@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chat import Tokenizer
-from iaa import IAA, TEXT, load_base
+from generate import generate
+from iaa import IAA, TEXT
 from scoring import Table
+from storage import load_base
 
 WINDOW = 512  # tokens read at once
 PROMPT, ANSWER = 32, 32  # tokens of a window that are continued, and of its continuation
@@ -33,7 +35,7 @@ def greedy(model: IAA, workflow: str, prompts: list[list[int]]) -> list[list[int
     """Continuations of prompts of one length, some at a time."""
     answers = []
     for first in range(0, len(prompts), 16):
-        answers += model.generate(prompts[first : first + 16], None, workflow, ANSWER)
+        answers += generate(model, prompts[first : first + 16], None, workflow, ANSWER)
     return answers
 
 

@@ -26,8 +26,10 @@ from torch import Tensor
 from chat import Tokenizer, render
 from clip import open_image, preprocess
 from data import GROUNDING_PROMPT, Box, text_to_boxes
-from iaa import DTYPES, IAA, TEXT, load_iaa
+from generate import generate
+from iaa import DTYPES, IAA, TEXT
 from packing import pack
+from storage import load_iaa
 
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
 DRAWN_PX = 448  # a picture whose longer side is less is enlarged before boxes are drawn on it
@@ -131,9 +133,9 @@ class Chat:
         images = self.features(image) if image else None
         stream = Stream(self.tokenizer, on_text)
         try:
-            self.model.generate([ids], images, workflow, min(room, self.max_tokens),
-                                self.tokenizer.stop_ids, self.temperature, self.top_p,
-                                self.seed + len(self.turns), lambda row, token: stream.add(token))
+            generate(self.model, [ids], images, workflow, min(room, self.max_tokens),
+                     self.tokenizer.stop_ids, self.temperature, self.top_p,
+                     self.seed + len(self.turns), lambda row, token: stream.add(token))
         finally:
             self.turns = [*turns, ("assistant", stream.shown)] if stream.times else self.turns
         times = stream.times or [time.perf_counter()]

@@ -38,10 +38,11 @@ from clip import preprocess
 from config import Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from files import lock, new_folder, replace_text, write_json
-from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from llama import DecoderLayer
 from parts import parts
 from ranks import LostRank, Ranks
+from storage import load_base, save_adaptor
 from zero import Replicated, Sharded
 
 MAX_BAD_STEPS = 10  # in a row, then the run stops

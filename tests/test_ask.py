@@ -8,6 +8,7 @@ from PIL import Image
 from ask import Asker, Question, answer_rows, visible
 from chat import Tokenizer, render
 from clip import preprocess
+from generate import generate
 from iaa import IAA, Adaptor, AdaptorConfig
 
 SYSTEM = {"mm": {"template": "chatml", "system": "Be brief."}}
@@ -39,7 +40,7 @@ def alone(asker, question, max_tokens):
     clip = asker.model.clip.config
     ids, _ = render(asker.tokenizer, [("user", question.text)], "chatml", "Be brief.", clip.patches)
     images = preprocess(question.picture(), clip)[None]
-    answer = asker.model.generate([ids], images, "mm", max_tokens, asker.tokenizer.stop_ids)
+    answer = generate(asker.model, [ids], images, "mm", max_tokens, asker.tokenizer.stop_ids)
     return asker.tokenizer.decode(answer[0]).strip()
 
 

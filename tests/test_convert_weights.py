@@ -18,8 +18,9 @@ import weight_tables
 from chat import Tokenizer
 from clip import Clip, ClipConfig
 from convert_weights import convert, tensor_digest
-from iaa import Adaptor, AdaptorConfig, load_adaptor, load_base
+from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from storage import load_adaptor, load_base
 
 LLAMA = LlamaConfig(
     vocab_size=320, width=64, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=8192)

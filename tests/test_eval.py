@@ -15,7 +15,8 @@ import eval as evaluation
 from ask import Asker, Question
 from eval import chosen, print_table, read_answers, share
 from files import new_folder
-from iaa import Adaptor, AdaptorConfig, save_adaptor
+from iaa import Adaptor, AdaptorConfig
+from storage import save_adaptor
 
 ROOT = Path(evaluation.__file__).parent
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chat import Tokenizer, render
+from generate import generate
 from iaa import IAA
 
 pytest.importorskip("lm_eval")
@@ -69,7 +70,7 @@ def test_answers_stop_and_are_cut(lm):
     texts = ["one", "two two", "three three three"]
     free = lm.generate_until(requests("generate_until", *(
         (text, {"until": [], "max_gen_toks": 12}) for text in texts)))
-    alone = [lm.model.generate([list(t.encode())], None, "text", 12, lm.words.stop_ids)[0]
+    alone = [generate(lm.model, [list(t.encode())], None, "text", 12, lm.words.stop_ids)[0]
              for t in texts]
     assert free == [lm.words.decode(ids) for ids in alone]
     stop = free[0][1]

@@ -13,19 +13,10 @@ from torch import Tensor
 
 from clip import Clip, ClipConfig
 from files import new_folder
-from iaa import (
-    IAA,
-    OFFICIAL_14_OF_32,
-    Adaptor,
-    AdaptorConfig,
-    choose,
-    load_adaptor,
-    load_base,
-    load_iaa,
-    save_adaptor,
-    spread,
-)
+from generate import choose, generate
+from iaa import IAA, OFFICIAL_14_OF_32, Adaptor, AdaptorConfig, spread
 from llama import Llama, LlamaConfig, attention_mask
+from storage import load_adaptor, load_base, load_iaa, save_adaptor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LLAMA = LlamaConfig(61, 24, 5, 6, 2, 10, 26, 64, rope_theta=100.0, tied=True)
@@ -347,7 +338,7 @@ def test_cached_greedy_equals_uncached(name):
     tokens, images = batch(1)
     images = None if name == "text" else images
     wanted = uncached_greedy(iaa, tokens[0].tolist(), images, name, 12)
-    assert iaa.generate(tokens.tolist(), images, name, 12) == [wanted]
+    assert generate(iaa, tokens.tolist(), images, name, 12) == [wanted]
     assert len(set(wanted)) > 1  # more than one token repeated
 
 
@@ -356,11 +347,11 @@ def test_batch_of_different_lengths_equals_one_by_one():
     iaa = model("c")
     tokens, images = batch(3)
     prompts = [tokens[0].tolist(), tokens[1, :8].tolist(), tokens[2, :11].tolist()]
-    alone = [iaa.generate([p], images[i : i + 1], "c", 10)[0] for i, p in enumerate(prompts)]
-    assert iaa.generate(prompts, images, "c", 10) == alone
-    sampled = iaa.generate(prompts, images, "c", 10, temperature=1.0, seed=7)
+    alone = [generate(iaa, [p], images[i : i + 1], "c", 10)[0] for i, p in enumerate(prompts)]
+    assert generate(iaa, prompts, images, "c", 10) == alone
+    sampled = generate(iaa, prompts, images, "c", 10, temperature=1.0, seed=7)
     for i, prompt in enumerate(prompts):
-        alone = iaa.generate([prompt], images[i : i + 1], "c", 10, temperature=1.0, seed=7 + i)
+        alone = generate(iaa, [prompt], images[i : i + 1], "c", 10, temperature=1.0, seed=7 + i)
         assert alone == sampled[i : i + 1]
 
 
@@ -368,7 +359,7 @@ def test_padding_is_not_computed():
     """The layers see each prompt's own tokens, once, prompts of one length together."""
     iaa, seen = model("c"), []
     iaa.llama.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
-    iaa.generate([[1] * 9, [2] * 3, [3] * 9], None, "c", 2)
+    generate(iaa, [[1] * 9, [2] * 3, [3] * 9], None, "c", 2)
     assert seen == [(1, 3), (2, 9), (3, 1)]
 
 
@@ -390,7 +381,7 @@ def test_features_may_stand_for_their_images():
     wanted, features = iaa(tokens, "c", images), iaa.clip(images)
     iaa.clip.forward = None
     assert torch.equal(iaa(tokens, "c", features), wanted)
-    assert iaa.generate(tokens.tolist(), features, "c", 4)
+    assert generate(iaa, tokens.tolist(), features, "c", 4)
 
 
 def test_generate_checks_its_prompts():
@@ -398,9 +389,9 @@ def test_generate_checks_its_prompts():
     iaa, (tokens, images) = model("c"), batch()
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="no prompt given, or one without tokens"):
-            iaa.generate(prompts)
+            generate(iaa, prompts)
     with pytest.raises(ValueError, match="placeholders for 1 images, given 2"):
-        iaa.generate(tokens[:1].tolist(), images, "c", 4)
+        generate(iaa, tokens[:1].tolist(), images, "c", 4)
 
 
 def test_a_mixed_batch_of_rows_with_and_without_image():
@@ -408,27 +399,29 @@ def test_a_mixed_batch_of_rows_with_and_without_image():
     iaa = model("c")
     tokens, images = batch(2)
     prompts = [[5, 6, 7], tokens[1].tolist()]
-    alone = iaa.generate(prompts[:1], None, "c", 6) + iaa.generate(prompts[1:], images[1:], "c", 6)
-    assert iaa.generate(prompts, images[1:], "c", 6) == alone
+    alone = generate(iaa, prompts[:1], None, "c", 6)
+    alone += generate(iaa, prompts[1:], images[1:], "c", 6)
+    assert generate(iaa, prompts, images[1:], "c", 6) == alone
 
 
 def test_seed_decides():
     """The same seed gives the same tokens, another one others, and temperature 0 ignores it."""
     iaa, prompt = model("c"), [[1, 2, 3]]
-    first, again, other = (iaa.generate(prompt, None, "c", 20, temperature=1.5, seed=seed)[0]
+    first, again, other = (generate(iaa, prompt, None, "c", 20, temperature=1.5, seed=seed)[0]
                            for seed in (3, 3, 4))
     assert first == again != other
-    assert iaa.generate(prompt, None, "c", 9, seed=3) == iaa.generate(prompt, None, "c", 9, seed=4)
+    greedy = [generate(iaa, prompt, None, "c", 9, seed=seed) for seed in (3, 4)]
+    assert greedy[0] == greedy[1]
 
 
 def test_stop_tokens_and_callback():
     """A row ends before its stop token, others go on; the callback sees what is returned."""
     iaa = model("c")
     prompts, seen = [[1, 2, 3], [4, 5]], [[], []]
-    free = iaa.generate(prompts, None, "c", 12)
+    free = generate(iaa, prompts, None, "c", 12)
     stop = free[0][4]
     wanted = [row[: row.index(stop)] if stop in row else row for row in free]
-    got = iaa.generate(prompts, None, "c", 12, (stop,),
+    got = generate(iaa, prompts, None, "c", 12, (stop,),
                        on_token=lambda row, token: seen[row].append(token))
     assert got == wanted == seen
     assert len(wanted[0]) <= 4 and free[0] != free[1]
@@ -438,8 +431,8 @@ def test_context_overflow_raises():
     """A prompt and an answer that do not fit name the three numbers."""
     message = "prompt of 60 tokens .* 5 new ones exceed the context of 64"
     with pytest.raises(ValueError, match=message):
-        model().generate([[1] * 60], max_tokens=5)
-    assert len(model().generate([[1] * 60], max_tokens=4)[0]) == 4
+        generate(model(), [[1] * 60], max_tokens=5)
+    assert len(generate(model(), [[1] * 60], max_tokens=4)[0]) == 4
 
 
 def test_choose_top_p_and_temperature():
@@ -594,8 +587,8 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     loaded, about = load_iaa(tmp_path)
     tokens, images = batch()
     for theirs, ours in (("mm", "c"), ("grounding", "b")):
-        wanted = iaa.generate(tokens.tolist(), images, ours, 8)
-        assert loaded.generate(tokens.tolist(), images, theirs, 8) == wanted
+        wanted = generate(iaa, tokens.tolist(), images, ours, 8)
+        assert generate(loaded, tokens.tolist(), images, theirs, 8) == wanted
     assert about["llm"] == tmp_path / "llm" and about["prompts"]["mm"] == {"chat": "plain"}
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
 
@@ -623,7 +616,7 @@ def test_real_weights_keep_their_bits_and_their_sense():
     iaa.adaptors["mm"] = Adaptor(AdaptorConfig(spread(8, 30)), llama.config, CLIP.width)
     iaa.adaptors["mm"].copy_frozen(llama)
     assert torch.equal(iaa.logits(iaa(tokens)), wanted)
-    assert 7042 in iaa.generate([prompt], max_tokens=4)[0]  # " Paris"
+    assert 7042 in generate(iaa, [prompt], max_tokens=4)[0]  # " Paris"
 
 
 def test_mask_of_a_padded_decode_hides_the_padding():

@@ -13,27 +13,31 @@ IMPORTS = {  # of ours, by file: the design
     "clip": set(),
     "files": set(),
     "mixed": {"llama"},
-    "iaa": {"clip", "files", "llama", "mixed"},
+    "iaa": {"clip", "llama", "mixed"},
+    "generate": {"iaa", "llama"},
+    "storage": {"clip", "files", "iaa", "llama"},
     "chat": {"files"},
     "data": {"chat"},
     "config": {"iaa"},  # for TEXT
     "train": {
         "chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
-        "ranks", "zero"},
+        "ranks", "storage", "zero"},
     "packing": {"llama"},
-    "sample": {"chat", "clip", "data", "iaa", "packing"},
-    "eval": {"ask", "benchmarks", "chat", "files", "harness", "iaa", "retention", "scoring"},
+    "sample": {"chat", "clip", "data", "generate", "iaa", "packing", "storage"},
+    "eval": {
+        "ask", "benchmarks", "chat", "files", "harness", "iaa", "retention", "scoring",
+        "storage"},
     "ask": {"chat", "clip", "iaa"},
     "scoring": {"data"},
     "benchmarks": {"ask", "chat", "data", "scoring"},
-    "retention": {"chat", "iaa", "scoring"},
-    "harness": {"chat", "iaa", "scoring"},
+    "retention": {"chat", "generate", "iaa", "scoring", "storage"},
+    "harness": {"chat", "generate", "iaa", "scoring"},
     "parts": {"iaa"},
     "ranks": set(),
     "zero": set(),
     "checkpoint": {"config", "files", "ranks", "zero"},
     "plot": set(),
-    "bench": {"bench_peer", "chat", "costs", "iaa", "packing"},
+    "bench": {"bench_peer", "chat", "costs", "generate", "iaa", "packing", "storage"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
     "checkpoint_files": set(),
@@ -46,8 +50,8 @@ IMPORTS = {  # of ours, by file: the design
     "demo_data": {"clip", "data", "data_sources", "files"},
     "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "parts",
-        "ranks", "zero", "checkpoint", "train", "sample")  # the core
+LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "chat", "data",
+        "config", "parts", "ranks", "zero", "checkpoint", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_iaa import IMAGE, batch, model
 
+from generate import generate
 from mixed import rows_by_name
 
 
@@ -37,8 +38,8 @@ def test_generated_tokens_equal_those_of_each_workflow_alone():
     alone = []
     for row, (prompt, name) in enumerate(zip(prompts, NAMES, strict=True)):
         own = None if name == "text" else images[row - (row > 2)][None]
-        alone += iaa.generate([prompt], own, name, 8)
-    assert iaa.generate(prompts, images, NAMES, 8) == alone
+        alone += generate(iaa, [prompt], own, name, 8)
+    assert generate(iaa, prompts, images, NAMES, 8) == alone
 
 
 def test_frozen_layers_run_once_and_insertion_layers_on_their_own_rows():

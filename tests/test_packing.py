@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from clip import Clip, ClipConfig
+from generate import generate
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama, LlamaConfig
 from packing import Int8Linear, PackedLinear, pack
@@ -65,8 +66,8 @@ def test_text_is_the_packed_llm_alone_bit_for_bit(dtype):
 def test_a_batch_answers_as_one_by_one(dtype, int8):
     """Prompts of different lengths, 8 tokens."""
     iaa, prompts = model(dtype, True, int8), [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
-    alone = [iaa.generate([prompt], None, "mm", 8)[0] for prompt in prompts]
-    assert iaa.generate(prompts, None, "mm", 8) == alone
+    alone = [generate(iaa, [prompt], None, "mm", 8)[0] for prompt in prompts]
+    assert generate(iaa, prompts, None, "mm", 8) == alone
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 40])  # by the int8 kernel, and by weights made bf16

@@ -13,7 +13,8 @@ import clip
 import sample
 from chat import Tokenizer
 from files import new_folder
-from iaa import IAA, Adaptor, AdaptorConfig, save_adaptor
+from iaa import IAA, Adaptor, AdaptorConfig
+from storage import save_adaptor
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_ID = 258  # of the tiny base

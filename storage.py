@@ -1,0 +1,117 @@
+"""Models as folders: frozen bases from `convert_weights.py`, adaptors, whole models by `iaa.json`.
+
+Every tensor is checked as it is read; an adaptor names the base that it was trained on by its
+SHA-256, and loads onto no other.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from clip import Clip, ClipConfig
+from files import read_json
+from iaa import IAA, Adaptor, AdaptorConfig
+from llama import Llama, LlamaConfig
+
+
+def load_tensors(
+    model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str
+) -> None:
+    """Fill a model on the meta device, every tensor exactly once. Raises ValueError naming it."""
+    expected, seen = model.state_dict(), set()
+    for file in files:
+        try:
+            tensors = load_file(file, device)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: broken or cut short ({error})") from None
+        for name, tensor in tensors.items():
+            if name not in expected or name in seen:
+                fault = "comes twice" if name in seen else "is not known"
+                raise ValueError(f"{file}: tensor {name!r} {fault}")
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{file}: {name} is {list(tensor.shape)}, "
+                                 f"should be {list(expected[name].shape)}")
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)  # strict: the checks around it
+        seen.update(tensors)
+    missing = sorted(expected.keys() - seen)
+    if missing:
+        where = files[0].parent if files else "no file"
+        raise ValueError(f"{where}: {len(missing)} tensors missing, such as {missing[0]}")
+
+
+def load_base(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Llama | Clip, str]:
+    """A frozen model that `convert_weights.py` wrote, in eval mode, and its SHA-256."""
+    folder = Path(folder)
+    meta = read_json(folder / "config.json", "kind", "config", "sha256")
+    kinds = {"llama": (Llama, LlamaConfig), "clip": (Clip, ClipConfig)}
+    if meta["kind"] not in kinds:
+        raise ValueError(f"{folder}/config.json: kind is {meta['kind']!r}, not llama or clip")
+    model_class, config_class = kinds[meta["kind"]]
+    with torch.device("meta"):
+        model = model_class(config_class(**meta["config"]))
+    load_tensors(model, sorted(folder.glob("model-*.safetensors")), dtype, device)
+    return model.eval().requires_grad_(False), meta["sha256"]
+
+
+def save_adaptor(
+    adaptor: Adaptor, folder: Path, base: dict[str, str], extra: dict, dtype: torch.dtype
+) -> None:
+    """Write `adaptor.safetensors` and `config.json` into `folder` (made ready by `new_folder`).
+
+    base: SHA-256 of the frozen "llama" and "clip"; extra: what users must know, such as the prompt.
+    """
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in adaptor.state_dict().items()}
+    save_file(tensors, folder / "adaptor.safetensors")
+    meta = {"adaptor": asdict(adaptor.config), "base": base, **extra}
+    (folder / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def load_adaptor(
+    folder: str | Path,
+    llama: LlamaConfig,
+    vision_width: int,
+    base: dict[str, str],
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> tuple[Adaptor, dict]:
+    """An adaptor and its config.json. Raises ValueError where it was trained on another base."""
+    folder = Path(folder)
+    meta = read_json(folder / "config.json", "adaptor", "base", "prompt")
+    for part, digest in base.items():
+        trained = meta["base"][part]
+        if trained != digest:
+            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
+                             f"this {part} is {digest[:16]}...")
+    with torch.device("meta"):
+        adaptor = Adaptor(AdaptorConfig(**meta["adaptor"]), llama, vision_width)
+    load_tensors(adaptor, [folder / "adaptor.safetensors"], dtype, device)
+    return adaptor, meta
+
+
+def load_iaa(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[IAA, dict]:
+    """A whole model by its `iaa.json`: base, and every adaptor that it names.
+
+    Returns the model and {"llm": folder of LLM and tokenizer, "prompts": {workflow: prompt}}.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "iaa.json", "llm", "vision", "image_token", "adaptors")
+    llama, llama_sha = load_base(folder / index["llm"], dtype, device)
+    clip, clip_sha = load_base(folder / index["vision"], dtype, device)
+    model, prompts = IAA(llama, clip, index["image_token"]), {}
+    base, width = {"llama": llama_sha, "clip": clip_sha}, clip.config.width
+    for name, place in index["adaptors"].items():
+        adaptor, meta = load_adaptor(folder / place, llama.config, width, base, dtype, device)
+        model.adaptors[name] = adaptor.requires_grad_(False)
+        prompts[name] = meta["prompt"]
+    return model.eval(), {"llm": folder / index["llm"], "prompts": prompts}
