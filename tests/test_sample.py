@@ -13,7 +13,7 @@ import clip
 import sample
 from chat import Tokenizer
 from files import new_folder
-from iaa import IAA, Adaptor, AdaptorConfig
+from iaa import Adaptor, AdaptorConfig
 from storage import save_adaptor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def script(monkeypatch):
     def install(*answers):
         calls, left = [], list(answers)
 
-        def generate(self, prompts, images, workflow, *settings):
+        def generate(model, prompts, images, workflow, *settings):
             calls.append({"ids": prompts[0], "images": images, "workflow": workflow})
             answer = left.pop(0) if len(left) > 1 else left[0]
             for token in answer.encode() if isinstance(answer, str) else answer:
@@ -58,7 +58,7 @@ def script(monkeypatch):
                     raise KeyboardInterrupt
                 settings[-1](0, token)  # on_token
 
-        monkeypatch.setattr(IAA, "generate", generate)
+        monkeypatch.setattr("sample.generate", generate)
         return calls
 
     return install
