@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from bench_peer import Peer, peer_llama
 from chat import Tokenizer
 from costs import decode_bytes, flops_of_8b, forward_flops, training_flops
-from generate import generate
+from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
 from storage import load_base
@@ -161,7 +161,7 @@ class Bench:
             if peer is not None:
                 return peer(prompts, use_cache=True, logits_to_keep=1)
             cache = model.new_cache(1, prompts.shape[1], workflow)
-            return model.prefill(prompts.tolist(), None, workflow, cache)
+            return prefill(model, prompts.tolist(), None, workflow, cache)
 
         return lambda: timed(work, self.device)
 
