@@ -32,6 +32,7 @@ from benchmarks import BENCHMARKS, Benchmark, read_text
 from chat import Tokenizer
 from files import lock, read_json, write_json
 from iaa import TEXT
+from packing import pack
 from retention import compare
 from scoring import Record, Table
 from storage import load_iaa
@@ -168,12 +169,14 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
     benchmark, folder = BENCHMARKS[name], args.out
     questions = chosen(benchmark.read(args.data, args.images), args.limit, args.seed)
     model, info = load_iaa(args.model, None, ranks.device)
+    pack(model, args.quantize == "int8")
     workflows = [workflow for workflow in benchmark.tokens if workflow in model.adaptors]
     if not workflows:
         model.adaptor(next(iter(benchmark.tokens)))  # says what there is
     questions = [question for question in questions if question.workflow in workflows]
     if ranks.rank == 0:
-        check_settings(folder, {"benchmark": name} | fingerprint(questions, args.model, workflows))
+        settings = {"benchmark": name, "quantize": args.quantize}
+        check_settings(folder, settings | fingerprint(questions, args.model, workflows))
     ranks.wait()
     done = {record["key"] for record in read_answers(folder)}
     ranks.wait()  # nobody writes before all have read
@@ -300,6 +303,7 @@ def arguments() -> argparse.Namespace:
         add("--limit", type=int, help="ask about this many, by whole pictures [all]")
         add("--seed", type=int, default=0, help="choice of the pictures [%(default)s]")
         add("--batch-tokens", type=int, help="tokens at once, about [2048; 32768 on a GPU]")
+        add("--quantize", choices=["int8"], help="as sample.py's")
         add("--rescore", action="store_true", help="score the answers that are there")
     add = parts.add_parser("retention", parents=[shared], allow_abbrev=False).add_argument
     add("data", type=Path, nargs="+", metavar="FILE", help="text files")

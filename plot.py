@@ -1,4 +1,5 @@
-"""Draw a run's curves: `python plot.py RUN` reads each `log.jsonl`, writes `RUN/curves.png`.
+"""Draw a run's curves: `python plot.py RUN` reads each `log.jsonl`, writes `RUN/curves.png`, and
+prints how long each stage took.
 
 - Loss (each step thin, smoothed thick, held-out as dots) over the learning rate; stages stand side
   by side along the global step, in the order of `config.json`.
@@ -21,12 +22,13 @@ NAME_CHARS = 110  # of stage names that fit across the picture
 
 
 def read_log(path: Path) -> list[dict]:
-    """The log's rows as {step, loss, lr, held_out or NaN}; other lines are named on stderr."""
+    """The log's rows as {step, loss, lr, held_out or NaN, seconds}; others are named on stderr."""
     rows = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
             row = {"held_out": math.nan} | json.loads(line)
-            rows.append({key: float(row[key]) for key in ("step", "loss", "lr", "held_out")})
+            keys = ("step", "loss", "lr", "held_out", "seconds")
+            rows.append({key: float(row[key]) for key in keys})
         except (ValueError, KeyError, TypeError):
             print(f"plot.py: {path} line {number} is not whole: left out", file=sys.stderr)
     return rows
@@ -125,7 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of the run: `out` of its config")
     run = parser.parse_args(argv).run
     try:
-        draw(read_run(run), str(run), run / "curves.png")
+        stages = read_run(run)
+        for name, rows in stages:
+            minutes = sum(row["seconds"] for row in rows) / 60
+            print(f"stage {name}: {len(rows)} steps, {minutes:.1f} min")
+        draw(stages, str(run), run / "curves.png")
     except ImportError:
         sys.exit("plot.py: needs matplotlib, which is not installed: pip install matplotlib")
     except (ValueError, OSError) as error:

