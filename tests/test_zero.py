@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import processes
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
@@ -106,7 +107,6 @@ def work(ranks: Ranks, kind: str, zero: int, number: int, cuts: int, **settings)
 
 def joined(function, arguments: tuple, settings: dict):
     """On a rank: join the group, work."""
-    torch.set_num_threads(1)
     with Ranks(60) as ranks:
         return function(ranks, *arguments, **settings)
 
@@ -260,6 +260,28 @@ def test_bytes_sent_are_the_formula(zero, cuts, times):
         assert one["sent"] <= times * size * 1.01  # padding
 
 
+def ddp_sent(ranks: Ranks) -> int:
+    """Bytes of a step's buckets, each all-reduced."""
+    stage = StageConfig("s", ["x"], steps=STEPS, zero=0, micro_batch=1)
+    _, state, optimizer = open_state("c", stage, ranks)
+    buckets = []
+
+    def count(group, bucket):
+        buckets.append(bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+    state.run.register_comm_hook(None, count)
+    train_step(state, cut(0, 16, 4, ranks), optimizer, stage, 0, ranks)
+    return sum(buckets)
+
+
+def test_bytes_sent_by_ddp():
+    """Stage 0: every gradient is in one all-reduce, which sends 2 (N - 1) / N of its bytes."""
+    units, stops, _ = timetable(parts(tiny("c")[0], "mm"), 0, False)
+    expected = bytes_sent(units, stops, 0, 2, 2, 4, 4)
+    assert [2 * sent // 2 for sent in on_ranks(2, ddp_sent)] == [expected, expected]
+
+
 def resumed(ranks: Ranks, folder: str, zero: int, first: int, last: int) -> dict:
     """Go on from the newest checkpoint in the folder, train to step `last`, save another."""
     stage = StageConfig("s", ["x"], steps=STEPS, lr=1e-2, batch=16, zero=zero, micro_batch=4,
@@ -299,7 +321,7 @@ def test_sets_without_a_manifest_are_ignored(tmp_path):
 
 
 def poisoned(ranks: Ranks, zero: int) -> list:
-    """Steps of which the second has a NaN on the last rank only."""
+    """Steps of which the second has a NaN on the last rank only, in its last micro-batch."""
     stage = StageConfig("s", ["x"], steps=STEPS, zero=zero, micro_batch=1)
     adaptor, state, optimizer = open_state("c", stage, ranks)
     before = whole_weights(state, adaptor)
@@ -307,7 +329,7 @@ def poisoned(ranks: Ranks, zero: int) -> list:
     for step in range(3):
         batches = cut(step, 16, 4, ranks)
         if step == 1 and ranks.rank == ranks.world - 1:
-            batches[0].images[0, 0, 0, 0] = float("nan")
+            batches[-1].images[0, 0, 0, 0] = float("nan")
         done.append(train_step(state, batches, optimizer, stage, step, ranks)[2])
     after = whole_weights(state, adaptor)
     assert all((after[name] != before[name]).any() for name in after)
