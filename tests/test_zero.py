@@ -89,13 +89,15 @@ def whole_weights(state, adaptor: Adaptor) -> dict:
         return {name: w.detach().clone().numpy() for name, w in adaptor.named_parameters()}
 
 
-def work(ranks: Ranks, kind: str, zero: int, number: int, cuts: int, **settings) -> dict:
-    """Train for STEPS; losses, norms, weights and the bytes sent in the last step."""
+def work(
+    ranks: Ranks, kind: str, zero: int, number: int, cuts: int, steps: int = STEPS, **settings
+) -> dict:
+    """Train for some steps; losses, norms, weights and the bytes sent in the last step."""
     stage = StageConfig("s", ["x"], steps=STEPS, lr=1e-2, batch=number, zero=zero, warmup=0.1,
                         micro_batch=1)
     adaptor, state, optimizer = open_state(kind, stage, ranks, **settings)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         before = getattr(state, "sent", 0)
         batches = cut(step, number, cuts, ranks)
         losses.append(train_step(state, batches, optimizer, stage, step, ranks)[:2])
@@ -221,7 +223,7 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int) -> dict:
 
 
 @pytest.mark.parametrize("kind, zero, world", [
-    ("c", 0, 2), ("c", 1, 2), ("a", 2, 3), ("c", 3, 3), ("tied", 3, 4)])
+    ("c", 0, 2), ("c", 1, 2), ("a", 2, 2), ("tied", 3, 3)])
 def test_bytes_held_are_the_formula(kind, zero, world):
     """State counted from live tensors equals `bytes_held`; of the units stage 3 gathers two."""
     model, _ = tiny(kind)
@@ -254,7 +256,7 @@ def test_bytes_sent_are_the_formula(zero, cuts, times):
     model, adaptor = tiny("c")
     units, stops, _ = timetable(parts(model, "mm"), zero, False)
     size = 4 * sum(w.numel() for w in adaptor.parameters()) / 2  # (N - 1) / N of fp32
-    found = on_ranks(2, work, "c", zero, 16, cuts, shard_frozen=False)
+    found = on_ranks(2, work, "c", zero, 16, cuts, steps=1, shard_frozen=False)
     for one in found:
         assert one["sent"] == bytes_sent(units, stops, zero, 2, cuts // 2, 4, 4)
         assert one["sent"] <= times * size * 1.01  # padding
@@ -336,7 +338,7 @@ def poisoned(ranks: Ranks, zero: int) -> list:
     return done + [all(torch.tensor(w).isfinite().all().item() for w in after.values())]
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 3])
 def test_a_step_that_is_not_finite_is_skipped_by_all(zero):
     """NaN on one rank: no rank updates, the weights stay finite, the next step is done."""
     assert on_ranks(2, poisoned, zero) == [[True, False, True, True]] * 2
