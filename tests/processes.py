@@ -1,10 +1,15 @@
-"""Processes for the tests of many ranks: forked from a server that has imported torch once."""
+"""Processes for the tests of many ranks, forked from a server that has imported `train` once."""
 
 import contextlib
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+
+import pytest
+import torch
 
 
 def free_port() -> int:
@@ -14,10 +19,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def server() -> multiprocessing.context.BaseContext:
+    """The context whose processes start with torch and our modules imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "train"])
+    with pytest.MonkeyPatch.context() as patch:  # the server does not take over sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
 def work(rank: int, world: int, port: int, results, function: Callable, arguments: tuple) -> None:
     """A rank: its place in the environment, as torchrun sets it; sends its result or its error."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
     try:
         results.put((rank, function(*arguments)))
     except Exception as error:
@@ -30,8 +46,7 @@ def processes(world: int, function: Callable, *arguments) -> Iterator[tuple[list
 
     That function takes seconds and returns (rank, result or exception). All are killed at the end.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "train"])
+    context = server()
     results, port = context.Queue(), free_port()
     started = [context.Process(target=work, args=(rank, world, port, results, function, arguments))
                for rank in range(world)]

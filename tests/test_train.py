@@ -171,7 +171,6 @@ def test_accumulation_and_ranks_change_nothing(world, trained):
 
 def instruct(config: str, settings: list[str]) -> None:
     """On a rank: the second stage alone, from the frozen model."""
-    torch.set_num_threads(1)
     train(read_config(config, ["instruct.start=none", *settings]), "instruct")
 
 
