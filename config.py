@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from iaa import TEXT
+from iaa import TEXT, AdaptorConfig, spread
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -102,6 +102,16 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
+
+
+def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
+    """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
+    if stage.trains == "projector":
+        return AdaptorConfig((), own_embedding=False, own_head=False)
+    places = config.insertion
+    places = spread(places, layers) if isinstance(places, int) else places
+    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
+                         config.own_llm)
 
 
 def checked(where: str, value, kind):

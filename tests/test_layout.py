@@ -15,18 +15,20 @@ IMPORTS = {  # of ours, by file: the design
     "iaa": {"clip", "files", "llama"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"iaa"},  # for TEXT
+    "config": {"iaa"},
     "parts": {"iaa"},
     "ranks": set(),
     "zero": set(),
     "checkpoint": {"config", "files", "ranks", "zero"},
+    "plan": {"chat", "clip", "config", "data", "files", "iaa", "llama", "parts", "zero"},
     "train": {"chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
-              "ranks", "zero"},
+              "plan", "ranks", "zero"},
     "sample": {"chat", "clip", "data", "iaa"},
     "eval": {"chat", "clip", "data", "files", "iaa"},
     "plot": set(),
     "bench": {"bench_peer", "iaa"},
     "bench_peer": {"iaa"},
+    "bench_zero": {"clip", "config", "data", "iaa", "llama", "plan", "ranks", "train"},
     "checkpoint_files": set(),
     "weight_tables": {"clip", "llama"},
     "convert_weights": {
@@ -34,7 +36,7 @@ IMPORTS = {  # of ours, by file: the design
     "convert_data": {"chat", "clip", "data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "chat", "data", "config", "parts", "ranks", "zero",
-        "checkpoint", "train", "sample")  # the core
+        "checkpoint", "plan", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files")  # may name pickle's errors, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
