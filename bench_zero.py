@@ -201,6 +201,7 @@ def measure(world: int, args: argparse.Namespace) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     multiprocessing.spawn(work, (world, port, args, results), world)  # raises what a rank raises

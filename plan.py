@@ -47,7 +47,7 @@ from llama import DecoderLayer, Llama, LlamaConfig
 from parts import Part, parts
 from zero import MASTER, Unit, bytes_held, bytes_sent, timetable
 
-TEXT_TOKENS, SCORED = 100, 50  # of a row, where no data is at hand
+TEXT_TOKENS = 100  # of a row, half of them scored, where no data is at hand
 SAMPLE = 64  # rows that are looked at where there is
 LOSS = 3 * MASTER  # bytes of a logit: log-probability, its gradient, the logit's gradient
 
@@ -311,14 +311,14 @@ def sample_rows(config: Config, stage: StageConfig, patches: int, text: int | No
 KINDS = {"frozen": "frozen weights", "computes": "trained weights", "master": "fp32 master",
          "moments": "moments", "gradients": "gradients", "activations": "activations",
          "gathered": "gathered layers"}
+VARIANTS = ((0, True), (1, True), (2, True), (3, True), (3, False))  # ZeRO stage, shard_frozen
 
 
 def variants(step: Step) -> Iterator[tuple[str, Step]]:
     """The step at each ZeRO stage, with its name; * the config's own."""
     single = step.machine.world == 1  # nothing to share out
     own = (0 if single else step.stage.zero, step.config.shard_frozen)
-    for zero, shard in ((0, True),) if single else ((0, True), (1, True), (2, True), (3, True),
-                                                    (3, False)):
+    for zero, shard in VARIANTS[:1] if single else VARIANTS:
         name = f"ZeRO-{zero}" if shard else "3, frozen whole"
         mark = "*" if zero == own[0] and (zero < 3 or shard == own[1]) else ""
         config = replace(step.config, shard_frozen=shard)

@@ -1,8 +1,9 @@
 """plan.py against what autograd keeps, what the allocator gave, and what products were done."""
 
+import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from clip import ClipConfig
 from config import DTYPES, Config, StageConfig
 from files import write_json
 from llama import DecoderLayer, Llama, LlamaConfig
-from plan import Machine, Rows, Step, build, frozen_config, layer_saved, step_flops
+from plan import Machine, Rows, Step, build, frozen_config, layer_saved, sample_rows, step_flops
 from ranks import Ranks
 from train import Run, make_optimizer, share_out, train_step
 
@@ -207,3 +208,23 @@ def test_frozen_sizes_come_from_the_folder_or_its_name(tiny_base, tmp_path):
         frozen_config("weights/nothing", "llama")
     with pytest.raises(ValueError, match="kind is 'clip', not 'llama'"):
         frozen_config(str(tmp_path / "clip"), "llama")
+
+
+def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
+    """Mean tokens of the rows on disk; `text` instead where given; 100 where neither is there."""
+    config, stage = run_of(tmp_path)
+    config = replace(config, llm=str(tmp_path / "llama"))
+    stage = replace(stage, data=[str(tmp_path / "rows.jsonl")], template="plain")
+    assert sample_rows(config, stage, 16, None) == Rows(116, 50)
+    tiny_base(tmp_path)
+    row = {"id": "1", "image": "1.png", "workflow": "mm", "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
+    rows = [json.dumps(row), "broken", json.dumps(row).replace("cat", "crocodile")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    found = sample_rows(config, stage, 16, None)
+    assert found.source == "mean of 2 rows of the data"
+    assert 16 + len("A cat.") <= found.tokens <= 16 + len("A crocodile.") + 4
+    assert len("A cat.") <= found.scored <= len("A crocodile.") + 2
+    assert sample_rows(config, stage, 16, 30) == Rows(46, 15)
+    with pytest.raises(ValueError, match="--world 1 or more"):
+        Machine(world=0)
