@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from iaa import DTYPES, TEXT
+from iaa import DTYPES, TEXT, AdaptorConfig, spread
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,16 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
+
+
+def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
+    """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
+    if stage.trains == "projector":
+        return AdaptorConfig((), own_embedding=False, own_head=False)
+    places = config.insertion
+    places = spread(places, layers) if isinstance(places, int) else places
+    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
+                         config.own_llm)
 
 
 def checked(where: str, value, kind):

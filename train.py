@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from chat import Tokenizer
 from checkpoint import remove, resume_state, save_state
 from clip import preprocess
-from config import Config, StageConfig, read_config
+from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from files import lock, new_folder, replace_text, write_json
-from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
+from iaa import DTYPES, IAA, Adaptor
 from llama import DecoderLayer
 from parts import parts
+from plan import Machine, plan, step_flops
 from ranks import LostRank, Ranks
 from storage import load_base, save_adaptor
 from zero import Replicated, Sharded
@@ -80,16 +81,6 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
 def shards_frozen(config: Config, ranks: Ranks, stage: StageConfig) -> bool:
     """Whether the frozen models are kept in shards, which `Sharded` moves to the device."""
     return ranks.world > 1 and stage.zero == 3 and config.shard_frozen
-
-
-def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
-    """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
-    if stage.trains == "projector":
-        return AdaptorConfig((), own_embedding=False, own_head=False)
-    places = config.insertion
-    places = spread(places, layers) if isinstance(places, int) else places
-    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
-                         config.own_llm)
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
@@ -201,26 +192,6 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
         stage.template or None, config.system, config.max_tokens)
 
 
-def step_flops(run: Run, adaptor: Adaptor, batch: Batch) -> float:
-    """FLOPs that forward and backward of a batch need, counted from the matrix products.
-
-    2 per weight and token forward, 2 more for the gradient of the activations, 2 more where the
-    weight is trained; attention 2 * 2 * T * T * H * E a layer forward (full, as computed here),
-    twice that backward.
-    """
-    llama = run.model.llama if adaptor.llm is None else adaptor.llm
-    matrices = sum(p.numel() for layer in llama.layers for p in layer.parameters())
-    inserted = sum(p.numel() for part in (adaptor.layers, adaptor.gates) for p in part.parameters())
-    trained = inserted if adaptor.llm is None else matrices
-    head_trained = adaptor.head is not None or adaptor.llm is not None
-    tokens, config = batch.tokens.numel(), llama.config
-    layers = tokens * (4 * (matrices + inserted) + 2 * trained)
-    head = batch.scored * llama.embedding.weight.numel() * (6 if head_trained else 4)
-    attention = 12 * tokens * batch.tokens.shape[1] * config.heads * config.head_size
-    attention *= config.layers + len(adaptor.layers)
-    return layers + head + attention
-
-
 class Log:
     """A line a step on the screen and in `log.jsonl`; lines of steps to run again are cut."""
 
@@ -234,13 +205,14 @@ class Log:
             replace_text(self.path, "".join(kept))
 
     def step(
-        self, step: int, values: dict, batches: list[Batch], adaptor: Adaptor, wait_s: float
+        self, step: int, values: dict, batches: list[Batch], wait_s: float
     ) -> None:
         """Write a step's line; tokens and FLOPs of all ranks are reckoned from this one's share."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         run, tokens = self.run, sum(int(b.lengths.sum()) for b in batches)
-        flops = sum(step_flops(run, adaptor, b) for b in batches)
+        flops = sum(step_flops(run.model, self.stage.adaptor, *b.tokens.shape, b.scored)
+                    for b in batches)
         self.tokens += tokens
         self.padded += sum(b.tokens.numel() for b in batches)
         per_second = self.stage.batch // self.stage.micro_batch / max(1, len(batches)) / seconds
@@ -305,7 +277,7 @@ def run_stage(run: Run, stage: StageConfig) -> None:
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
             values["held_out"] = held_out_loss(state, held_out)
-        log.step(step, values, batches, adaptor, wait)
+        log.step(step, values, batches, wait)
         if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
             save_state(folder, ranks, state, optimizer, stage, run.base, step + 1)
     finish_stage(run, stage, adaptor, state)
@@ -395,8 +367,24 @@ def main() -> None:
     parser.add_argument("--stage", help="train this stage only")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key, STAGE.key, or stage.key for every stage")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what the run will hold, send and compute; loads no weights")
+    planned = parser.add_argument_group("for --plan")
+    planned.add_argument("--world", type=int, default=8, help="ranks [%(default)s]")
+    planned.add_argument("--memory-gb", type=float, default=80, help="of a rank [%(default)s]")
+    planned.add_argument("--tflops", type=float, default=312,
+                         help="peak of a rank in TFLOP/s [%(default)s: an A100 in bf16]")
+    planned.add_argument("--utilisation", type=float, default=0.4,
+                         help="share of that peak that is reached [%(default)s]")
+    planned.add_argument("--text-tokens", type=int,
+                         help="of a row, beside its image, half of them scored [the data's mean; "
+                              "100 where it is not there]")
     args = parser.parse_args()
     try:
+        if args.plan:
+            machine = Machine(args.world, args.memory_gb, args.tflops, args.utilisation)
+            print(plan(read_config(args.config, args.set), machine, args.text_tokens))
+            return
         train(read_config(args.config, args.set), args.stage)
     except (ValueError, OSError, SafetensorError, LostRank) as error:
         sys.exit(f"train.py: {error}")

@@ -21,7 +21,7 @@ IMPORTS = {  # of ours, by file: the design
     "config": {"iaa"},  # for TEXT
     "train": {
         "chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
-        "ranks", "storage", "zero"},
+        "plan", "ranks", "storage", "zero"},
     "packing": {"llama"},
     "sample": {"chat", "clip", "data", "generate", "iaa", "packing", "storage"},
     "eval": {
@@ -36,10 +36,12 @@ IMPORTS = {  # of ours, by file: the design
     "ranks": set(),
     "zero": set(),
     "checkpoint": {"config", "files", "ranks", "zero"},
+    "plan": {"chat", "clip", "config", "data", "files", "iaa", "llama", "parts", "zero"},
     "plot": set(),
     "bench": {"bench_peer", "chat", "costs", "generate", "iaa", "packing", "storage"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
+    "bench_zero": {"clip", "config", "data", "iaa", "llama", "plan", "ranks", "train"},
     "checkpoint_files": set(),
     "weight_tables": {"clip", "llama"},
     "convert_weights": {
@@ -51,7 +53,7 @@ IMPORTS = {  # of ours, by file: the design
     "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "chat", "data",
-        "config", "parts", "ranks", "zero", "checkpoint", "train", "sample")  # the core
+        "config", "parts", "ranks", "zero", "checkpoint", "plan", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
