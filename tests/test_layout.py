@@ -24,6 +24,8 @@ IMPORTS = {  # of ours, by file: the design
               "ranks", "zero"},
     "sample": {"chat", "clip", "data", "iaa"},
     "eval": {"chat", "clip", "data", "files", "iaa"},
+    "ablate": {"chat", "config", "eval", "files", "iaa", "train"},
+    "memory": {"clip", "iaa", "llama"},
     "plot": set(),
     "bench": {"bench_peer", "iaa"},
     "bench_peer": {"iaa"},
