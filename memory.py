@@ -25,12 +25,13 @@ Rows = list[tuple[str, int]]  # what, bytes
 
 
 def size(module: nn.Module) -> int:
-    """Bytes of all its tensors."""
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    """Bytes of all its tensors in bf16."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.numel() for t in tensors) * torch.bfloat16.itemsize
 
 
 def model(language: LlamaConfig, vision: ClipConfig, adaptors: dict[str, AdaptorConfig]) -> IAA:
-    """A model of these sizes with these adaptors, in torch's default dtype and device."""
+    """A model of these sizes with these adaptors, on torch's default device."""
     iaa = IAA(Llama(language), Clip(vision), image_token=0)
     for name, settings in adaptors.items():
         iaa.adaptors[name] = Adaptor(settings, language, vision.width)
@@ -66,7 +67,6 @@ def main() -> None:
     add("--clip", choices=list(clip.SIZES), default="ViT-L/14-336", help="[%(default)s]")
     args = parser.parse_args()
     language, vision = llama.SIZES[args.llama], clip.SIZES[args.clip]
-    torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
             rows = together(language, vision, args.insertion) + apart(language, vision)

@@ -178,7 +178,7 @@ def lab(tmp_path_factory, tiny_base):
 def test_dry_run(path, lab, monkeypatch):
     """Every stage of every recipe trains a step and hands on: only the sizes are made small."""
     monkeypatch.chdir(lab)
-    config = read_config(str(path), ["stage.steps=1", "stage.batch=2", "stage.micro_batch=1",
+    config = read_config(str(path), ["stage.steps=1", "stage.batch=1", "stage.micro_batch=1",
                                      "workers=0"])
     train(config, None)
     index = json.loads(Path(config.out, "iaa.json").read_text())
