@@ -161,7 +161,7 @@ def lab(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("lab")
     tiny_base(folder / "weights", layers=32)
     (folder / "weights" / "llama").rename(folder / "weights" / "llama3-8b")
-    (folder / "weights" / "clip").rename(folder / "weights" / "clip-336")
+    (folder / "weights" / "clip").rename(folder / "weights" / "clip-vit-l-14-336")
     (folder / "data" / "images").mkdir(parents=True)
     Image.new("RGB", (20, 30), "red").save(folder / "data" / "images" / "red.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
