@@ -1,7 +1,9 @@
 """The typed configuration of a training run: defaults, a TOML file, then `--set` overrides.
 
-Every value is checked: an unknown key, a wrong type or an impossible value is one line that says
-what is accepted.
+- `base = "iaa8.toml"` in a file: what it says goes over what that file says (relative to it), key
+  by key; a `[[stage]]` goes over the base's stage of the same name.
+- Every value is checked: an unknown key, a wrong type or an impossible value is one line that says
+  what is accepted.
 """
 
 import tomllib
@@ -72,6 +74,7 @@ class Config:
     vision: str  # folder of the frozen vision tower
     images: str  # root of the pictures that rows name
     stage: list[StageConfig]
+    stages: list[str] | None = None  # names of those to run; left out: all
     insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
     structure: str = "c"
     own_embedding: bool = True
@@ -98,6 +101,12 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
+        if self.stages is not None:
+            unknown = [name for name in self.stages if name not in names]
+            if unknown or not self.stages:
+                raise ValueError(f"stages = {self.stages}: one or more of {', '.join(names)}")
+            kept = [s for s in self.stage if s.name in self.stages]
+            object.__setattr__(self, "stage", kept)
 
 
 def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
@@ -146,17 +155,36 @@ def build(kind, values: dict, where: str = ""):
         raise ValueError(message) from None
 
 
-def read_config(path: str, settings: list[str]) -> Config:
-    """The TOML file, then overrides: key=value, STAGE.key=value, stage.key=value for all stages."""
+def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The TOML file's values over those of its `base`. `above`: the files that lead here."""
     try:
-        values = tomllib.loads(Path(path).read_text())
+        values = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
-    stages = values.get("stage", [])
-    if not isinstance(stages, list):
+    stages, base = values.setdefault("stage", []), values.pop("base", None)
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path}: write [[stage]], with two brackets, for each stage")
+    if base is None:
+        return values
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
+        raise ValueError(f"{path}: base = {base!r}: another file is expected, by its name")
+    below = read_values(path.parent / base, (*above, path.resolve()))
+    for stage in stages:
+        same = [s for s in below["stage"] if s.get("name") == stage.get("name")]
+        if not same:
+            known = ", ".join(str(s.get("name")) for s in below["stage"])
+            raise ValueError(f"{path}: no stage {stage.get('name')!r} in {base}; "
+                             f"there are: {known}")
+        same[0].update(stage)
+    return below | values | {"stage": below["stage"]}
+
+
+def read_config(path: str, settings: list[str]) -> Config:
+    """The TOML file, then overrides: key=value, STAGE.key=value, stage.key=value for all stages."""
+    values = read_values(Path(path))
+    stages = values["stage"]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:

@@ -28,9 +28,9 @@ def fixed_seed():
 def tiny_base():
     """A function that writes a tiny base into a folder: `llama/` (one token a byte) and `clip/`."""
 
-    def write(root: Path) -> tuple[Llama, Clip]:
+    def write(root: Path, layers: int = 3) -> tuple[Llama, Clip]:
         torch.manual_seed(0)
-        config = LlamaConfig(260, 48, 3, 6, 2, 8, 64, context=400)
+        config = LlamaConfig(260, 48, layers, 6, 2, 8, 64, context=400)
         llama, tower = Llama(config), Clip(clip.SIZES["tiny"])
         for kind, model, sizes in (("llama", llama, config), ("clip", tower, clip.SIZES["tiny"])):
             with new_folder(root / kind) as folder:
