@@ -5,13 +5,12 @@ what is accepted.
 """
 
 import tomllib
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from files import build
 from iaa import TEXT
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,42 +93,6 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
-
-
-def checked(where: str, value, kind):
-    """`value` if it is of `kind` (an int counts as a float). Raises ValueError that names it."""
-    if isinstance(kind, types.UnionType):
-        for option in typing.get_args(kind):
-            if option is not type(None) and isinstance(value, typing.get_origin(option) or option):
-                return checked(where, value, option)
-    elif typing.get_origin(kind) is list:
-        if isinstance(value, list):
-            (inner,) = typing.get_args(kind)
-            return [checked(f"{where}[{i}]", v, inner) for i, v in enumerate(value)]
-    elif isinstance(kind, type) and issubclass(kind, (StageConfig, Config)):
-        return build(kind, value, where)
-    elif type(value) is kind:
-        return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    raise ValueError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
-
-
-def build(kind, values: dict, where: str = ""):
-    """A `kind` from a TOML table. Raises ValueError for what is unknown, missing or impossible."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} = {values!r}: expected a table")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(values.keys() - hints.keys())
-    if unknown:
-        place, known = f" in {where}" if where else "", ", ".join(sorted(hints))
-        raise ValueError(f"unknown key {unknown[0]!r}{place}; known: {known}")
-    try:
-        return kind(**{key: checked(f"{where}.{key}".lstrip("."), value, hints[key])
-                       for key, value in values.items()})
-    except TypeError as error:
-        message = str(error).replace(f"{kind.__name__}.__init__()", where or "the config")
-        raise ValueError(message) from None
 
 
 def read_config(path: str, settings: list[str]) -> Config:

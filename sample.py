@@ -123,8 +123,9 @@ class Chat:
             self.turns = [*turns, ("assistant", stream.shown)] if stream.times else self.turns
         times = stream.times or [time.perf_counter()]
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-        boxes, first = boxes_on(image, stream.shown) if image else [], times[0] - began
-        return Answer(workflow, text, stream.shown, boxes, len(stream.times), first, speed)
+        boxes = boxes_on(image, stream.shown) if image and clip.aspect == "pad" else []
+        return Answer(workflow, text, stream.shown, boxes, len(stream.times), times[0] - began,
+                      speed)
 
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
@@ -251,6 +252,9 @@ def main(argv: list[str] | None = None) -> None:
                          temperature=args.temperature, top_p=args.top_p, seed=args.seed)
         chat.image, chat.chosen = image, args.workflow
         chat.model.adaptor(chat.workflow)  # says so now where there is none of that name
+        if args.boxes and chat.model.clip.config.aspect != "pad":
+            raise ValueError("--boxes: the vision tower of this model crops pictures "
+                             '(aspect = "crop"), so its answers place no box on them')
         if args.prompt is None:
             converse(chat, args.boxes)
         else:

@@ -198,7 +198,7 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     config, clip = run.config, run.model.clip.config
     return JsonlDataset(
         files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-        stage.template or None, config.system, config.max_tokens)
+        stage.template or None, config.system, config.max_tokens, clip.aspect == "pad")
 
 
 def step_flops(run: Run, adaptor: Adaptor, batch: Batch) -> float:
