@@ -421,7 +421,7 @@ def convert(
         raise FileExistsError(f"{out}: already there; remove it first")
     try:
         source, parts, tokenizer = open_checkpoint(path, image_px)
-    except TypeError as error:  # such as null for a size
+    except (TypeError, AttributeError) as error:  # such as null for a size
         raise ValueError(f"{path}: a setting has a value of another kind ({error})") from None
     check_all_used(source, parts.values())
     base = {"clip": read_json(clip / "config.json")["sha256"]} if clip else {}
@@ -451,6 +451,8 @@ def main() -> None:
         convert(args.source, args.out, args.dtype, args.image_px, args.clip)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; nothing is left in {args.out}")
 
 
 if __name__ == "__main__":

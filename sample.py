@@ -169,7 +169,7 @@ def command(chat: Chat, line: str) -> str:
     name, _, argument = line.partition(" ")
     argument = argument.strip().strip("'\"")
     if name == "/image" and argument:
-        image = open_image(Path(argument).expanduser())
+        image = open_image(os.path.expanduser(argument))  # leaves an unknown ~user as it is
         chat.turns = [] if chat.image else chat.turns  # they were about another picture
         chat.image = image
         return f"{argument}: {image.width} x {image.height} pixels; workflow {chat.workflow}"

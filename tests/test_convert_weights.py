@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -715,6 +716,11 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
     save_hf(tmp_path / "in", to_hf(llama), HF_LLAMA, None)
     assert "tokenizer" in error(tmp_path / "in", tmp_path / "out")
     assert "already there" in error(tmp_path / "in", tmp_path / "odd")
+    with monkeypatch.context() as patch:  # Ctrl-C halfway
+        patch.setattr(convert_weights, "make_tensor", Mock(side_effect=KeyboardInterrupt))
+        (tmp_path / "in" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
+        assert "stopped; nothing is left in" in error(tmp_path / "in", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "odd"}
     command = [sys.executable, convert_weights.__file__, tmp_path / "nothing", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = f"error: {tmp_path}/nothing: no such file or folder\n"

@@ -176,13 +176,15 @@ def test_workflow_changes_within_a_dialogue(run, picture, script, monkeypatch, c
 def test_chat_commands(run, picture, script, monkeypatch, capsys):
     """/help, unknown commands, bad pictures and workflows go on; a new picture starts afresh."""
     calls = script("fine")
-    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", f"/image '{picture}'",
+    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", "/image ~nobody-of-that-name/a.png",
+         f"/image '{picture}'",
          "look", f"/image {picture}", "again", "/workflow sound", "/reset", "anew", "/quit",
          "never asked")
     sample.main(["--model", str(run)])
     said = capsys.readouterr()
     assert said.out.count(sample.HELP) == 2
     assert "/nowhere.png: no such file" in said.err
+    assert "~nobody-of-that-name/a.png: no such file" in said.err
     assert "no adaptor named 'sound'; there are: text, mm, grounding" in said.err
     assert "40 x 30 pixels; workflow mm" in said.out
     assert len(calls) == 3
@@ -308,6 +310,10 @@ def test_failed_question_leaves_the_history(run, script):
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
     ("iaa.json", ["adaptors", "mm"], None, "adaptors.mm = None: expected str"),
     ("iaa.json", ["adaptors", "mm"], "nowhere", "nowhere/config.json: no such file"),
+    ("iaa.json", ["vision"], "llama", "the vision tower a Llama"),
+    ("iaa.json", ["llm"], "clip", "tokenizer.json: no such file"),
+    ("llama/tokenizer.json", ["kind"], "bpe", "kind = 'bpe': tiktoken or sentencepiece"),
+    ("llama/tokenizer.json", ["special_tokens"], [], "special_tokens = []: expected dict"),
     ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),
     ("mm/config.json", ["prompt", "system"], 1, "prompt.system = 1: expected str | None"),
     ("mm/config.json", ["prompt", "template"], "llama9", "template 'llama9': there are"),
