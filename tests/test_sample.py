@@ -176,10 +176,9 @@ def test_workflow_changes_within_a_dialogue(run, picture, script, monkeypatch, c
 def test_chat_commands(run, picture, script, monkeypatch, capsys):
     """/help, unknown commands, bad pictures and workflows go on; a new picture starts afresh."""
     calls = script("fine")
-    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", "/image ~nobody-of-that-name/a.png",
-         f"/image '{picture}'",
-         "look", f"/image {picture}", "again", "/workflow sound", "/reset", "anew", "/quit",
-         "never asked")
+    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png",
+         "/image ~nobody-of-that-name/a.png", f"/image '{picture}'", "look", f"/image {picture}",
+         "again", "/workflow sound", "/reset", "anew", "/quit", "never asked")
     sample.main(["--model", str(run)])
     said = capsys.readouterr()
     assert said.out.count(sample.HELP) == 2

@@ -158,7 +158,7 @@ def test_killed_run_ends_with_the_same_bits(world, trained):
 
 
 def test_full_disk_leaves_the_last_checkpoint(world, trained):
-    """A checkpoint that finds no room: one line, nothing half written, and the run goes on later."""
+    """A checkpoint that finds no room: one line, nothing half written; the run goes on later."""
     out, stage = ("--set", f"out={world}/full"), world / "full" / "instruct"
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"), *out]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
