@@ -11,6 +11,17 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have what goes wrong in the block, such as a full disk, name what was to be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: not written ({error})") from None
+
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
@@ -27,7 +38,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
@@ -104,10 +116,14 @@ def build(kind, values: dict, where: str = ""):
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file, or replace it, in one step."""
+    """Write a text file, or replace it, in one step: the old one stays where that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        with writing(path):
+            temporary.write_text(text)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

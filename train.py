@@ -38,7 +38,7 @@ from chat import Tokenizer
 from clip import preprocess
 from config import DTYPES, Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
-from files import lock, new_folder, read_json, replace_text, write_json
+from files import lock, new_folder, read_json, replace_text, write_json, writing
 from iaa import IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
 from llama import DecoderLayer
 
@@ -291,7 +291,7 @@ class Log:
             self.skipped += 1
             print(f"skipped {name} ({self.skipped} so far)", file=sys.stderr)
         if run.rank == 0:
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         left = (self.stage.steps - step - 1) * seconds
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from files import build, checked, read_json
+from files import build, checked, new_folder, read_json, replace_text
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,21 @@ def test_json_of_the_wrong_kind(tmp_path):
             read_json(path, a=int)
     path.write_text(json.dumps({"a": 1, "b": {"c": 2}, "d": []}))
     assert read_json(path, "d", a=float, b=dict[str, int]) == {"a": 1.0, "b": {"c": 2}, "d": []}
+
+
+def test_a_failed_write_names_its_target_and_leaves_the_old_one(tmp_path, monkeypatch):
+    """A full disk: what was to be written is named, nothing half written stays."""
+    path = tmp_path / "x.json"
+    replace_text(path, "old")
+
+    def full_disk(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match=r"x.json: not written \(.*No space left on device"):
+        replace_text(path, "new")
+    with (pytest.raises(OSError, match=r"folder: not written \(.*No space left on device"),
+          new_folder(tmp_path / "folder") as new):
+        (new / "y").write_text("new")
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
