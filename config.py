@@ -50,6 +50,12 @@ class StageConfig:
         for key, low in ranges.items():
             if not getattr(self, key) >= low:  # NaN is not
                 raise ValueError(f"{where}: {key} = {getattr(self, key)}: must be {low} or more")
+        if not self.data:
+            raise ValueError(f"{where}: data = []: at least one JSONL file")
+        if not self.clip_norm > 0:
+            raise ValueError(f"{where}: clip_norm = 0: must be above 0")
+        if self.warmup > 1:
+            raise ValueError(f"{where}: warmup = {self.warmup}: a share of the steps, 1 at most")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"{where}: beta1, beta2 = {self.beta1}, {self.beta2}: "
                              "0 or more, below 1")
@@ -88,6 +94,9 @@ class Config:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
+        for key, low in {"max_tokens": 1, "seed": 0, "threads": 0, "workers": 0}.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"{key} = {getattr(self, key)}: must be {low} or more")
         if not self.stage:
             raise ValueError("no [[stage]] given")
         names = [s.name for s in self.stage]
@@ -104,7 +113,7 @@ def read_config(path: str, settings: list[str]) -> Config:
     except ValueError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
     stages = values.get("stage", [])
-    if not isinstance(stages, list):
+    if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages):
         raise ValueError(f"{path}: write [[stage]], with two brackets, for each stage")
     for setting in settings:
         key, equals, text = setting.partition("=")

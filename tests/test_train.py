@@ -210,6 +210,12 @@ def test_learning_rate_schedule():
     ("dtype=fp8", "dtype = 'fp8': one of bf16, fp32"),
     ("instruct.micro_batch=3", "batch = 8 is not a multiple of micro_batch = 3"),
     ("instruct.beta2=1.0", "beta1, beta2 = 0.9, 1.0: 0 or more, below 1"),
+    ("instruct.data=[]", "data = []: at least one JSONL file"),
+    ("instruct.clip_norm=0", "clip_norm = 0: must be above 0"),
+    ("instruct.warmup=3", "warmup = 3.0: a share of the steps, 1 at most"),
+    ("max_tokens=0", "max_tokens = 0: must be 1 or more"),
+    ("workers=-1", "workers = -1: must be 0 or more"),
+    ("threads=-1", "threads = -1: must be 0 or more"),
     ("nostage.steps=3", "no stage 'nostage'; there are: pretrain_projector, instruct, grounding"),
     ("steps", "write key=value"),
 ])
@@ -218,6 +224,13 @@ def test_config_errors_are_one_line(world, setting, message):
     with pytest.raises(ValueError) as error:
         read_config(str(world / "config.toml"), [setting])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_stages_that_are_no_tables(tmp_path):
+    """What is no [[stage]] is said before an override looks into it."""
+    (tmp_path / "c.toml").write_text("stage = [1]")
+    with pytest.raises(ValueError, match=r"write \[\[stage\]\]"):
+        read_config(str(tmp_path / "c.toml"), ["stage.steps=3"])
 
 
 def test_bad_input_is_one_line_without_a_traceback(world, trained, tmp_path):
