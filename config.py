@@ -46,14 +46,14 @@ class StageConfig:
         where = f"stage {self.name}"
         ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1,
                   "eval_rows": 1, "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0,
-                  "weight_decay": 0, "clip_norm": 0}
+                  "weight_decay": 0}
         for key, low in ranges.items():
             if not getattr(self, key) >= low:  # NaN is not
                 raise ValueError(f"{where}: {key} = {getattr(self, key)}: must be {low} or more")
         if not self.data:
             raise ValueError(f"{where}: data = []: at least one JSONL file")
         if not self.clip_norm > 0:
-            raise ValueError(f"{where}: clip_norm = 0: must be above 0")
+            raise ValueError(f"{where}: clip_norm = {self.clip_norm}: must be above 0")
         if self.warmup > 1:
             raise ValueError(f"{where}: warmup = {self.warmup}: a share of the steps, 1 at most")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):

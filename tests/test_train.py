@@ -211,7 +211,7 @@ def test_learning_rate_schedule():
     ("instruct.micro_batch=3", "batch = 8 is not a multiple of micro_batch = 3"),
     ("instruct.beta2=1.0", "beta1, beta2 = 0.9, 1.0: 0 or more, below 1"),
     ("instruct.data=[]", "data = []: at least one JSONL file"),
-    ("instruct.clip_norm=0", "clip_norm = 0: must be above 0"),
+    ("instruct.clip_norm=0", "clip_norm = 0.0: must be above 0"),
     ("instruct.warmup=3", "warmup = 3.0: a share of the steps, 1 at most"),
     ("max_tokens=0", "max_tokens = 0: must be 1 or more"),
     ("workers=-1", "workers = -1: must be 0 or more"),
