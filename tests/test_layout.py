@@ -15,7 +15,7 @@ IMPORTS = {  # of ours, by file: the design
     "iaa": {"clip", "files", "llama"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"iaa"},  # for TEXT
+    "config": {"files", "iaa"},  # iaa for TEXT
     "train": {"chat", "clip", "config", "data", "files", "iaa", "llama"},
     "sample": {"chat", "clip", "data", "iaa"},
     "eval": {"chat", "clip", "data", "files", "iaa"},
