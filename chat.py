@@ -245,16 +245,14 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """What `save` wrote. FileNotFoundError, or ValueError for a foreign or damaged file."""
         path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
-        settings = read_json(path)
-        try:
-            read = {"tiktoken": read_ranks, "sentencepiece": read_bytes}[settings["kind"]]
-            names = ("special_tokens", "template", "image_token", "pattern")
-            rest = [settings[name] for name in names]
-            tokenizer = cls(read(model_path), *rest)
-        except KeyError as error:
-            raise ValueError(f"{path}: {error} is missing or unknown: "
-                             "not made by Tokenizer.save") from None
-        found, saved = len(tokenizer.engine), settings.get("engine_size")
+        settings = read_json(path, kind=str, special_tokens=dict[str, int], template=str,
+                             image_token=str, pattern=str, engine_size=int)
+        read = {"tiktoken": read_ranks, "sentencepiece": read_bytes}.get(settings["kind"])
+        if read is None:
+            raise ValueError(f"{path}: kind = {settings['kind']!r}: tiktoken or sentencepiece")
+        names = ("special_tokens", "template", "image_token", "pattern")
+        tokenizer = cls(read(model_path), *(settings[name] for name in names))
+        found, saved = len(tokenizer.engine), settings["engine_size"]
         if found != saved:
             raise ValueError(f"{model_path}: damaged, "
                              f"{saved} entries were saved and {found} are there")

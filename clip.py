@@ -140,16 +140,15 @@ def open_image(path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{path}: {file.width} x {file.height} pixels, "
-                                 f"at most {MAX_PIXELS} are read")
-            file.load()
-            image = file.copy()
+            pixels = file.width * file.height
+            image = to_rgb(file) if pixels <= MAX_PIXELS else None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise ValueError(f"{path}: not a readable picture ({error})") from None
-    return to_rgb(image)
+    if image is None:
+        raise ValueError(f"{path}: {pixels} pixels, at most {MAX_PIXELS} are read")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -7,11 +7,10 @@
 """
 
 import tomllib
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import build
 from iaa import DTYPES, TEXT, AdaptorConfig, spread
 
 
@@ -46,10 +45,16 @@ class StageConfig:
         where = f"stage {self.name}"
         ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1,
                   "eval_rows": 1, "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0,
-                  "weight_decay": 0, "clip_norm": 0}
+                  "weight_decay": 0}
         for key, low in ranges.items():
             if not getattr(self, key) >= low:  # NaN is not
                 raise ValueError(f"{where}: {key} = {getattr(self, key)}: must be {low} or more")
+        if not self.data:
+            raise ValueError(f"{where}: data = []: at least one JSONL file")
+        if not self.clip_norm > 0:
+            raise ValueError(f"{where}: clip_norm = {self.clip_norm}: must be above 0")
+        if self.warmup > 1:
+            raise ValueError(f"{where}: warmup = {self.warmup}: a share of the steps, 1 at most")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"{where}: beta1, beta2 = {self.beta1}, {self.beta2}: "
                              "0 or more, below 1")
@@ -94,8 +99,10 @@ class Config:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
-        if self.timeout_s < 1:
-            raise ValueError(f"timeout_s = {self.timeout_s}: must be 1 or more")
+        for key, low in {"max_tokens": 1, "seed": 0, "threads": 0, "workers": 0,
+                         "timeout_s": 1}.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"{key} = {getattr(self, key)}: must be {low} or more")
         if not self.stage:
             raise ValueError("no [[stage]] given")
         names = [s.name for s in self.stage]
@@ -117,42 +124,6 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
     places = spread(places, layers) if isinstance(places, int) else places
     return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
                          config.own_llm)
-
-
-def checked(where: str, value, kind):
-    """`value` if it is of `kind` (an int counts as a float). Raises ValueError that names it."""
-    if isinstance(kind, types.UnionType):
-        for option in typing.get_args(kind):
-            if option is not type(None) and isinstance(value, typing.get_origin(option) or option):
-                return checked(where, value, option)
-    elif typing.get_origin(kind) is list:
-        if isinstance(value, list):
-            (inner,) = typing.get_args(kind)
-            return [checked(f"{where}[{i}]", v, inner) for i, v in enumerate(value)]
-    elif isinstance(kind, type) and issubclass(kind, (StageConfig, Config)):
-        return build(kind, value, where)
-    elif type(value) is kind:
-        return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    raise ValueError(f"{where} = {value!r}: expected {getattr(kind, '__name__', kind)}")
-
-
-def build(kind, values: dict, where: str = ""):
-    """A `kind` from a TOML table. Raises ValueError for what is unknown, missing or impossible."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} = {values!r}: expected a table")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(values.keys() - hints.keys())
-    if unknown:
-        place, known = f" in {where}" if where else "", ", ".join(sorted(hints))
-        raise ValueError(f"unknown key {unknown[0]!r}{place}; known: {known}")
-    try:
-        return kind(**{key: checked(f"{where}.{key}".lstrip("."), value, hints[key])
-                       for key, value in values.items()})
-    except TypeError as error:
-        message = str(error).replace(f"{kind.__name__}.__init__()", where or "the config")
-        raise ValueError(message) from None
 
 
 def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:

@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chat import Tokenizer
+from chat import Tokenizer, read_bytes
 from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
-from files import new_folder, read_json
+from files import build, checked, new_folder, read_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 from weight_tables import (
@@ -80,13 +80,14 @@ class Checkpoint(NamedTuple):
 def make_recipe(
     source: Source,
     table: list[Row],
-    build: Callable[..., nn.Module],  # the model's class
+    model_class: Callable[..., nn.Module],
     config: LlamaConfig | ClipConfig | AdaptorConfig,
     *more,  # what else the class takes
 ) -> Recipe:
     """Match table, source and model. Raises ValueError for a tensor missing or of another shape."""
+    config = build(type(config), vars(config))  # a foreign setting may be of any kind
     with torch.device("meta"):
-        model = build(config, *more)
+        model = model_class(config, *more)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = {}
     for row in table:
@@ -234,8 +235,10 @@ def meta_config(params: Named, source: Source) -> LlamaConfig:
 
 def hf_config(config: Named) -> LlamaConfig:
     """From config.json, old style or new. Raises ValueError for what our Llama has not."""
-    rope = Named(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    new, old = (checked(name, config.get(name) or {}, dict)
+                for name in ("rope_parameters", "rope_scaling"))  # of transformers 5, and before
+    rope = Named(new or old)
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
     for name, value, wanted in (("attention_bias", config.get("attention_bias", False), (False,)),
                                 ("mlp_bias", config.get("mlp_bias", False), (False,)),
                                 ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
@@ -253,7 +256,8 @@ def hf_config(config: Named) -> LlamaConfig:
         heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
         head_size=config.get("head_dim") or width // heads, ffn=config["intermediate_size"],
         context=config["max_position_embeddings"],
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)), rope_scaling=scaling,
+        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        rope_scaling=scaling,
         norm_eps=config["rms_norm_eps"], tied=config.get("tie_word_embeddings", False),
     )
 
@@ -340,7 +344,7 @@ def open_meta(folder: Path) -> Checkpoint:
     path = folder / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is the tokenizer")
-    if path.open("rb").read(1) == b"\n":  # sentencepiece's protobuf; Llama 3's is lines of base64
+    if read_bytes(path)[:1] == b"\n":  # sentencepiece's protobuf; Llama 3's is lines of base64
         return Checkpoint(source, {"": recipe}, Tokenizer.from_sentencepiece(path))
     version = "3.1" if recipe.config.rope_scaling else "3"
     return Checkpoint(source, {"": recipe}, Tokenizer.from_llama3(path, version))
@@ -417,7 +421,7 @@ def convert(
         raise FileExistsError(f"{out}: already there; remove it first")
     try:
         source, parts, tokenizer = open_checkpoint(path, image_px)
-    except TypeError as error:  # such as null for a size
+    except (TypeError, AttributeError) as error:  # such as null for a size
         raise ValueError(f"{path}: a setting has a value of another kind ({error})") from None
     check_all_used(source, parts.values())
     base = {"clip": read_json(clip / "config.json")["sha256"]} if clip else {}
@@ -447,6 +451,8 @@ def main() -> None:
         convert(args.source, args.out, args.dtype, args.image_px, args.clip)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; nothing is left in {args.out}")
 
 
 if __name__ == "__main__":

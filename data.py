@@ -135,11 +135,13 @@ class JsonlDataset(Dataset):
         template: str | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
+        boxes: bool = True,  # False: they could not be found again, as where pictures are cropped
     ):
         self.paths, self.root = [Path(path) for path in paths], Path(root).resolve()
         self.transform = transform
         self.tokenizer, self.image_tokens = tokenizer, image_tokens
         self.template, self.system, self.max_tokens = template, system, max_tokens
+        self.boxes = boxes
         tables = [scan_lines(path) for path in self.paths]
         columns = zip(*tables, strict=True)
         self.starts, self.lengths, self.lines = (np.concatenate(column) for column in columns)
@@ -175,8 +177,12 @@ class JsonlDataset(Dataset):
         return image
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
-        """A row as (Example, pixels or None). RowError with file and line."""
+        """A row as (Example, pixels or None). RowError with file and line; ValueError for boxes."""
         row = self.row(index)
+        texts = [] if self.boxes or row["image"] is None else row["conversations"]
+        if any(text_to_boxes(turn["value"], 1, 1) for turn in texts):
+            raise ValueError(f"{self.where(index)}: names a box, and the vision tower crops "
+                             'pictures: boxes need aspect = "pad" in its config.json')
         try:
             example = encode_row(
                 row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
@@ -350,8 +356,12 @@ def loader(
     Takes nothing from the global random state. Workers end with the iterator.
     """
     own_random = torch.Generator()
-    yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                          collate_fn=dataset.collate, generator=own_random)
+    try:
+        yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                              collate_fn=dataset.collate, generator=own_random)
+    except (ValueError, OSError) as error:  # a worker's comes with its traceback, as text
+        told = str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
+        raise type(error)(told) from None
 
 
 # ---------------------------------------------------------------------------------- boxes

@@ -1,12 +1,26 @@
-"""Files that appear whole or not at all, JSON whose errors name the file, a lock on a folder."""
+"""Files that appear whole or not at all, JSON and typed values whose errors say where, a lock."""
 
 import contextlib
 import fcntl
 import json
 import os
 import shutil
+import types
+import typing
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have what goes wrong in the block, such as a full disk, name what was to be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: not written ({error})") from None
 
 
 def flush(path: Path) -> None:
@@ -31,7 +45,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             flush(file)
         temporary.rename(path)
@@ -40,8 +55,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """The JSON object at `path`. Raises FileNotFoundError or ValueError, also for a missing key."""
+def read_json(path: Path, *keys: str, **kinds) -> dict:
+    """The JSON object at `path`. Raises FileNotFoundError or ValueError.
+
+    keys must be there; so must the names of `kinds`, each with a value of its kind (`checked`).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -50,19 +68,67 @@ def read_json(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
-    missing = [key for key in keys if key not in value]
+    missing = [key for key in (*keys, *kinds) if key not in value]
     if missing:
         raise ValueError(f"{path}: {missing[0]!r} is missing")
-    return value
+    return value | {key: checked(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
+
+
+def checked(where: str, value, kind):
+    """A value from JSON or TOML as `kind`. Raises ValueError that says where it stands.
+
+    kind: a class, dataclass, list[...], tuple[...], dict[str, ...] or a union of these. An int
+    counts as a float, a list as a tuple, a table as a dataclass; nothing else is converted.
+    """
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        origin, inner = typing.get_origin(option) or option, typing.get_args(option)
+        if is_dataclass(option) and (isinstance(value, dict) or option is kind):
+            return build(option, value, where)
+        if origin is dict and isinstance(value, dict):
+            of = inner[1] if inner else object
+            return {key: checked(f"{where}.{key}", v, of) for key, v in value.items()}
+        many = origin in (list, tuple) and isinstance(value, list | tuple)
+        if many and (origin is list or inner[-1] is ... or len(inner) == len(value)):
+            return origin(checked(f"{where}[{n}]", v, inner[0]) for n, v in enumerate(value))
+        if type(value) is option or option is object:
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+    wanted = kind.__name__ if isinstance(kind, type) else kind
+    raise ValueError(f"{where} = {value!r}: expected {wanted}")
+
+
+def build(kind, values: dict, where: str = ""):
+    """A dataclass from a table. Raises ValueError for what is unknown, missing or impossible."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} = {values!r}: expected a table")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        place, known = f" in {where}" if where else "", ", ".join(sorted(hints))
+        raise ValueError(f"unknown key {unknown[0]!r}{place}; known: {known}")
+    given = {key: checked(f"{where}.{key}".lstrip("."), value, hints[key])
+             for key, value in values.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        message = str(error).replace(f"{kind.__name__}.__init__()", where or "the config")
+        raise ValueError(message) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file, or replace it, in one step."""
+    """Write a text file, or replace it, in one step: the old one stays where that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
+    try:
+        with writing(path):
+            temporary.write_text(text)
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

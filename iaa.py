@@ -163,6 +163,9 @@ class IAA(nn.Module):
 
     def __init__(self, llama: Llama, clip: Clip, image_token: int):
         super().__init__()
+        if not (isinstance(llama, Llama) and isinstance(clip, Clip)):
+            raise ValueError(f"the LLM is a {type(llama).__name__}, the vision tower a "
+                             f"{type(clip).__name__}: they should be a Llama and a Clip")
         self.llama = llama.requires_grad_(False)
         self.clip = clip.requires_grad_(False)
         self.image_token = image_token  # the placeholder's id

@@ -7,8 +7,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-install() { # install FILE...: the requirements, once
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+install() { # install FILE: the requirements, once
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "Python 3.11 or newer is needed; python3 is $(python3 --version 2>&1)" >&2
+        exit 1
+    fi
+    [ -f .venv/bin/activate ] || python3 -m venv --clear .venv # it is written last
     . .venv/bin/activate
     local stamp=.venv/installed-$1-$(cat "$1" | cksum | cut -d' ' -f1)
     [ -f "$stamp" ] && return
@@ -21,6 +25,12 @@ install() { # install FILE...: the requirements, once
 
 packaged() { # packaged PATH: where an installed package keeps the file
     python -c "import site, sys; print(site.getsitepackages()[0] + '/' + sys.argv[1])" "$1"
+}
+
+ask() { # ask OPTION...: one answer of the demo's model, below its question
+    echo
+    echo "python sample.py $*"
+    python sample.py --model runs/demo "$@"
 }
 
 demo() {
@@ -36,10 +46,10 @@ demo() {
     python eval.py retention README.md --model runs/demo --workflow text --limit 4
     python plot.py runs/demo
     local picture=data/easy-vqa/test/7.png
-    python sample.py --model runs/demo --image $picture --prompt "what color is the shape?"
-    python sample.py --model runs/demo --workflow grounding --image $picture --boxes runs/demo/box.png \
+    ask --image $picture --prompt "what color is the shape?"
+    ask --workflow grounding --image $picture --boxes runs/demo/box.png \
         --prompt "Please provide the bounding box coordinate of the region this sentence describes: the shape"
-    python sample.py --model runs/demo --workflow text --prompt "What is the capital of France?"
+    ask --workflow text --prompt "What is the capital of France?"
     echo "written: $(ls runs/demo/*.png | tr '\n' ' ')"
 }
 

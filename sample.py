@@ -124,7 +124,8 @@ class Chat:
         form = {"template": None, "system": None} if frozen else self.prompts[workflow]
         image = None if frozen else self.image
         turns = [*self.turns, ("user", text)]
-        patches = self.model.clip.config.patches if image else 0
+        clip = self.model.clip.config
+        patches = clip.patches if image else 0
         ids, _ = render(self.tokenizer, turns, form["template"], form["system"], patches)
         room = self.model.llama.config.context - len(ids)
         if room < 1:
@@ -140,8 +141,9 @@ class Chat:
             self.turns = [*turns, ("assistant", stream.shown)] if stream.times else self.turns
         times = stream.times or [time.perf_counter()]
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-        boxes, first = boxes_on(image, stream.shown) if image else [], times[0] - began
-        return Answer(workflow, text, stream.shown, boxes, len(stream.times), first, speed)
+        boxes = boxes_on(image, stream.shown) if image and clip.aspect == "pad" else []
+        return Answer(workflow, text, stream.shown, boxes, len(stream.times), times[0] - began,
+                      speed)
 
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
@@ -185,7 +187,7 @@ def command(chat: Chat, line: str) -> str:
     name, _, argument = line.partition(" ")
     argument = argument.strip().strip("'\"")
     if name == "/image" and argument:
-        image = open_image(Path(argument).expanduser())
+        image = open_image(os.path.expanduser(argument))  # leaves an unknown ~user as it is
         chat.turns = [] if chat.image else chat.turns  # they were about another picture
         chat.image = image
         return f"{argument}: {image.width} x {image.height} pixels; workflow {chat.workflow}"
@@ -272,6 +274,9 @@ def main(argv: list[str] | None = None) -> None:
                          top_p=args.top_p, seed=args.seed)
         chat.image, chat.chosen = image, args.workflow
         chat.model.adaptor(chat.workflow)  # says so now where there is none of that name
+        if args.boxes and chat.model.clip.config.aspect != "pad":
+            raise ValueError("--boxes: the vision tower of this model crops pictures "
+                             '(aspect = "crop"), so its answers place no box on them')
         if args.prompt is None:
             converse(chat, args.boxes)
         else:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip import Clip, ClipConfig
-from files import read_json
+from files import build, read_json
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
 
@@ -51,13 +51,15 @@ def load_base(
 ) -> tuple[Llama | Clip, str]:
     """A frozen model that `convert_weights.py` wrote, in eval mode, and its SHA-256."""
     folder = Path(folder)
-    meta = read_json(folder / "config.json", "kind", "config", "sha256")
+    path = folder / "config.json"
+    meta = read_json(path, kind=str, config=dict, sha256=str)
     kinds = {"llama": (Llama, LlamaConfig), "clip": (Clip, ClipConfig)}
     if meta["kind"] not in kinds:
-        raise ValueError(f"{folder}/config.json: kind is {meta['kind']!r}, not llama or clip")
+        raise ValueError(f"{path}: kind is {meta['kind']!r}, not llama or clip")
     model_class, config_class = kinds[meta["kind"]]
+    config = build(config_class, meta["config"], f"{path}: config")
     with torch.device("meta"):
-        model = model_class(config_class(**meta["config"]))
+        model = model_class(config)
     load_tensors(model, sorted(folder.glob("model-*.safetensors")), dtype, device)
     return model.eval().requires_grad_(False), meta["sha256"]
 
@@ -85,14 +87,15 @@ def load_adaptor(
 ) -> tuple[Adaptor, dict]:
     """An adaptor and its config.json. Raises ValueError where it was trained on another base."""
     folder = Path(folder)
-    meta = read_json(folder / "config.json", "adaptor", "base", "prompt")
+    path = folder / "config.json"
+    meta = read_json(path, adaptor=AdaptorConfig, base=dict[str, str], prompt=dict[str, str | None])
     for part, digest in base.items():
-        trained = meta["base"][part]
+        trained = meta["base"].get(part, "unknown")
         if trained != digest:
             raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
                              f"this {part} is {digest[:16]}...")
     with torch.device("meta"):
-        adaptor = Adaptor(AdaptorConfig(**meta["adaptor"]), llama, vision_width)
+        adaptor = Adaptor(meta["adaptor"], llama, vision_width)
     load_tensors(adaptor, [folder / "adaptor.safetensors"], dtype, device)
     return adaptor, meta
 
@@ -105,7 +108,8 @@ def load_iaa(
     Returns the model and {"llm": folder of LLM and tokenizer, "prompts": {workflow: prompt}}.
     """
     folder = Path(folder)
-    index = read_json(folder / "iaa.json", "llm", "vision", "image_token", "adaptors")
+    index = read_json(folder / "iaa.json", llm=str, vision=str, image_token=int,
+                      adaptors=dict[str, str])
     llama, llama_sha = load_base(folder / index["llm"], dtype, device)
     clip, clip_sha = load_base(folder / index["vision"], dtype, device)
     model, prompts = IAA(llama, clip, index["image_token"]), {}
@@ -113,5 +117,5 @@ def load_iaa(
     for name, place in index["adaptors"].items():
         adaptor, meta = load_adaptor(folder / place, llama.config, width, base, dtype, device)
         model.adaptors[name] = adaptor.requires_grad_(False)
-        prompts[name] = meta["prompt"]
+        prompts[name] = {"template": None, "system": None, **meta["prompt"]}
     return model.eval(), {"llm": folder / index["llm"], "prompts": prompts}

@@ -37,7 +37,7 @@ from checkpoint import remove, resume_state, save_state
 from clip import preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
-from files import lock, new_folder, replace_text, write_json
+from files import lock, new_folder, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import DecoderLayer
 from parts import parts
@@ -189,7 +189,7 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     config, clip = run.config, run.model.clip.config
     return JsonlDataset(
         files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-        stage.template or None, config.system, config.max_tokens)
+        stage.template or None, config.system, config.max_tokens, clip.aspect == "pad")
 
 
 class Log:
@@ -229,7 +229,7 @@ class Log:
             self.skipped += 1
             print(f"skipped {name} ({self.skipped} so far)", file=sys.stderr)
         if run.ranks.rank == 0:
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         left = (self.stage.steps - step - 1) * seconds
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""

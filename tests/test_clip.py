@@ -244,7 +244,8 @@ def test_what_is_no_picture_raises(tmp_path):
     """Text, an empty file, a folder: ValueError with the path; no file: FileNotFoundError."""
     (tmp_path / "text.jpg").write_text("not a picture")
     (tmp_path / "empty.png").touch()
-    for name in ("text.jpg", "empty.png", "."):
+    (tmp_path / "letters.ppm").write_text("P3 1 1 255 1 2 x")  # Pillow: ValueError without a path
+    for name in ("text.jpg", "empty.png", "letters.ppm", "."):
         with pytest.raises(ValueError, match="not a readable picture"):
             open_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="none.png: no such file"):

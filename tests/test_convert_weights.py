@@ -1,10 +1,14 @@
 """convert_weights.py: a tiny Llama, tower and adaptor come back from every foreign layout."""
 
+import gc
 import json
+import os
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from chat import Tokenizer
 from clip import Clip, ClipConfig
 from convert_weights import convert, tensor_digest
 from iaa import Adaptor, AdaptorConfig
-from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
 from storage import load_adaptor, load_base
 
 LLAMA = LlamaConfig(
@@ -79,7 +83,8 @@ def interleave(weight, heads: int):
 def split_layer(ours: dict, prefix: str) -> dict[str, torch.Tensor]:
     """The seven matrices and two norms of one of our layers, by Hugging Face's short names."""
     qkv, gate_up = ours[f"{prefix}.attention.qkv.weight"], ours[f"{prefix}.ffn.gate_up.weight"]
-    q, k, v = qkv.split((64, 32, 32))
+    width = qkv.shape[1]  # as wide as all queries; keys and values share the rest
+    q, k, v = qkv.split((width, (len(qkv) - width) // 2, (len(qkv) - width) // 2))
     gate, up = gate_up.chunk(2)
     return {"q": q, "k": k, "v": v, "gate": gate, "up": up,
             "o": ours[f"{prefix}.attention.out.weight"], "down": ours[f"{prefix}.ffn.down.weight"],
@@ -250,6 +255,57 @@ def test_meta_llama(tmp_path, llama, tokenizer_model, shards, embedding_dim, mon
     save_meta(tmp_path / "in", to_meta(llama), tokenizer_model, shards, embedding_dim)
     convert(tmp_path / "in", tmp_path / "out")
     check(tmp_path / "out", llama, LLAMA)
+
+
+PARAMS = {  # Meta's params.json, but for what only trainers need
+    "3-8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8},
+    "3.1-8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8,
+               "use_scaled_rope": True},
+    "3.2-1B": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8,
+               "use_scaled_rope": True},
+    "3.2-3B": {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8,
+               "use_scaled_rope": True},
+}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_meta_settings(name):
+    """Meta's own params.json of Llama 3, 3.1 and 3.2 gives the sizes that llama.py names."""
+    known = SIZES[name]
+    source = checkpoint_files.Source()
+    source.shapes = {"tok_embeddings.weight": (128256, known.width),
+                     "layers.0.feed_forward.w1.weight": (known.ffn, known.width),
+                     "output.weight": (128256, known.width)}  # 1B and 3B have a copy there
+    params = {"norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256} | PARAMS[name]
+    assert convert_weights.meta_config(checkpoint_files.Named(params), source) == known
+
+
+@pytest.mark.parametrize(("width", "factor", "shards"), [(64, 8.0, 2), (2048, 32.0, 1)])
+def test_meta_llama_3_1_and_3_2(tmp_path, tokenizer_model, monkeypatch, width, factor, shards):
+    """Scaled rotary, its factor by the width; 1B and 3B have a tied head, whose copy is dropped."""
+    versions = []
+
+    def from_llama3(path, version):
+        versions.append(version)
+        return Tokenizer.from_sentencepiece(tokenizer_model)
+
+    monkeypatch.setattr(Tokenizer, "from_llama3", from_llama3)
+    small = width == 2048
+    wanted = LlamaConfig(320, width, 1, 4, 2, width // 4, 96, context=131072, tied=small,
+                         rope_scaling=RopeScaling(factor))
+    ours = fill(Llama(wanted), 0)
+    theirs = to_meta(ours | ({"head.weight": ours["embedding.weight"]} if small else {}))
+    folder = save_meta(tmp_path / "in", theirs, tokenizer_model, shards, dim=width, n_layers=1,
+                       use_scaled_rope=True)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")  # not sentencepiece: Llama 3's
+    convert(folder, tmp_path / "out")
+    check(tmp_path / "out", ours, wanted)
+    assert versions == ["3.1"]
+    if small:
+        torch.save(theirs | {"output.weight": theirs["output.weight"] + 1},
+                   folder / "consolidated.00.pth")
+        with pytest.raises(ValueError, match=r"output.weight should equal tok_embeddings.weight"):
+            convert(folder, tmp_path / "out2")
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
@@ -579,7 +635,38 @@ def test_truncated_files(tmp_path, llama, tower, tokenizer_model, name, kept):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", [
+    {"rope_theta": 500000.0, "rope_scaling": None},  # transformers 4
+    {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},  # 5
+    {"rope_theta": 500000.0, "rope_parameters": {"rope_type": "default", "rope_theta": None}},
+    {"rope_theta": 500000.0, "rope_parameters": {"rope_type": None}},
+])
+def test_rotary_base_of_hf(tmp_path, llama, tokenizer_model, change):
+    """Wherever the rotary base stands, null is no value."""
+    save_hf(tmp_path / "in", to_hf(llama), HF_LLAMA | change, tokenizer_model)
+    convert(tmp_path / "in", tmp_path / "out")
+    check(tmp_path / "out", llama, LLAMA)
+
+
+def test_files_are_closed(tmp_path, llama, tower, tokenizer_model, recwarn):
+    """Reading leaves no file open for the garbage collector to warn of."""
+    save_meta(tmp_path / "meta", to_meta(llama), tokenizer_model, 2)
+    save_hf(tmp_path / "hf", to_hf(llama), HF_LLAMA, tokenizer_model)
+    torch.save(to_openai_clip(tower), tmp_path / "clip.pt")
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    warnings.simplefilter("always", ResourceWarning)
+    for name in ("meta", "hf", "clip.pt"):
+        convert(tmp_path / name, tmp_path / f"{name}-out")
+    gc.collect()
+    assert not [str(w.message) for w in recwarn if w.category is ResourceWarning]
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    ({"rms_norm_eps": None}, "norm_eps = None: expected float"),
+    ({"max_position_embeddings": "long"}, "value of another kind"),
+    ({"rope_parameters": "llama3"}, "rope_parameters = 'llama3': expected dict"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type = 'linear' is not supported"),
     ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
@@ -630,6 +717,11 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
     save_hf(tmp_path / "in", to_hf(llama), HF_LLAMA, None)
     assert "tokenizer" in error(tmp_path / "in", tmp_path / "out")
     assert "already there" in error(tmp_path / "in", tmp_path / "odd")
+    with monkeypatch.context() as patch:  # Ctrl-C halfway
+        patch.setattr(convert_weights, "make_tensor", Mock(side_effect=KeyboardInterrupt))
+        (tmp_path / "in" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
+        assert "stopped; nothing is left in" in error(tmp_path / "in", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "odd"}
     command = [sys.executable, convert_weights.__file__, tmp_path / "nothing", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = f"error: {tmp_path}/nothing: no such file or folder\n"

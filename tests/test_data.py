@@ -580,6 +580,22 @@ def test_loader(chatml, tmp_path, workers):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_stops_a_run_is_one_line(chatml, tmp_path, workers):
+    """Rows of which none can be used, boxes on cropped pictures: a worker's error is as short."""
+    question, answer = "<image>\nWhere?", "Here: [0.1, 0.2, 0.3, 0.4]"
+    text = make_row("Sort", "[0.1, 0.2, 0.3, 0.4]", image=None)
+    for rows, boxes, message in (
+        (["{broken", "[]"], True, r"none of 2 rows can be used: .*rows.jsonl:1: "),
+        ([text, make_row(question, answer)], False, r"rows.jsonl:2: names a box, and .* crops"),
+        ([text, make_row(answer, "A cat.")], False, r"rows.jsonl:2: names a box, and .* crops"),
+    ):
+        dataset = dataset_of(rows, tmp_path, chatml, boxes=boxes)
+        with pytest.raises(ValueError, match=message) as error:
+            list(data.loader(dataset, [[0], [1]], workers))
+        assert "\n" not in str(error.value)
+
+
 # --- boxes
 
 

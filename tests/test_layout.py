@@ -18,7 +18,7 @@ IMPORTS = {  # of ours, by file: the design
     "storage": {"clip", "files", "iaa", "llama"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"iaa"},  # for TEXT
+    "config": {"files", "iaa"},  # iaa for TEXT
     "train": {
         "chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
         "plan", "ranks", "storage", "zero"},

@@ -1,6 +1,7 @@
 """sample.py: streaming, JSON, chat commands, workflows, boxes, errors; on tiny random models."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,13 +210,14 @@ def test_workflow_changes_within_a_dialogue(run, picture, script, monkeypatch, c
 def test_chat_commands(run, picture, script, monkeypatch, capsys):
     """/help, unknown commands, bad pictures and workflows go on; a new picture starts afresh."""
     calls = script("fine")
-    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", f"/image '{picture}'",
-         "look", f"/image {picture}", "again", "/workflow sound", "/reset", "anew", "/quit",
-         "never asked")
+    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png",
+         "/image ~nobody-of-that-name/a.png", f"/image '{picture}'", "look", f"/image {picture}",
+         "again", "/workflow sound", "/reset", "anew", "/quit", "never asked")
     sample.main(["--model", str(run)])
     said = capsys.readouterr()
     assert said.out.count(sample.HELP) == 2
     assert "/nowhere.png: no such file" in said.err
+    assert "~nobody-of-that-name/a.png: no such file" in said.err
     assert "no adaptor named 'sound'; there are: text, mm, grounding" in said.err
     assert "40 x 30 pixels; workflow mm" in said.out
     assert len(calls) == 3
@@ -334,3 +336,72 @@ def test_failed_question_leaves_the_history(run, script):
     with pytest.raises(ValueError, match="context"):
         chat.ask("x" * 500)
     assert chat.turns == [("user", "short"), ("assistant", "ok")]
+
+
+@pytest.mark.parametrize(("file", "keys", "value", "message"), [
+    ("iaa.json", ["llm"], 5, "llm = 5: expected str"),
+    ("iaa.json", ["image_token"], "16", "image_token = '16': expected int"),
+    ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
+    ("iaa.json", ["adaptors", "mm"], None, "adaptors.mm = None: expected str"),
+    ("iaa.json", ["adaptors", "mm"], "nowhere", "nowhere/config.json: no such file"),
+    ("iaa.json", ["vision"], "llama", "the vision tower a Llama"),
+    ("iaa.json", ["llm"], "clip", "tokenizer.json: no such file"),
+    ("llama/tokenizer.json", ["kind"], "bpe", "kind = 'bpe': tiktoken or sentencepiece"),
+    ("llama/tokenizer.json", ["special_tokens"], [], "special_tokens = []: expected dict"),
+    ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),
+    ("mm/config.json", ["prompt", "system"], 1, "prompt.system = 1: expected str | None"),
+    ("mm/config.json", ["prompt", "template"], "llama9", "template 'llama9': there are"),
+    ("mm/config.json", ["base"], [], "base = []: expected dict[str, str]"),
+    ("mm/config.json", ["base"], {}, "was trained on llama unknown"),
+    ("mm/config.json", ["adaptor", "insertion"], 3, "adaptor.insertion = 3: expected tuple"),
+    ("mm/config.json", ["adaptor", "depth"], 3, "unknown key 'depth' in"),
+    ("mm/config.json", ["adaptor", "structure"], "d", "adaptor: structure = 'd': a, b or c"),
+    ("llama/config.json", ["sha256"], None, "sha256 = None: expected str"),
+    ("llama/config.json", ["kind"], ["llama"], "kind = ['llama']: expected str"),
+    ("llama/config.json", ["config"], [], "config = []: expected"),
+    ("llama/config.json", ["config", "width"], "48", "config.width = '48': expected int"),
+    ("llama/config.json", ["config", "rope_scaling"], {"factor": "8"}, "factor = '8': expected"),
+    ("llama/config.json", ["config", "heads"], 5, "config: heads = 5 is not a multiple"),
+    ("clip/config.json", ["config", "mean"], 0.5, "config.mean = 0.5: expected tuple"),
+    ("clip/config.json", ["config", "mean"], [0.5], "config.mean = [0.5]: expected tuple"),
+])
+def test_damaged_settings_are_one_line(run, picture, tmp_path, capsys, file, keys, value, message):
+    """A hand-edited file of the model's folder: the message names the place and what is right."""
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / file
+    settings = json.loads(path.read_text())
+    place = settings
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(settings))
+    said = fails(capsys, "--model", tmp_path / "copy", "--image", picture, "--prompt", "hello",
+                 "--max-tokens", 1)
+    assert message in said
+
+
+def test_prompt_settings_left_out_are_the_defaults(run, picture, tmp_path, script):
+    """An adaptor without a template or a system message takes the tokenizer's own."""
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "mm" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt": {}}))
+    calls = script("yes")
+    for folder in (run, tmp_path / "copy"):
+        chat = sample.Chat.load(folder)
+        chat.image = Image.open(picture)
+        chat.ask("what?")
+    assert calls[0]["ids"] == calls[1]["ids"]
+
+
+def test_cropped_pictures_have_no_boxes(run, picture, tmp_path, script, capsys):
+    """Where the tower sees a crop, an answer's box has no place: --boxes is refused, JSON empty."""
+    script("It is [0.25, 0.25, 0.5, 0.5]")
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "clip" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["config"]["aspect"] = "crop"
+    path.write_text(json.dumps(settings))
+    ask = ("--model", tmp_path / "copy", "--image", picture, "--prompt", "where?")
+    assert "crops pictures" in fails(capsys, *ask, "--boxes", tmp_path / "out.png")
+    sample.main([*map(str, ask), "--json"])
+    assert "boxes" not in json.loads(capsys.readouterr().out)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +160,31 @@ def test_killed_run_ends_with_the_same_bits(world, trained):
     assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(8))
 
 
+def test_full_disk_leaves_the_last_checkpoint(world, trained):
+    """A checkpoint that finds no room: one line, nothing half written; the run goes on later."""
+    out, stage = ("--set", f"out={world}/full"), world / "full" / "instruct"
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"), *out]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+    for line in process.stdout:
+        if line.startswith("instruct 3/8"):
+            process.kill()
+    process.wait()
+    before = {path: path.read_bytes() for path in sorted(stage.glob("step-*/*"))}
+    assert {path.parent.name for path in before} == {"step-000002"}
+    largest = max(map(len, before.values()))
+    result = run(world, *out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (largest - 1, largest - 1)))
+    assert result.returncode == 1 and "instruct 4/8" in result.stdout
+    assert result.stderr.startswith("train.py: ") and result.stderr.count("\n") == 1
+    assert "File too large" in result.stderr and str(stage / "step-000004") in result.stderr
+    assert {path: path.read_bytes() for path in sorted(stage.glob("step-*/*"))} == before
+    result = run(world, *out)
+    assert result.returncode == 0 and "from step 2" in result.stdout
+    expected, got = tensors(world, "run", "instruct"), tensors(world, "full", "instruct")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert not list(stage.glob(".*.tmp"))
+
+
 def test_accumulation_and_ranks_change_nothing(world, trained):
     """One micro-batch or several, one process or two: the same weights to rounding."""
     for out, setting, ranks in (("whole", "instruct.micro_batch=8", 1),
@@ -239,6 +266,12 @@ def test_learning_rate_schedule():
     ("dtype=fp8", "dtype = 'fp8': one of bf16, fp32"),
     ("instruct.micro_batch=3", "batch = 8 is not a multiple of micro_batch = 3"),
     ("instruct.beta2=1.0", "beta1, beta2 = 0.9, 1.0: 0 or more, below 1"),
+    ("instruct.data=[]", "data = []: at least one JSONL file"),
+    ("instruct.clip_norm=0", "clip_norm = 0.0: must be above 0"),
+    ("instruct.warmup=3", "warmup = 3.0: a share of the steps, 1 at most"),
+    ("max_tokens=0", "max_tokens = 0: must be 1 or more"),
+    ("workers=-1", "workers = -1: must be 0 or more"),
+    ("threads=-1", "threads = -1: must be 0 or more"),
     ("nostage.steps=3", "no stage 'nostage'; there are: pretrain_projector, instruct, grounding"),
     ("steps", "write key=value"),
 ])
@@ -247,6 +280,13 @@ def test_config_errors_are_one_line(world, setting, message):
     with pytest.raises(ValueError) as error:
         read_config(str(world / "config.toml"), [setting])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_stages_that_are_no_tables(tmp_path):
+    """What is no [[stage]] is said before an override looks into it."""
+    (tmp_path / "c.toml").write_text("stage = [1]")
+    with pytest.raises(ValueError, match=r"write \[\[stage\]\]"):
+        read_config(str(tmp_path / "c.toml"), ["stage.steps=3"])
 
 
 def test_bad_input_is_one_line_without_a_traceback(world, trained, tmp_path):
@@ -258,11 +298,26 @@ def test_bad_input_is_one_line_without_a_traceback(world, trained, tmp_path):
         (["--set", f'stage.data=["{tmp_path}/empty.jsonl"]'], "empty.jsonl"),
         (["--stage", "instruct"], "starts from stage 'pretrain_projector'"),
         (["--set", "insertion=99"], "insertion = 99"),
+        (["--set", f"vision={world}/llama"], "the vision tower a Llama"),
     ]
     for number, (arguments, message) in enumerate(cases):
         result = run(world, "--set", f"out={tmp_path}/{number}", *arguments)
         assert result.returncode == 1 and message in result.stderr, (arguments, result.stderr)
         assert "Traceback" not in result.stderr and result.stderr.strip().count("\n") == 0
+
+
+def test_boxes_on_cropped_pictures_are_refused(world, tmp_path):
+    """A row that names a box stops the run where the tower crops: one line, out of a worker too."""
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    settings = json.loads((tmp_path / "clip" / "config.json").read_text())
+    settings["config"]["aspect"] = "crop"
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(settings))
+    rows = (world / "rows.jsonl").read_text().replace("dog", "[0.1, 0.2, 0.3, 0.4]", 1)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    result = run(world, "--set", f"out={tmp_path}/run", "--set", f"vision={tmp_path}/clip",
+                 "--set", "workers=1", "--set", f'stage.data=["{tmp_path}/rows.jsonl"]')
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "rows.jsonl:1: names a box" in result.stderr
 
 
 def test_two_runs_in_one_folder(world, trained):

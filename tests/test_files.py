@@ -1,0 +1,95 @@
+"""files.py: typed values from JSON, whose errors say where and what is right."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from files import build, checked, new_folder, read_json, replace_text
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A table within a table."""
+
+    share: float = 0.5
+
+    def __post_init__(self):
+        if self.share > 1:
+            raise ValueError(f"share = {self.share}: at most 1")
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Every kind of value."""
+
+    size: int
+    places: tuple[int, ...] = ()
+    mean: tuple[float, float] = (0.0, 0.0)
+    inner: Inner | None = None
+    names: list[str] = ()
+
+
+def test_values_become_what_is_declared():
+    """An int counts as a float, a list as a tuple, a table as a dataclass; null is None."""
+    values = {"size": 3, "places": [1, 2], "mean": [1, 0.5], "inner": {"share": 1}, "names": ["a"]}
+    assert build(Outer, values) == Outer(3, (1, 2), (1.0, 0.5), Inner(1.0), ["a"])
+    assert build(Outer, {"size": 3, "inner": None}) == Outer(3)
+    assert checked("x", {"a": None, "b": "c"}, dict[str, str | None]) == {"a": None, "b": "c"}
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"size": "3"}, "here.size = '3': expected int"),
+    ({"size": True}, "here.size = True: expected int"),
+    ({"size": 3.0}, "here.size = 3.0: expected int"),
+    ({"size": None}, "here.size = None: expected int"),
+    ({"size": [3]}, "here.size = [3]: expected int"),
+    ({"size": 3, "places": [1, "2"]}, "here.places[1] = '2': expected int"),
+    ({"size": 3, "places": {"1": 2}}, "here.places = {'1': 2}: expected tuple[int, ...]"),
+    ({"size": 3, "mean": [1.0]}, "here.mean = [1.0]: expected tuple[float, float]"),
+    ({"size": 3, "names": "a"}, "here.names = 'a': expected list[str]"),
+    ({"size": 3, "inner": {"share": "all"}}, "here.inner.share = 'all': expected float"),
+    ({"size": 3, "inner": {"share": 2}}, "here.inner: share = 2.0: at most 1"),
+    ({"size": 3, "inner": 5}, "here.inner = 5: expected"),
+    ({"size": 3, "sise": 4}, "unknown key 'sise' in here; known: inner, mean, names, places, size"),
+    ({}, "here missing 1 required positional argument: 'size'"),
+    ([], "here = []: expected a table"),
+])
+def test_wrong_values_are_named(values, message):
+    """One line: where the value stands, what it is, what was expected."""
+    with pytest.raises(ValueError) as error:
+        build(Outer, values, "here")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_of_the_wrong_kind(tmp_path):
+    """Missing, not JSON, no object, a key missing, a value of another kind: all name the file."""
+    path = tmp_path / "x.json"
+    with pytest.raises(FileNotFoundError, match=r"x.json: no such file"):
+        read_json(path)
+    for text, message in (('{"a": 1', "not JSON"), ("[1]", "a JSON object is expected"),
+                          ("{}", "'a' is missing"), ('{"a": "1"}', "a = '1': expected int")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"x.json: {message}"):
+            read_json(path, a=int)
+    path.write_text(json.dumps({"a": 1, "b": {"c": 2}, "d": []}))
+    assert read_json(path, "d", a=float, b=dict[str, int]) == {"a": 1.0, "b": {"c": 2}, "d": []}
+
+
+def test_a_failed_write_names_its_target_and_leaves_the_old_one(tmp_path, monkeypatch):
+    """A full disk: what was to be written is named, nothing half written stays."""
+    path = tmp_path / "x.json"
+    replace_text(path, "old")
+
+    def full_disk(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match=r"x.json: not written \(.*No space left on device"):
+        replace_text(path, "new")
+    with (pytest.raises(OSError, match=r"folder: not written \(.*No space left on device"),
+          new_folder(tmp_path / "folder") as new):
+        (new / "y").write_text("new")
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
