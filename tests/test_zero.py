@@ -6,6 +6,7 @@ import pytest
 import torch
 from processes import processes
 
+import iaa
 from checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
 from config import Config, StageConfig
@@ -105,8 +106,9 @@ def work(ranks: Ranks, kind: str, zero: int, number: int, cuts: int, **settings)
 
 
 def joined(function, arguments: tuple, settings: dict):
-    """On a rank: join the group, work."""
+    """On a rank: join the group, work, with the loss in pieces, computed again in backward."""
     torch.set_num_threads(1)
+    iaa.LOSS_ROWS = 3
     with Ranks(60) as ranks:
         return function(ranks, *arguments, **settings)
 
