@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clip import Clip
 from llama import (
@@ -43,6 +44,7 @@ from mixed import Mixed, rows_by_name
 
 TEXT = "text"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that users type
+LOSS_ROWS = 1024  # scored positions whose logits are held at once: 2 GB in training, at 128K words
 OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # as released: i mod 5 < 2
 
 
@@ -232,10 +234,18 @@ class IAA(nn.Module):
 
     def logits(self, x: Tensor, workflow: str | Sequence[str] = TEXT) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) by the workflow's norm and head."""
+        norm, head = self.norm_and_head(workflow)
+        return head(norm(x))
+
+    def norm_and_head(
+        self, workflow: str | Sequence[str]
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What makes logits of the workflow's hidden states, one after the other."""
         adaptor = self.adaptor(workflow)
-        if adaptor is None or (adaptor.head is None and adaptor.llm is None):
-            return self.llama.logits(x)
-        return adaptor.llm.logits(x) if adaptor.head is None else adaptor.head(adaptor.norm(x))
+        if adaptor is not None and adaptor.head is not None:
+            return adaptor.norm, adaptor.head
+        llama = self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
+        return llama.norm, llama.words
 
     def loss(
         self,
@@ -246,12 +256,23 @@ class IAA(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,  # (B, T), see `attention_mask`
     ) -> Tensor:  # scalar fp32
-        """Sum, not mean, of the cross-entropy over scored positions; only these have logits."""
+        """Sum, not mean, of the cross-entropy over scored positions; only these have logits.
+
+        Beyond LOSS_ROWS of them logits come in pieces, each computed again in the backward pass.
+        """
         mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
         scored = targets != -100
-        logits = self.logits(x[scored], workflow)  # (scored, V)
-        return F.cross_entropy(logits.float(), targets[scored], reduction="sum")
+        norm, head = self.norm_and_head(workflow)
+        x, wanted = norm(x[scored]), targets[scored]  # (scored, D), (scored,)
+
+        def piece(x: Tensor, wanted: Tensor) -> Tensor:
+            return F.cross_entropy(head(x).float(), wanted, reduction="sum")
+
+        if len(x) <= LOSS_ROWS:
+            return piece(x, wanted)
+        pieces = zip(x.split(LOSS_ROWS), wanted.split(LOSS_ROWS), strict=True)
+        return sum(checkpoint(piece, *rows, use_reentrant=False) for rows in pieces)
 
     def places(self, workflow: str | Sequence[str]) -> Sequence[int]:
         """The frozen layers that the workflow's insertion layers follow, ascending."""

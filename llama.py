@@ -367,5 +367,8 @@ class Llama(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: (..., D) -> (..., V), in x's dtype."""
-        x = self.norm(x)
+        return self.words(self.norm(x))
+
+    def words(self, x: Tensor) -> Tensor:
+        """The head alone, which may be the embedding: (..., D) -> (..., V), in x's dtype."""
         return F.linear(x, self.embedding.weight.to(x.dtype)) if self.head is None else self.head(x)

@@ -301,6 +301,32 @@ def test_a_batch_without_targets_costs_nothing():
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in iaa.adaptors.parameters())
 
 
+@pytest.mark.parametrize("name", ["c", "projector only", "own_llm"])
+def test_loss_in_pieces_keeps_no_logits(name, monkeypatch):
+    """6 scored positions by 2, by 4, or at once: one loss, one gradient; kept: all logits, or none.
+    """
+    tokens, images = batch()
+    targets, found = shifted(tokens, (5, 8, 12)), []
+    for rows in (6, 4, 2):
+        monkeypatch.setattr("iaa.LOSS_ROWS", rows)
+        iaa, kept = model(name).double(), []
+        vocab = iaa.llama.config.vocab_size
+
+        def keep(tensor, kept=kept):
+            kept.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = iaa.loss(tokens, targets, name, images)
+        logits = {shape for shape in kept if shape in [(n, vocab) for n in (2, 4, 6)]}
+        assert logits == ({(6, vocab)} if rows == 6 else set())
+        loss.backward()
+        found.append([loss, *(p.grad for p in iaa.adaptors.parameters())])
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
 @pytest.mark.parametrize("name", ["a", "c", "own_llm"])
 def test_recompute_gives_equal_gradients(name):
     """Checkpointing every layer, frozen and inserted, changes no bit of a gradient."""

@@ -7,6 +7,7 @@ import torch
 from processes import processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import iaa
 from checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
 from config import Config, StageConfig
@@ -108,7 +109,8 @@ def work(
 
 
 def joined(function, arguments: tuple, settings: dict):
-    """On a rank: join the group, work."""
+    """On a rank: join the group, work, with the loss in pieces, computed again in backward."""
+    iaa.LOSS_ROWS = 3
     with Ranks(60) as ranks:
         return function(ranks, *arguments, **settings)
 
