@@ -19,7 +19,7 @@
 Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch

@@ -496,7 +496,7 @@ def test_a_cache_of_another_workflow_raises():
 def saved(iaa: IAA, name: str, folder: Path) -> Path:
     """The adaptor in a folder of its own."""
     with new_folder(folder) as temporary:
-        about = {"prompt": {"chat": "plain"}}
+        about = {"prompt": {"template": "plain", "system": "Hi."}}
         save_adaptor(iaa.adaptors[name], temporary, BASE, about, torch.float32)
     return folder
 
@@ -507,7 +507,7 @@ def test_save_and_load_round_trip(name, tmp_path):
     iaa = model(name)
     folder = saved(iaa, name, tmp_path / "mm")
     adaptor, meta = load_adaptor(folder, LLAMA, CLIP.width, BASE)
-    assert adaptor.config == CONFIGS[name] and meta["prompt"] == {"chat": "plain"}
+    assert adaptor.config == CONFIGS[name] and meta["prompt"] == {"template": "plain", "system": "Hi."}
     assert digest(adaptor) == digest(iaa.adaptors[name])
     assert sorted(p.name for p in folder.iterdir()) == ["adaptor.safetensors", "config.json"]
 
@@ -615,7 +615,7 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     for theirs, ours in (("mm", "c"), ("grounding", "b")):
         wanted = generate(iaa, tokens.tolist(), images, ours, 8)
         assert generate(loaded, tokens.tolist(), images, theirs, 8) == wanted
-    assert about["llm"] == tmp_path / "llm" and about["prompts"]["mm"] == {"chat": "plain"}
+    assert about["llm"] == tmp_path / "llm" and about["prompts"]["mm"] == {"template": "plain", "system": "Hi."}
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
 
 
