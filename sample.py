@@ -198,7 +198,7 @@ def command(chat: Chat, line: str) -> str:
     if name == "/reset":
         chat.turns = []
         return "history forgotten"
-    return HELP
+    return HELP if line == "/help" else f"unknown: {line}\n{HELP}"
 
 
 def converse(chat: Chat, boxes: Path | None) -> None:

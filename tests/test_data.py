@@ -201,7 +201,7 @@ def test_damaged_tokenizer_files(chatml, tmp_path):
         assert "\n" not in str(caught.value)
     model.write_bytes(whole)
     for broken, message in [("{", "not JSON"), ("[1]", "object is expected"),
-                            ('{"kind": "x"}', "'x' is missing")]:
+                            ('{"kind": "x"}', "'special_tokens' is missing")]:
         settings.write_text(broken)
         with pytest.raises(ValueError, match=message):
             Tokenizer.load(tmp_path)
