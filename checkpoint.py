@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import StageConfig
-from files import flush, read_json, write_json
+from files import flush, read_json, write_json, writing
 from ranks import Ranks
 from zero import Replicated, Sharded
 
@@ -71,8 +71,9 @@ def save_state(
             for key, tensor in kept(master, optimizer).items():
                 tensors[f"{key}.{name}"] = tensor.flatten()[here].contiguous()
         path = new / f"rank-{ranks.rank}-of-{writers}.safetensors"
-        save_file(tensors, path)
-        flush(path)
+        with writing(path):
+            save_file(tensors, path)
+            flush(path)
     ranks.barrier()
     if ranks.rank == 0:
         flush(new)

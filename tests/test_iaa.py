@@ -507,7 +507,8 @@ def test_save_and_load_round_trip(name, tmp_path):
     iaa = model(name)
     folder = saved(iaa, name, tmp_path / "mm")
     adaptor, meta = load_adaptor(folder, LLAMA, CLIP.width, BASE)
-    assert adaptor.config == CONFIGS[name] and meta["prompt"] == {"template": "plain", "system": "Hi."}
+    assert adaptor.config == CONFIGS[name]
+    assert meta["prompt"] == {"template": "plain", "system": "Hi."}
     assert digest(adaptor) == digest(iaa.adaptors[name])
     assert sorted(p.name for p in folder.iterdir()) == ["adaptor.safetensors", "config.json"]
 
@@ -615,7 +616,8 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     for theirs, ours in (("mm", "c"), ("grounding", "b")):
         wanted = generate(iaa, tokens.tolist(), images, ours, 8)
         assert generate(loaded, tokens.tolist(), images, theirs, 8) == wanted
-    assert about["llm"] == tmp_path / "llm" and about["prompts"]["mm"] == {"template": "plain", "system": "Hi."}
+    assert about["llm"] == tmp_path / "llm"
+    assert about["prompts"]["mm"] == {"template": "plain", "system": "Hi."}
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
 
 
