@@ -39,7 +39,8 @@ from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
 from storage import load_base
 
-KINDS = ("prefill", "decode", "batch", "length", "answer", "training")
+KINDS = ("prefill", "decode", "batch", "mixed", "length", "answer", "training")
+WORKFLOWS = ("grounding", "mm", "text")  # of a mixed batch
 PROMPT, NEW, LENGTHS = 320, 64, (400, 4000)  # tokens
 ROWS, TEXT, SCORED = 8, 116, 20  # training: rows, tokens a row behind its image, scored ones
 
@@ -63,6 +64,7 @@ class Case:
     peer: bool = False  # transformers' layers in place of ours
     form: str = ""  # of the weights: "" packed in the dtype of the run, "fp32", "int8"
     rows: int = 1
+    apart: bool = False  # each row in a batch of its own
     context: int = PROMPT  # tokens of the prompt
     against: str = ""  # the case whose time a token is divided by this one's
 
@@ -108,6 +110,10 @@ class Bench:
                      "ours, int8": Case(form="int8", against="ours, fp32")}
         elif kind == "batch":
             return {"1 row": Case(), "16 rows": Case(rows=16, against="1 row")}
+        elif kind == "mixed":
+            rows = len(WORKFLOWS)
+            return {f"{rows} workflows apart": Case(n, rows=rows, apart=True),
+                    "in one batch": Case(n, rows=rows, against=f"{rows} workflows apart")}
         elif kind == "length":
             room = self.config.context - NEW - 1
             short, long = (min(length, room) for length in LENGTHS)
@@ -151,6 +157,8 @@ class Bench:
             return self.build_prefill(model, workflow, prompts.to(self.device), peer)
         if kind == "answer":
             return self.build_answer(model, workflow, prompts.tolist())
+        if kind == "mixed":
+            return self.build_mixed(model, prompts, case.apart)
         return self.build_decode(model, workflow, prompts, peer)
 
     def build_prefill(self, model, workflow: str, prompts: Tensor, peer) -> Callable[[], float]:
@@ -199,6 +207,18 @@ class Bench:
 
         return measure
 
+    def build_mixed(self, model: IAA, prompts: Tensor, apart: bool) -> Callable[[], float]:
+        """Decoding of a row of each workflow: in one batch, or one after the other."""
+        if "grounding" not in model.adaptors:
+            adaptor = self.adaptor(self.inserted).requires_grad_(False)
+            model.adaptors["grounding"] = adaptor.to(self.dtype)
+            pack(model)
+        parts = [(WORKFLOWS, prompts)]
+        if apart:
+            parts = zip(WORKFLOWS, prompts.split(1), strict=True)
+        works = [self.build_decode(model, names, rows, None) for names, rows in parts]
+        return lambda: sum(work() for work in works)
+
     def build_training(self, inserted: int, peer: nn.Module | None) -> Callable[[], float]:
         """Forward, backward and AdamW on one batch with images."""
         tokens, targets, images = self.batch
@@ -229,7 +249,7 @@ class Bench:
         """The time that the machine's limit alone would take (answer: its LLM's prefill alone)."""
         c, case = self.config, self.cases(kind)[name]
         layers = c.layers + case.inserted
-        if kind in ("decode", "batch", "length"):
+        if kind in ("decode", "batch", "mixed", "length"):
             size = {"": self.dtype.itemsize, "fp32": 4, "int8": 1}[case.form]
             cache = max(size, self.dtype.itemsize)
             need = decode_bytes(c, layers, case.context + NEW // 2, size, case.rows, cache)
