@@ -284,14 +284,14 @@ class Sharded:
         """Send the gradients if they are complete, free the weights unless the next stop is theirs.
         """
         stop, after = self.stops[self.position], self.stops[self.position + 1 :][:1]
-        if stop.reduce:
-            stop.unit.collect(self.reduce_dtype)
-            if self.stage > 1 or self.last:
-                self.arrive()
-                work, received, sent = stop.unit.reduce()
-                self.coming, self.sent = (stop.unit, work, received), self.sent + sent
         if stop.gather and not (after and after[0].gather and after[0].unit is stop.unit):
             stop.unit.free()
+        if stop.reduce:  # memory is given back first: `collect` takes as much again
+            self.arrive()
+            stop.unit.collect(self.reduce_dtype)
+            if self.stage > 1 or self.last:
+                work, received, sent = stop.unit.reduce()
+                self.coming, self.sent = (stop.unit, work, received), self.sent + sent
 
     def arrive(self) -> None:
         """Wait for the gradients that are on their way, if any."""
