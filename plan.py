@@ -265,8 +265,9 @@ class Step:
             if stop.reduce and zero > 0:
                 flat = self.r * unit.padded(world)
                 copy = 0 if zero == 1 and not growing else flat
-                yield {"activations": until[i], "gathered": gathered,
-                       "gradients": gradients + flying + own + copy}
+                freed = 0 if not stop.gather else c * unit.padded(world)
+                yield {"activations": until[i], "gathered": gathered - freed,
+                       "gradients": gradients + own + copy}
                 flying = flat + (flat // world if self.machine.gpu else flat)
             if stop.reduce and growing:
                 gradients += final[unit]
