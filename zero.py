@@ -166,8 +166,13 @@ class Unit:
 
     def add(self, received: Tensor) -> None:
         """Add what `reduce` received to the shard's gradient, in fp32."""
-        total = received.sum(0, dtype=torch.float32)  # (pieces, shard) -> (shard,)
-        self.shard.grad = total if self.shard.grad is None else self.shard.grad.add_(total)
+        first, *others = received  # (pieces, shard); one by one: a sum with a cast took 1.5 times
+        if self.shard.grad is None:
+            self.shard.grad = first.to(torch.float32, copy=True)
+        else:
+            self.shard.grad.add_(first)
+        for piece in others:
+            self.shard.grad.add_(piece)
 
 
 @dataclass
