@@ -181,51 +181,41 @@ def compare(pair: tuple[str, str], config: Config, ranks: Ranks, args) -> list[d
     return rows
 
 
-def work(rank: int, world: int, port: int, args: argparse.Namespace, results) -> None:
-    """A rank of all comparisons."""
+def work(rank: int, world: int, port: int, pair: tuple, args: argparse.Namespace, found) -> None:
+    """A rank of a comparison."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     stage = StageConfig("bench", ["none"], 1000, batch=args.rows * world, micro_batch=args.rows)
-    found = []
+    config = Config("none", args.llm, args.vision, "none", [stage], args.inserted,
+                    dtype=args.dtype, shard_frozen="whole" not in pair[0])
     with Ranks(600) as ranks:
-        for pair in PAIRS if world > 1 else PAIRS[:1]:
-            config = Config("none", args.llm, args.vision, "none", [stage], args.inserted,
-                            dtype=args.dtype, shard_frozen="whole" not in pair[0])
-            found.append(compare(pair, config, ranks, args))
-    results.put((rank, found))
+        found.put((rank, compare(pair, config, ranks, args)))
 
 
-def measure(world: int, args: argparse.Namespace) -> list[dict]:
-    """All pairs on `world` processes; ratios of ours to theirs, memory of the fullest rank."""
+def measure(world: int, pair: tuple[str, str], args: argparse.Namespace) -> list[dict]:
+    """A pair on `world` processes: rows with the ratios, and the memory of the fullest rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    multiprocessing.spawn(work, (world, port, args, results), world)  # raises what a rank raises
-    found = dict(results.get() for _ in range(world))
-    rows = []
-    for number, (ours, theirs) in enumerate(found[0]):
-        for place, row in enumerate((ours, theirs)):
-            row["peak_bytes"] = max(found[rank][number][place]["peak_bytes"] for rank in found)
-        turns = zip(ours["seconds"], theirs["seconds"], strict=True)
-        ours["times"] = median(a / b for a, b in turns)
-        ours["of_memory"] = ours["peak_bytes"] / theirs["peak_bytes"]
-        rows += [ours, theirs]
-    return rows
+    found = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(work, (world, port, pair, args, found), world)  # raises what a rank does
+    ranks = dict(found.get() for _ in range(world))
+    ours, theirs = ranks[0]
+    for place, row in enumerate((ours, theirs)):
+        row["peak_bytes"] = max(rows[place]["peak_bytes"] for rows in ranks.values())
+    turns = zip(ours["seconds"], theirs["seconds"], strict=True)
+    ours["times"] = median(a / b for a, b in turns)
+    ours["of_memory"] = ours["peak_bytes"] / theirs["peak_bytes"]
+    return [ours, theirs]
 
 
-def show(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| ranks | | ms a step | ratio | peak MB a rank | ratio |",
-             "|--:|---|--:|--:|--:|--:|"]
-    for row in rows:
-        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("times", "of_memory")]
-        lines.append(f"| {row['ranks']} | {row['name']} | {1e3 * median(row['seconds']):,.0f} | "
-                     f"{ratios[0]} | {row['peak_bytes'] / 1e6:,.0f} | {ratios[1]} |")
-    return "\n".join(lines)
+def show(row: dict) -> str:
+    """A row of the Markdown table."""
+    ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("times", "of_memory")]
+    return (f"| {row['ranks']} | {row['name']} | {1e3 * median(row['seconds']):,.0f} | "
+            f"{ratios[0]} | {row['peak_bytes'] / 1e6:,.0f} | {ratios[1]} |")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -235,6 +225,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     add("--llm", default="weights/smollm2", help="folder, or a size's name [%(default)s]")
     add("--vision", default="weights/dinov2", help="folder, or a size's name [%(default)s]")
     add("--ranks", type=int, nargs="+", default=[1, 2, 4], help="[1 2 4]")
+    add("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="of ZeRO [0 1 2 3]")
     add("--runs", type=int, default=5, help="turns [%(default)s]")
     add("--dtype", choices=DTYPES, default="bf16", help="[%(default)s]")
     add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
@@ -243,8 +234,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     add("--scored", type=int, default=20, help="of them [%(default)s]")
     add("--json", type=Path, help="write the figures here too")
     args = parser.parse_args(argv)
-    rows = [row for world in args.ranks for row in measure(world, args)]
-    print(show(rows))
+    rows = []
+    print("| ranks | | ms a step | ratio | peak MB a rank | ratio |\n|--:|---|--:|--:|--:|--:|")
+    for world in args.ranks:
+        for pair in PAIRS if world > 1 else PAIRS[:1]:  # alone, all stages are one
+            if int(pair[0][5]) in args.stages:
+                rows += measure(world, pair, args)
+                print(show(rows[-2]), show(rows[-1]), sep="\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
     return rows

@@ -236,8 +236,8 @@ class Step:
             found["frozen"] += self.c * unused // self.machine.world
         return found
 
-    def moments(self) -> Iterator[dict[str, int]]:
-        """What comes and goes, by kind: at the loss, then at each stop of the backward pass."""
+    def passing(self) -> Iterator[dict[str, int]]:
+        """What comes and goes, by kind: at the loss's gradient and at each backward stop."""
         units, stops, turn = self.timetable
         zero, world, c = self.stage.zero, self.machine.world, self.c
         kept, again = self.saved()
@@ -249,13 +249,15 @@ class Step:
         gradients = self.held()["gradients"] - (sum(final.values()) if growing else 0)
         flying = 0  # sent and received, at the last stop that reduced
         logits = self.stage.micro_batch * self.rows.scored * self.model.llama.config.vocab_size
-        last = c * stops[turn].unit.padded(world) if zero == 3 else 0
-        yield {"activations": until[-1] + (LOSS - MASTER) * logits, "gathered": last,
-               "gradients": gradients}
         for number, stop in enumerate(stops[turn:], turn):
             unit, i = stop.unit, place[id(stop.part.first)]
-            near = {s.unit for s in stops[number : number + 2] if s.gather}
+            near = dict.fromkeys(s.unit for s in stops[number : number + 2] if s.gather)
             gathered = c * sum(u.padded(world) for u in near)
+            if len(near) > 1 and not self.machine.gpu:  # gloo receives into a buffer of its own
+                gathered += c * list(near)[1].padded(world)
+            if number == turn:
+                yield {"activations": until[-1] + (LOSS - MASTER) * logits, "gathered": gathered,
+                       "gradients": gradients}
             own = (MASTER if zero == 0 else c) * unit.numel if unit.trained else 0
             layer = again if isinstance(stop.part.first, DecoderLayer) else 0
             yield {"activations": until[i + 1] + layer, "gathered": gathered,
@@ -263,15 +265,16 @@ class Step:
             if stop.reduce and zero > 0:
                 flat = self.r * unit.padded(world)
                 copy = 0 if zero == 1 and not growing else flat
-                yield {"activations": until[i], "gathered": gathered,
-                       "gradients": gradients + flying + own + copy}
+                freed = 0 if not stop.gather else c * unit.padded(world)
+                yield {"activations": until[i], "gathered": gathered - freed,
+                       "gradients": gradients + own + copy}
                 flying = flat + (flat // world if self.machine.gpu else flat)
             if stop.reduce and growing:
                 gradients += final[unit]
 
     def fullest(self) -> dict[str, int]:
         """What a rank holds at the fullest moment, in bytes by kind."""
-        return self.held() | max(self.moments(), key=lambda moment: sum(moment.values()))
+        return self.held() | max(self.passing(), key=lambda moment: sum(moment.values()))
 
     def sent(self) -> int:
         """Bytes that the rank sends in a step."""
@@ -338,10 +341,12 @@ def table(step: Step) -> list[str]:
         most = sum(replace(at, rows=Rows(longest, scored)).fullest().values())
         figures = [*(held[kind] for kind in KINDS), size, most, at.sent()]
         fits = "yes" if max(size, most) <= limit * 1e9 else (
-            "but for long rows" if size <= limit * 1e9 else "no")
+            "not long rows" if size <= limit * 1e9 else "no")
         columns.append([name, *(f"{figure / 1e9:,.2f}" for figure in figures), fits])
-    return [f"  {first:<24}" + "".join(f"{text:>18}" for text in rest)
-            for first, *rest in zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    return ["  " + first.ljust(widths[0]) + "".join(
+        "  " + text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))
+        for first, *rest in zip(*columns, strict=True)]
 
 
 def plan_stage(step: Step) -> list[str]:

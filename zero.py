@@ -166,8 +166,13 @@ class Unit:
 
     def add(self, received: Tensor) -> None:
         """Add what `reduce` received to the shard's gradient, in fp32."""
-        total = received.sum(0, dtype=torch.float32)  # (pieces, shard) -> (shard,)
-        self.shard.grad = total if self.shard.grad is None else self.shard.grad.add_(total)
+        first, *others = received  # (pieces, shard); one by one: a sum with a cast took 1.5 times
+        if self.shard.grad is None:
+            self.shard.grad = first.to(torch.float32, copy=True)
+        else:
+            self.shard.grad.add_(first)
+        for piece in others:
+            self.shard.grad.add_(piece)
 
 
 @dataclass
@@ -284,14 +289,14 @@ class Sharded:
         """Send the gradients if they are complete, free the weights unless the next stop is theirs.
         """
         stop, after = self.stops[self.position], self.stops[self.position + 1 :][:1]
-        if stop.reduce:
-            stop.unit.collect(self.reduce_dtype)
-            if self.stage > 1 or self.last:
-                self.arrive()
-                work, received, sent = stop.unit.reduce()
-                self.coming, self.sent = (stop.unit, work, received), self.sent + sent
         if stop.gather and not (after and after[0].gather and after[0].unit is stop.unit):
             stop.unit.free()
+        if stop.reduce:  # memory is given back first: `collect` takes as much again
+            self.arrive()
+            stop.unit.collect(self.reduce_dtype)
+            if self.stage > 1 or self.last:
+                work, received, sent = stop.unit.reduce()
+                self.coming, self.sent = (stop.unit, work, received), self.sent + sent
 
     def arrive(self) -> None:
         """Wait for the gradients that are on their way, if any."""
