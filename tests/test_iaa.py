@@ -438,7 +438,7 @@ def test_a_cache_of_another_workflow_raises():
 def saved(iaa: IAA, name: str, folder: Path) -> Path:
     """The adaptor in a folder of its own."""
     with new_folder(folder) as temporary:
-        about = {"prompt": {"chat": "plain"}}
+        about = {"prompt": {"template": "plain"}}
         save_adaptor(iaa.adaptors[name], temporary, BASE, about, torch.float32)
     return folder
 
@@ -449,7 +449,7 @@ def test_save_and_load_round_trip(name, tmp_path):
     iaa = model(name)
     folder = saved(iaa, name, tmp_path / "mm")
     adaptor, meta = load_adaptor(folder, LLAMA, CLIP.width, BASE)
-    assert adaptor.config == CONFIGS[name] and meta["prompt"] == {"chat": "plain"}
+    assert adaptor.config == CONFIGS[name] and meta["prompt"] == {"template": "plain"}
     assert digest(adaptor) == digest(iaa.adaptors[name])
     assert sorted(p.name for p in folder.iterdir()) == ["adaptor.safetensors", "config.json"]
 
@@ -557,7 +557,8 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     for theirs, ours in (("mm", "c"), ("grounding", "b")):
         wanted = iaa.generate(tokens.tolist(), images, ours, 8)
         assert loaded.generate(tokens.tolist(), images, theirs, 8) == wanted
-    assert about["llm"] == tmp_path / "llm" and about["prompts"]["mm"] == {"chat": "plain"}
+    assert about["llm"] == tmp_path / "llm"
+    assert about["prompts"]["mm"] == {"template": "plain", "system": None}  # left out: None
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
 
 
