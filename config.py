@@ -72,6 +72,7 @@ class Config:
     vision: str  # folder of the frozen vision tower
     images: str  # root of the pictures that rows name
     stage: list[StageConfig]
+    features: str = ""  # folder that keeps what the vision tower made of pictures; "": it runs anew
     insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
     structure: str = "c"
     own_embedding: bool = True

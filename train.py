@@ -37,6 +37,7 @@ from checkpoint import remove, resume_state, save_state
 from clip import preprocess
 from config import Config, StageConfig, read_config
 from data import Batch, JsonlDataset, Sampler, loader
+from features import Features
 from files import lock, new_folder, replace_text, write_json
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, load_base, save_adaptor, spread
 from llama import DecoderLayer
@@ -64,6 +65,7 @@ class Run:
     model: IAA
     base: dict[str, str]
     tokenizer: Tokenizer
+    features: Features | None = None
 
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
@@ -73,7 +75,11 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], device)
     tokenizer = Tokenizer.load(config.llm)
     base = {"llama": llama_sha, "clip": clip_sha}
-    return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer)
+    features = None
+    if config.features:
+        features = Features(config.features, f"{clip_sha} {clip.config} {config.dtype}")
+        clip.register_forward_hook(lambda _, inputs, made: features.keep(*inputs, made))
+    return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer, features)
 
 
 def shards_frozen(config: Config, ranks: Ranks, stage: StageConfig) -> bool:
@@ -197,7 +203,8 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     config, clip = run.config, run.model.clip.config
     return JsonlDataset(
         files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-        stage.template or None, config.system, config.max_tokens)
+        stage.template or None, config.system, config.max_tokens,
+        None if run.features is None else run.features.read)
 
 
 def step_flops(run: Run, adaptor: Adaptor, batch: Batch) -> float:

@@ -17,9 +17,10 @@ IMPORTS = {  # of ours, by file: the design
     "chat": {"files"},
     "data": {"chat"},
     "config": {"iaa"},  # for TEXT
+    "features": set(),
     "train": {
-        "chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
-        "ranks", "zero"},
+        "chat", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama",
+        "parts", "ranks", "zero"},
     "packing": {"llama"},
     "sample": {"chat", "clip", "data", "iaa", "packing"},
     "eval": {"ask", "benchmarks", "chat", "files", "harness", "iaa", "retention", "scoring"},
@@ -46,8 +47,8 @@ IMPORTS = {  # of ours, by file: the design
     "demo_data": {"clip", "data", "data_sources", "files"},
     "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "parts",
-        "ranks", "zero", "checkpoint", "train", "sample")  # the core
+LEAN = ("llama", "clip", "files", "iaa", "mixed", "packing", "chat", "data", "config", "features",
+        "parts", "ranks", "zero", "checkpoint", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
