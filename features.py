@@ -5,7 +5,8 @@ pictures are all there is read from disk: later epochs, stages and runs do witho
 
 A file a picture, P x D numbers in the tower's dtype (1.2 MB for ViT-L/14-336, 28 KB in the demo).
 Its name is the SHA-256 of all that decides its content: pixels as the tower takes them, and the
-tower itself. So nothing goes stale, and any number of runs may share a folder.
+tower itself. So nothing goes stale, and any number of runs may share a folder. Pictures are still
+decoded, by the processes that load data, and their pixels hashed there (3 ms at 336 px).
 
 Letters: N images, S image side in pixels, P patches, D width.
 """
