@@ -80,6 +80,7 @@ class Config:
     images: str  # root of the pictures that rows name
     stage: list[StageConfig]
     stages: list[str] | None = None  # names of those to run; left out: all
+    features: str = ""  # folder that keeps what the vision tower made of pictures; "": it runs anew
     insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
     structure: str = "c"
     own_embedding: bool = True

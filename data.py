@@ -136,12 +136,14 @@ class JsonlDataset(Dataset):
         system: str | None = None,
         max_tokens: int | None = None,
         boxes: bool = True,  # False: they could not be found again, as where pictures are cropped
+        features: Callable[[Tensor], Tensor] | None = None,  # for a batch's images, where kept
     ):
         self.paths, self.root = [Path(path) for path in paths], Path(root).resolve()
         self.transform = transform
         self.tokenizer, self.image_tokens = tokenizer, image_tokens
         self.template, self.system, self.max_tokens = template, system, max_tokens
         self.boxes = boxes
+        self.features = features
         tables = [scan_lines(path) for path in self.paths]
         columns = zip(*tables, strict=True)
         self.starts, self.lengths, self.lines = (np.concatenate(column) for column in columns)
@@ -206,7 +208,11 @@ class JsonlDataset(Dataset):
 
     def collate(self, items: list) -> "Batch":
         """Batch of fetched rows."""
-        return collate(items, self.tokenizer.pad_id, self.tokenizer.image_id, self.image_tokens)
+        pad_id, image_id = self.tokenizer.pad_id, self.tokenizer.image_id
+        batch = collate(items, pad_id, image_id, self.image_tokens)
+        if self.features is not None and batch.images is not None:
+            batch.images = self.features(batch.images)
+        return batch
 
 
 def path_below(root: Path, name: str) -> Path:
@@ -296,7 +302,7 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64, P placeholders an image
     targets: Tensor  # (B, T) int64, shifted, UNSCORED where not scored
-    images: Tensor | None  # (N, 3, S, S) float
+    images: Tensor | None  # (N, 3, S, S) float, or (N, P, D_vision) features of them
     positions: Tensor | None  # (B, T) int64, None: 0 to T - 1
     segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal text
     lengths: Tensor  # (B,) int64, without pads

@@ -37,6 +37,7 @@ from checkpoint import remove, resume_state, save_state
 from clip import preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
+from features import Features
 from files import lock, new_folder, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import DecoderLayer
@@ -66,6 +67,7 @@ class Run:
     model: IAA
     base: dict[str, str]
     tokenizer: Tokenizer
+    features: Features | None = None
 
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
@@ -75,7 +77,11 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], device)
     tokenizer = Tokenizer.load(config.llm)
     base = {"llama": llama_sha, "clip": clip_sha}
-    return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer)
+    features = None
+    if config.features:
+        features = Features(config.features, f"{clip_sha} {clip.config} {config.dtype}")
+        clip.register_forward_hook(lambda _, inputs, made: features.keep(*inputs, made))
+    return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer, features)
 
 
 def shards_frozen(config: Config, ranks: Ranks, stage: StageConfig) -> bool:
@@ -189,7 +195,8 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     config, clip = run.config, run.model.clip.config
     return JsonlDataset(
         files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-        stage.template or None, config.system, config.max_tokens, clip.aspect == "pad")
+        stage.template or None, config.system, config.max_tokens, clip.aspect == "pad",
+        None if run.features is None else run.features.read)
 
 
 class Log:

@@ -18,10 +18,11 @@ IMPORTS = {  # of ours, by file: the design
     "storage": {"clip", "files", "iaa", "llama"},
     "chat": {"files"},
     "data": {"chat"},
-    "config": {"files", "iaa"},  # iaa for TEXT
+    "config": {"files", "iaa"},  # for TEXT
     "train": {
-        "chat", "checkpoint", "clip", "config", "data", "files", "iaa", "llama", "parts",
-        "plan", "ranks", "storage", "zero"},
+        "chat", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama",
+        "parts", "plan", "ranks", "storage", "zero"},
+    "features": set(),
     "packing": {"llama"},
     "sample": {"chat", "clip", "data", "generate", "iaa", "packing", "storage"},
     "eval": {
@@ -55,7 +56,7 @@ IMPORTS = {  # of ours, by file: the design
     "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "chat", "data",
-        "config", "parts", "ranks", "zero", "checkpoint", "plan", "train", "sample")  # the core
+        "config", "parts", "ranks", "zero", "checkpoint", "plan", "features", "train", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]

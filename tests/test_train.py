@@ -185,6 +185,18 @@ def test_full_disk_leaves_the_last_checkpoint(world, trained):
     assert not list(stage.glob(".*.tmp"))
 
 
+def test_kept_features_give_the_same_bits(world, trained, monkeypatch):
+    """With `features`, and again from its files alone, the tower switched off: equal adaptors."""
+    settings = [f'features="{world}/features"']
+    for out in ("keeping", "kept"):
+        train(read_config(world / "config.toml", [*settings, f"out={world}/{out}"]), None)
+        for stage in ("pretrain_projector", "instruct", "grounding"):
+            expected, got = tensors(world, "run", stage), tensors(world, out, stage)
+            assert all(torch.equal(expected[name], got[name]) for name in expected)
+        monkeypatch.setattr("clip.Clip.forward", None)
+    assert len(list(world.glob("features/*/*"))) == 24
+
+
 def test_accumulation_and_ranks_change_nothing(world, trained):
     """One micro-batch or several, one process or two: the same weights to rounding."""
     for out, setting, ranks in (("whole", "instruct.micro_batch=8", 1),
