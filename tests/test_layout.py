@@ -56,7 +56,8 @@ IMPORTS = {  # of ours, by file: the design
     "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "chat", "data",
-        "config", "parts", "ranks", "zero", "checkpoint", "plan", "features", "train", "sample")  # the core
+        "config", "parts", "ranks", "zero", "checkpoint", "plan", "features", "train",
+        "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
