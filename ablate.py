@@ -21,9 +21,11 @@ from statistics import mean, stdev
 
 from safetensors import SafetensorError
 
+from ask import Asker
+from benchmarks import BENCHMARKS, read_easy_vqa
 from chat import Tokenizer
 from config import Config, read_config
-from eval import Asker, easy_vqa
+from eval import chosen
 from files import new_folder, read_json, replace_text, write_json
 from storage import load_iaa
 from train import train
@@ -117,14 +119,16 @@ def score(config: Config, questions: int) -> dict:
     """Ask the trained model `questions` held-out questions; what the table shows of the run."""
     folder, last = Path(config.out), config.stage[-1]
     model, info = load_iaa(folder)
-    asker = Asker(model, Tokenizer.load(info["llm"]), info["prompts"], 32)
-    with open(folder / "answers-easy-vqa.jsonl", "w", buffering=1) as out:
-        result = easy_vqa(Path(config.images), asker, questions, 0, out)
+    held_out = read_easy_vqa(Path(config.images), None)
+    asked = chosen([q for q in held_out if q.workflow == "mm"], questions, 0)
+    asker = Asker(model, Tokenizer.load(info["llm"]), info["prompts"], 2048)
+    answers = asker.ask(asked, last.adaptor, BENCHMARKS["easy-vqa"].tokens["mm"])
+    right = sum(answer == asked[i].facts["expected"] for i, answer in answers)
     log = [json.loads(line) for stage in config.stage
            for line in (folder / stage.name / "log.jsonl").read_text().splitlines()]
     return {
         "questions": questions,
-        "right": 100 * sum(result["right"].values()) / sum(result["total"].values()),
+        "right": 100 * right / len(asked),
         "held_out": log[-1]["held_out"],
         "trained": sum(p.numel() for p in model.adaptors[last.adaptor].parameters()) / 1e6,
         "minutes": sum(line["seconds"] for line in log) / 60,

@@ -38,7 +38,7 @@ IMPORTS = {  # of ours, by file: the design
     "zero": set(),
     "checkpoint": {"config", "files", "ranks", "zero"},
     "plan": {"chat", "clip", "config", "data", "files", "iaa", "llama", "parts", "zero"},
-    "ablate": {"chat", "config", "eval", "files", "storage", "train"},
+    "ablate": {"ask", "benchmarks", "chat", "config", "eval", "files", "storage", "train"},
     "memory": {"clip", "iaa", "llama"},
     "plot": set(),
     "bench": {"bench_peer", "chat", "costs", "generate", "iaa", "packing", "storage"},
