@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -129,15 +130,14 @@ def fsdp(model: IAA, ranks: Ranks, dtype: torch.dtype, shard_frozen: bool) -> nn
 def build(name: str, config: Config, ranks: Ranks, text: int, scored: int) -> Callable[[], float]:
     """A function that does one step of the named variant and returns the loss."""
     zero = int(name[5]) if name.startswith("ZeRO") else 0
-    stage = StageConfig("bench", ["none"], steps=1000, adaptor=WORKFLOW, zero=zero,
-                        batch=config.stage[0].batch, micro_batch=config.stage[0].micro_batch)
+    stage = replace(config.stage[0], zero=zero)
     model = make_model(config, stage, ranks.device)
     batch = make_batch(model, stage.micro_batch, text, scored, ranks.rank)
     adaptor = model.adaptors[WORKFLOW]
     if name.startswith("ZeRO"):
         state = share_out(Run(config, ranks, model, {}, None), stage, adaptor)
         optimizer = make_optimizer(state.masters, stage)
-        return lambda: train_step(state, [batch], optimizer, stage, 500, ranks)[0]
+        return lambda: train_step(state, [batch], optimizer, stage, 0, ranks)[0]
     if name == "DDP":
         loss_of = Loss(model, WORKFLOW, ranks.device)
         loss_of = DistributedDataParallel(loss_of) if ranks.world > 1 else loss_of
@@ -186,7 +186,8 @@ def work(rank: int, world: int, port: int, pair: tuple, args: argparse.Namespace
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    stage = StageConfig("bench", ["none"], 1000, batch=args.rows * world, micro_batch=args.rows)
+    stage = StageConfig("bench", ["none"], 1000, adaptor=WORKFLOW, warmup=0.0,  # the peak rate
+                        batch=args.rows * world, micro_batch=args.rows)
     config = Config("none", args.llm, args.vision, "none", [stage], args.inserted,
                     dtype=args.dtype, shard_frozen="whole" not in pair[0])
     with Ranks(600) as ranks:
