@@ -171,8 +171,10 @@ def compare(pair: tuple[str, str], config: Config, ranks: Ranks, args) -> list[d
         steps.append(step)
         rows.append({"name": name, "ranks": ranks.world, "losses": losses, "seconds": [],
                      "peak_bytes": before["held"] + during["peak"]})
+    order = list(zip(steps, rows, strict=True))
     for _ in range(args.runs):
-        for step, row in zip(steps, rows, strict=True):
+        order.reverse()
+        for step, row in order:
             ranks.barrier()
             start = time.perf_counter()
             row["losses"].append(step())
