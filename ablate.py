@@ -22,7 +22,7 @@ from statistics import mean, stdev
 from safetensors import SafetensorError
 
 from ask import Asker
-from benchmarks import BENCHMARKS, read_easy_vqa
+from benchmarks import BENCHMARKS, read_questions
 from chat import Tokenizer
 from config import Config, read_config
 from eval import chosen
@@ -119,8 +119,7 @@ def score(config: Config, questions: int) -> dict:
     """Ask the trained model `questions` held-out questions; what the table shows of the run."""
     folder, last = Path(config.out), config.stage[-1]
     model, info = load_iaa(folder)
-    held_out = read_easy_vqa(Path(config.images), None)
-    asked = chosen([q for q in held_out if q.workflow == "mm"], questions, 0)
+    asked = chosen(read_questions(Path(config.images)), questions, 0)
     asker = Asker(model, Tokenizer.load(info["llm"]), info["prompts"], 2048)
     answers = asker.ask(asked, last.adaptor, BENCHMARKS["easy-vqa"].tokens["mm"])
     right = sum(answer == asked[i].facts["expected"] for i, answer in answers)

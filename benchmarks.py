@@ -328,6 +328,17 @@ def expression_question(row: dict, stem: str, images: Path) -> Question:
 
 def read_easy_vqa(data: Path, images: Path | None) -> list[Question]:
     """The demo's held-out questions and boxes, as convert_data.py wrote them."""
+    found = read_questions(data)
+    for row in all_rows(data, "test-boxes"):
+        text = row["conversations"][0]["value"].removeprefix(IMAGE)
+        facts = {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
+        picture = path_below(data, row["image"])
+        found.append(Question(row["id"], text, picture, "grounding", facts))
+    return found
+
+
+def read_questions(data: Path) -> list[Question]:
+    """Every held-out question of easy-VQA by itself, and the commonest answer to its kind."""
     counts: dict[str, Counter] = {}
     for row in all_rows(data, "train-questions"):
         for turn in row["conversations"][1::2]:
@@ -340,11 +351,6 @@ def read_easy_vqa(data: Path, images: Path | None) -> list[Question]:
         for number, (text, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1):
             facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer))}
             found.append(Question(f"{row['id']}/{number}", text, picture, facts=facts))
-    for row in all_rows(data, "test-boxes"):
-        text = row["conversations"][0]["value"].removeprefix(IMAGE)
-        facts = {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
-        picture = path_below(data, row["image"])
-        found.append(Question(row["id"], text, picture, "grounding", facts))
     return found
 
 

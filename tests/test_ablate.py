@@ -56,10 +56,10 @@ def lab(tmp_path_factory, tiny_base):
     tiny_base(folder)
     Image.new("RGB", (20, 20), "red").save(folder / "a.png")
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
-    row = {"id": "x", "image": "a.png", "workflow": "mm", "source": "t", "split": "train",
-           "conversations": turns}
+    rows = [{"id": str(n), "image": "a.png", "workflow": "mm", "source": "t", "split": "train",
+             "conversations": turns} for n in range(4)]
     for name in ("train-questions", "test-questions"):
-        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 4)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages = "".join(f'[[stage]]\nname = "{name}"\ntrains = "{trains}"\nlr = 1e-3\nsteps = 2\n'
                      f'data = ["{folder}/train-questions.jsonl"]\nbatch = 2\nmicro_batch = 2\n'
                      f'held_out = ["{folder}/test-questions.jsonl"]\n'
