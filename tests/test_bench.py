@@ -74,10 +74,11 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
         ("prefill", ours[0]), ("prefill", ours[1]), ("decode", ours[0]), ("decode", ours[1]),
         ("decode", "ours, fp32"), ("decode", "ours, int8"),
         ("batch", "1 row"), ("batch", "16 rows"),
+        ("mixed", "3 workflows apart"), ("mixed", "in one batch"),
         ("length", "400 tokens"), ("length", "447 tokens"),  # of a context of 512, 64 are new
         ("answer", ours[0]), ("answer", ours[1]), ("training", ours[0]), ("training", ours[1])]
     ratios = {row["model"]: row["times_as_fast"] for row in rows if row["against"]}
-    assert ratios.keys() == {"ours, int8", "16 rows", "447 tokens", ours[1]}
+    assert ratios.keys() == {"ours, int8", "16 rows", "in one batch", "447 tokens", ours[1]}
     assert all(row["tokens_per_s"] > 0 and row["share_of_limit"] > 0 for row in rows)
     assert "| decode | ours, 2 inserted |" in capsys.readouterr().out
 
