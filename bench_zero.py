@@ -190,7 +190,7 @@ def work(rank: int, world: int, port: int, pair: tuple, args: argparse.Namespace
     torch.set_num_threads(1)
     stage = StageConfig("bench", ["none"], 1000, adaptor=WORKFLOW, warmup=0.0,  # the peak rate
                         batch=args.rows * world, micro_batch=args.rows)
-    config = Config("none", args.llm, args.vision, "none", [stage], args.inserted,
+    config = Config("none", args.llm, args.vision, "none", [stage], insertion=args.inserted,
                     dtype=args.dtype, shard_frozen="whole" not in pair[0])
     with Ranks(600) as ranks:
         found.put((rank, compare(pair, config, ranks, args)))
