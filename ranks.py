@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+BROKEN = ("gloo", "pair closure", "Connection closed")  # in errors that gloo's threads raise
 GRACE_S = 5  # for the other ranks' notes
 WAITED = "waited"  # the note of a rank whose collective failed
 
@@ -65,7 +66,8 @@ class Ranks:
             dist.destroy_process_group()
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
-        if isinstance(error, (dist.DistError, Terminated)) or "gloo" in str(error):
+        broken = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
+        if isinstance(error, (dist.DistError, Terminated)) or broken:
             told = " on SIGTERM" if isinstance(error, Terminated) else ""
             line = f"rank {self.rank} stopped{told} in {self.place}: {self.lost()}"
             raise LostRank(line) from None
