@@ -322,6 +322,13 @@ class DecoderLayer(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+def set_recompute(model: nn.Module, on: bool) -> None:
+    """Switch activation checkpointing of all decoder layers in `model`, frozen and inserted."""
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            layer.recompute = on
+
+
 class Llama(nn.Module):
     """Embedding, decoder layers, norm and head; a pass is `embedding`, `forward`, `logits`."""
 

@@ -40,7 +40,7 @@ from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
 from files import lock, new_folder, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
-from llama import DecoderLayer
+from llama import set_recompute
 from parts import parts
 from plan import Machine, plan, step_flops
 from ranks import LostRank, Ranks
@@ -254,8 +254,7 @@ def run_stage(run: Run, stage: StageConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
-    for layer in (m for m in run.model.modules() if isinstance(m, DecoderLayer)):
-        layer.recompute = run.config.recompute
+    set_recompute(run.model, run.config.recompute)
     state = share_out(run, stage, adaptor)
     optimizer = make_optimizer(state.masters, stage)
     first = resume_state(folder, ranks, state, optimizer, stage, run.base)

@@ -15,7 +15,7 @@ from clip import Clip, ClipConfig
 from files import new_folder
 from generate import choose, generate
 from iaa import IAA, OFFICIAL_14_OF_32, Adaptor, AdaptorConfig, spread
-from llama import Llama, LlamaConfig, attention_mask
+from llama import Llama, LlamaConfig, attention_mask, set_recompute
 from storage import load_adaptor, load_base, load_iaa, save_adaptor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -334,9 +334,7 @@ def test_recompute_gives_equal_gradients(name):
     gradients = []
     for recompute in (False, True):
         iaa = model(name)
-        for module in iaa.modules():
-            if hasattr(module, "recompute"):
-                module.recompute = recompute
+        set_recompute(iaa, recompute)
         iaa.loss(tokens, shifted(tokens, (5, 8)), name, images).backward()
         gradients.append([p.grad for p in iaa.adaptors.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

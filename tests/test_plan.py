@@ -18,7 +18,7 @@ from bench_zero import allocations, make_batch, make_model
 from clip import ClipConfig
 from config import DTYPES, Config, StageConfig
 from files import write_json
-from llama import DecoderLayer, Llama, LlamaConfig
+from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
 from plan import Machine, Rows, Step, build, frozen_config, layer_saved, sample_rows, step_flops
 from ranks import Ranks
 from train import Run, make_optimizer, share_out, train_step
@@ -106,8 +106,7 @@ def test_a_pass_keeps_what_the_formula_says(base, settings):
     """All parts together, within 2 %: masks, indices and rotary tables are not in the formula."""
     config, stage = run_of(base, **settings)
     model = make_model(config, stage, torch.device("cpu"))
-    for layer in (m for m in model.modules() if isinstance(m, DecoderLayer)):
-        layer.recompute = config.recompute
+    set_recompute(model, config.recompute)
     batch = make_batch(model, 4, ROWS.tokens - 16, ROWS.scored, 0)
     found = kept(lambda: model.loss(batch.tokens, batch.targets, "mm", batch.images))
     shared = addresses(model.parameters())
@@ -122,8 +121,7 @@ def peak(base: Path, settings: dict) -> int:
     with Ranks(60) as ranks:
         with allocations(ranks.device) as before:
             model = make_model(config, stage, ranks.device)
-            for layer in (m for m in model.modules() if isinstance(m, DecoderLayer)):
-                layer.recompute = config.recompute
+            set_recompute(model, config.recompute)
             adaptor = model.adaptors["mm"]
             state = share_out(Run(config, ranks, model, {}, None), stage, adaptor)
             optimizer = make_optimizer(state.masters, stage)
@@ -164,8 +162,7 @@ def test_flops_are_those_of_the_products(base, settings):
     """Against torch's own count of a text-only pass, within 1 % (norms are counted as weights)."""
     config, stage = run_of(base, **settings)
     model = make_model(config, stage, torch.device("cpu"))
-    for layer in (m for m in model.modules() if isinstance(m, DecoderLayer)):
-        layer.recompute = config.recompute
+    set_recompute(model, config.recompute)
     batch = make_batch(model, 4, ROWS.tokens - 16, ROWS.scored, 0)
     tokens = batch.tokens.clamp(max=900)  # no placeholder
     embedding = model.adaptors["mm"].embedding or model.llama.embedding

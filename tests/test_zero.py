@@ -13,7 +13,7 @@ from clip import Clip, ClipConfig
 from config import Config, StageConfig
 from data import Batch
 from iaa import IAA, Adaptor, AdaptorConfig
-from llama import DecoderLayer, Llama, LlamaConfig
+from llama import Llama, LlamaConfig, set_recompute
 from parts import parts
 from ranks import Ranks
 from train import Run, held_out_loss, make_optimizer, share_out, train_step
@@ -78,8 +78,7 @@ def open_state(kind: str, stage: StageConfig, ranks: Ranks, **settings):
     """Adaptor, state and optimizer of a run on tiny models."""
     config = Config("out", "llm", "vision", "images", [stage], dtype="fp32", **settings)
     model, adaptor = tiny(kind)
-    for layer in (m for m in model.modules() if isinstance(m, DecoderLayer)):
-        layer.recompute = config.recompute
+    set_recompute(model, config.recompute)
     state = share_out(Run(config, ranks, model, {}, None), stage, adaptor)
     return adaptor, state, make_optimizer(state.masters, stage)
 
