@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +48,27 @@ WORKFLOW = "mm"
 
 
 @contextmanager
+def freed_here() -> Iterator[None]:
+    """Inside, gloo's threads let go of a collective's tensors before `wait` returns.
+
+    The profiler counts what this thread frees. Where gloo's thread drops the last reference, a
+    little later than this one, a tensor counts as held for good.
+    """
+    wait = dist.Work.wait
+
+    def patient(work: dist.Work, *arguments) -> bool:
+        done = wait(work, *arguments)
+        time.sleep(0.01)
+        return done
+
+    dist.Work.wait = patient
+    try:
+        yield
+    finally:
+        dist.Work.wait = wait
+
+
+@contextmanager
 def allocations(device: torch.device) -> Iterator[dict[str, int]]:
     """Fills the dict it gives: bytes "held" more at the end of the block, and at its "peak"."""
     found = {}
@@ -58,7 +80,8 @@ def allocations(device: torch.device) -> Iterator[dict[str, int]]:
         found |= {"held": torch.cuda.memory_allocated() - before,
                   "peak": torch.cuda.max_memory_allocated() - before}
         return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+          freed_here()):
         yield found
         gc.collect()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
