@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 
 from ask import Asker
 from benchmarks import BENCHMARKS, read_questions
-from chat import Tokenizer
 from config import Config, read_config
 from eval import chosen
 from files import new_folder, read_json, replace_text, write_json
 from storage import load_iaa
+from tokenizer import Tokenizer
 from train import train
 
 NOTHING_OWN = ("insertion=0", "own_embedding=false", "own_head=false")

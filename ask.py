@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chat import Tokenizer, exchange, opening, template_of
+from chat import exchange, opening, template_of
 from clip import open_image, preprocess
 from iaa import IAA
+from tokenizer import Tokenizer
 
 Column = tuple[int, int, int]  # token, segment, position
 PAD = (0, -1, 0)  # seen by no question

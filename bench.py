@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench_peer import Peer, peer_llama
-from chat import Tokenizer
 from costs import decode_bytes, flops_of_8b, forward_flops, training_flops
 from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
 from storage import load_base
+from tokenizer import Tokenizer
 
 KINDS = ("prefill", "decode", "batch", "mixed", "length", "answer", "training")
 WORKFLOWS = ("grounding", "mm", "text")  # of a mixed batch

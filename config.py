@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files import build
-from iaa import DTYPES, TEXT, AdaptorConfig, spread
+from iaa import DTYPES, TEXT, AdaptorConfig, is_workflow, spread
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class StageConfig:
             raise ValueError(f'{where}: trains = {self.trains!r}: "projector" or "adaptor"')
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"{where}: zero = {self.zero}: 0, 1, 2 or 3")
-        if not self.name.isidentifier() or not self.adaptor.isidentifier() or self.adaptor == TEXT:
-            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: "
-                             f"letters, digits and _, and not {TEXT!r}")
+        if not self.name.isidentifier() or not is_workflow(self.adaptor):
+            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and "
+                             f"_; an adaptor also not {TEXT!r} and no word of Python's dict")
         if self.batch % self.micro_batch:
             raise ValueError(f"{where}: batch = {self.batch} is not a multiple of "
                              f"micro_batch = {self.micro_batch}")

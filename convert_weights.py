@@ -27,12 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chat import Tokenizer, read_bytes
 from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
 from files import build, checked, new_folder, read_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from tokenizer import Tokenizer, read_bytes
 from weight_tables import (
     DINOV2,
     GGUF_LLAMA,

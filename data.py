@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from chat import IMAGE, Tokenizer, exchange, opening, render, template_of
+from chat import IMAGE, exchange, opening, render, template_of
+from tokenizer import Tokenizer
 
 UNSCORED = -100
 GROUNDING_PROMPT = (

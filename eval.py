@@ -20,50 +20,23 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
-from chat import Tokenizer
 from files import lock, read_json, write_json
 from iaa import TEXT
 from packing import pack
+from ranks import LostRank, Ranks
 from retention import compare
 from scoring import Record, Table
 from storage import load_iaa
+from tokenizer import Tokenizer
 
 PROGRESS_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started; one alone is rank 0 of 1."""
-
-    rank: int
-    world: int
-    device: str
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
-            dist.barrier()
-
-
-def join_ranks() -> Ranks:
-    """The process group that torchrun describes, over gloo: only words to wait are sent."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("gloo")
-    return Ranks(rank, world, device)
+PATIENCE_S = 7200  # with the slowest rank: only words to wait are sent, over gloo
 
 
 # ---------------------------------------------------------------------------------- answers
@@ -168,7 +141,7 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask this rank's part of what is not answered yet; each batch of answers is saved at once."""
     benchmark, folder = BENCHMARKS[name], args.out
     questions = chosen(benchmark.read(args.data, args.images), args.limit, args.seed)
-    model, info = load_iaa(args.model, None, ranks.device)
+    model, info = load_iaa(args.model, None, str(ranks.device))
     pack(model, args.quantize == "int8")
     workflows = [workflow for workflow in benchmark.tokens if workflow in model.adaptors]
     if not workflows:
@@ -177,11 +150,11 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank == 0:
         settings = {"benchmark": name, "quantize": args.quantize}
         check_settings(folder, settings | fingerprint(questions, args.model, workflows))
-    ranks.wait()
+    ranks.barrier()
     done = {record["key"] for record in read_answers(folder)}
-    ranks.wait()  # nobody writes before all have read
+    ranks.barrier()  # nobody writes before all have read
     mine = share([q for q in questions if q.key not in done], ranks.rank, ranks.world)
-    batch_tokens = args.batch_tokens or (32768 if ranks.device != "cpu" else 2048)
+    batch_tokens = args.batch_tokens or (32768 if ranks.device.type != "cpu" else 2048)
     asker = Asker(model, Tokenizer.load(info["llm"]), info["prompts"], batch_tokens)
     path, count = folder / f"answers-{ranks.rank}.jsonl", 0
     drop_half_line(path)
@@ -195,7 +168,7 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
                 count += 1
                 progress.say(count)
-    ranks.wait()
+    ranks.barrier()
 
 
 # ---------------------------------------------------------------------------------- tables
@@ -248,8 +221,8 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
         raise ValueError(f"{name}: DATA is needed, the published files; or --rescore")
     if not args.data.exists():
         raise FileNotFoundError(f"{args.data}: no such file or folder")
-    ranks = join_ranks()
-    with lock(args.out) if ranks.rank == 0 else contextlib.nullcontext():
+    with (Ranks(PATIENCE_S, "gloo") as ranks,
+          lock(args.out) if ranks.rank == 0 else contextlib.nullcontext()):
         answer_all(name, args, ranks)
         if ranks.rank == 0:
             score(name, args.out)
@@ -261,7 +234,7 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
 def run_retention(args: argparse.Namespace) -> None:
     """The text workflow, and each adaptor's without a picture, against the LLM loaded afresh."""
     texts = [read_text(path) for path in args.data]
-    model, info = load_iaa(args.model, None, join_ranks().device)
+    model, info = load_iaa(args.model, None, str(Ranks(PATIENCE_S).device))
     workflows = args.workflow or [TEXT, *model.adaptors]
     table = compare(model, info["llm"], workflows, texts, args.limit)
     print_table("text", table, ".4g")
@@ -273,18 +246,18 @@ def run_retention(args: argparse.Namespace) -> None:
 
 def run_lm(args: argparse.Namespace) -> None:
     """Text benchmarks through lm-eval."""
-    ranks = join_ranks()
-    model, info = load_iaa(args.model, None, ranks.device)
-    model.adaptor(args.workflow)  # says so now where there is none of that name
-    try:
-        from harness import evaluate
+    with Ranks(PATIENCE_S, "gloo") as ranks:
+        model, info = load_iaa(args.model, None, str(ranks.device))
+        model.adaptor(args.workflow)  # says so now where there is none of that name
+        try:
+            from harness import evaluate
 
-        table = evaluate(model, Tokenizer.load(info["llm"]), args.workflow, args.tasks,
-                         args.include, args.limit, args.allow_code_execution)
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
-    if ranks.rank == 0:
-        print_table("lm-eval", table)
+            table = evaluate(model, Tokenizer.load(info["llm"]), args.workflow, args.tasks,
+                             args.include, args.limit, args.allow_code_execution)
+        except ImportError as error:
+            raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
+        if ranks.rank == 0:
+            print_table("lm-eval", table)
 
 
 def arguments() -> argparse.Namespace:
@@ -332,7 +305,7 @@ def main() -> None:
             run[args.what](args)
         else:
             run_benchmark(args.what, args)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, LostRank) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\neval.py: stopped; the same command goes on")

@@ -17,10 +17,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from chat import Tokenizer, template_of
+from chat import template_of
 from generate import generate
 from iaa import IAA
 from scoring import Table
+from tokenizer import Tokenizer
 
 TASKS = {  # the paper's name -> lm-eval's task and its number of examples
     "mmlu": ("mmlu", 5),

@@ -160,6 +160,11 @@ class Adaptor(nn.Module):
         return hook
 
 
+def is_workflow(name: str) -> bool:
+    """Whether an adaptor may have this name: no method of the ModuleDict that holds it has it."""
+    return name.isidentifier() and name != TEXT and not hasattr(nn.ModuleDict(), name)
+
+
 class IAA(nn.Module):
     """One frozen Llama, one frozen CLIP; `self.adaptors["mm"] = adaptor` adds a workflow."""
 

@@ -37,7 +37,6 @@ import torch
 
 import clip
 import llama
-from chat import Tokenizer
 from clip import Clip, ClipConfig
 from config import DTYPES, Config, StageConfig, adaptor_config
 from data import UNSCORED, JsonlDataset, RowError, encode_row
@@ -45,6 +44,7 @@ from files import read_json
 from iaa import IAA, Adaptor
 from llama import DecoderLayer, Llama, LlamaConfig
 from parts import Part, parts
+from tokenizer import Tokenizer
 from zero import MASTER, Unit, bytes_held, bytes_sent, timetable
 
 TEXT_TOKENS = 100  # of a row, half of them scored, where no data is at hand

@@ -33,9 +33,12 @@ class Terminated(Exception):
 
 
 class Ranks:
-    """This process's place among the ranks; a context that joins the group and leaves it."""
+    """This process's place among the ranks; a context that joins the group and leaves it.
 
-    def __init__(self, timeout_s: float):
+    backend: of the group; NCCL or gloo, as the device asks, where none is named.
+    """
+
+    def __init__(self, timeout_s: float, backend: str = ""):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.place, self.timeout = "start", timedelta(seconds=timeout_s)
@@ -43,16 +46,16 @@ class Ranks:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+        self.backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
 
     def __enter__(self) -> "Ranks":
         if self.world == 1:
             return self
         signal.signal(signal.SIGTERM, self.terminate)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
             self.store, *_ = next(rendezvous("env://", timeout=self.timeout))
             self.begin(self.place)  # before all have joined, so that no rank is without a word
-            dist.init_process_group(backend, store=dist.PrefixStore("group", self.store),
+            dist.init_process_group(self.backend, store=dist.PrefixStore("group", self.store),
                                     rank=self.rank, world_size=self.world, timeout=self.timeout)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -108,7 +111,8 @@ class Ranks:
         """Sum of a number over all ranks."""
         if self.world == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        device = "cpu" if self.backend == "gloo" else self.device
+        total = torch.tensor(value, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.item()
 

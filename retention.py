@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chat import Tokenizer
 from generate import generate
 from iaa import IAA, TEXT
 from scoring import Table
 from storage import load_base
+from tokenizer import Tokenizer
 
 WINDOW = 512  # tokens read at once
 PROMPT, ANSWER = 32, 32  # tokens of a window that are continued, and of its continuation

@@ -15,7 +15,7 @@ from torch import nn
 
 from clip import Clip, ClipConfig
 from files import build, read_json
-from iaa import IAA, Adaptor, AdaptorConfig
+from iaa import IAA, Adaptor, AdaptorConfig, is_workflow
 from llama import Llama, LlamaConfig
 
 
@@ -105,17 +105,33 @@ def load_iaa(
 ) -> tuple[IAA, dict]:
     """A whole model by its `iaa.json`: base, and every adaptor that it names.
 
-    Returns the model and {"llm": folder of LLM and tokenizer, "prompts": {workflow: prompt}}.
+    Returns the model and {"llm": folder of LLM and tokenizer, "prompts": {workflow: prompt},
+    "base": SHA-256 of "llama" and "clip"}.
     """
     folder = Path(folder)
     index = read_json(folder / "iaa.json", llm=str, vision=str, image_token=int,
                       adaptors=dict[str, str])
     llama, llama_sha = load_base(folder / index["llm"], dtype, device)
     clip, clip_sha = load_base(folder / index["vision"], dtype, device)
-    model, prompts = IAA(llama, clip, index["image_token"]), {}
-    base, width = {"llama": llama_sha, "clip": clip_sha}, clip.config.width
-    for name, place in index["adaptors"].items():
-        adaptor, meta = load_adaptor(folder / place, llama.config, width, base, dtype, device)
-        model.adaptors[name] = adaptor.requires_grad_(False)
-        prompts[name] = {"template": None, "system": None, **meta["prompt"]}
-    return model.eval(), {"llm": folder / index["llm"], "prompts": prompts}
+    model, base = IAA(llama, clip, index["image_token"]), {"llama": llama_sha, "clip": clip_sha}
+    prompts = {name: add_adaptor(model, name, folder / place, base, dtype)
+               for name, place in index["adaptors"].items()}
+    return model.eval(), {"llm": folder / index["llm"], "prompts": prompts, "base": base}
+
+
+def add_adaptor(
+    model: IAA, name: str, folder: str | Path, base: dict[str, str],
+    dtype: torch.dtype | None = None,
+) -> dict[str, str | None]:
+    """Load the adaptor in `folder` as one more workflow; its prompt {"template", "system"}.
+
+    base: as `load_iaa` returns it. Raises ValueError for a name that is taken or cannot be one.
+    """
+    if name in model.adaptors or not is_workflow(name):
+        raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
+                         "not yet in use")
+    device = str(model.llama.embedding.weight.device)
+    width = model.clip.config.width
+    adaptor, meta = load_adaptor(folder, model.llama.config, width, base, dtype, device)
+    model.adaptors[name] = adaptor.requires_grad_(False).eval()
+    return {"template": None, "system": None, **meta["prompt"]}

@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from chat import Tokenizer
 from checkpoint import remove, resume_state, save_state
 from clip import preprocess
 from config import Config, StageConfig, adaptor_config, read_config
@@ -45,6 +44,7 @@ from parts import parts
 from plan import Machine, plan, step_flops
 from ranks import LostRank, Ranks
 from storage import load_base, save_adaptor
+from tokenizer import Tokenizer
 from zero import Replicated, Sharded
 
 MAX_BAD_STEPS = 10  # in a row, then the run stops
@@ -192,7 +192,9 @@ def micro_batches(stage: StageConfig, sampler: Sampler, ranks: Ranks, first: int
 
 def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
-    config, clip = run.config, run.model.clip.config
+    config, clip, context = run.config, run.model.clip.config, run.model.llama.config.context
+    if config.max_tokens > context:
+        raise ValueError(f"max_tokens = {config.max_tokens}: the LLM's context is {context}")
     return JsonlDataset(
         files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
         stage.template or None, config.system, config.max_tokens, clip.aspect == "pad",

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import clip
-from chat import Tokenizer
 from clip import Clip
 from files import new_folder
 from llama import Llama, LlamaConfig
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from ask import Asker, Question, answer_rows, visible
-from chat import Tokenizer, render
+from chat import render
 from clip import preprocess
 from generate import generate
 from iaa import IAA, Adaptor, AdaptorConfig
+from tokenizer import Tokenizer
 
 SYSTEM = {"mm": {"template": "chatml", "system": "Be brief."}}
 

