@@ -17,7 +17,6 @@
 import argparse
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 import time
@@ -28,7 +27,6 @@ from statistics import median
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench_peer import Peer, peer_llama
@@ -36,13 +34,14 @@ from costs import decode_bytes, flops_of_8b, forward_flops, training_flops
 from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
+from retention import perplexity
 from storage import load_base
 from tokenizer import Tokenizer
 
 KINDS = ("prefill", "decode", "batch", "mixed", "length", "answer", "training")
 WORKFLOWS = ("grounding", "mm", "text")  # of a mixed batch
 PROMPT, NEW, LENGTHS = 320, 64, (400, 4000)  # tokens
-ROWS, TEXT, SCORED = 8, 116, 20  # training: rows, tokens a row behind its image, scored ones
+ROWS, ROW, SCORED = 8, 342, 20  # training: rows, tokens a row with its image, scored ones
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -77,10 +76,9 @@ class Bench:
         self.model = self.frozen(self.dtype)  # plain: for training, and for transformers
         self.config, clip = self.model.llama.config, self.model.clip.config
         self.inserted = min(args.inserted, self.config.layers)
-        self.row = clip.patches + TEXT  # tokens of a training row
         self.packed: dict[str, IAA] = {}  # form -> model with the adaptor "mm"
         self.generator = torch.Generator().manual_seed(0)
-        tokens = self.random_tokens(ROWS, self.row)
+        tokens = self.random_tokens(ROWS, ROW)
         targets = torch.full_like(tokens, -100)
         targets[:, -SCORED:] = tokens.roll(-1, 1)[:, -SCORED:]
         tokens[:, 1 : 1 + clip.patches] = self.model.image_token
@@ -242,7 +240,7 @@ class Bench:
     def tokens(self, kind: str, name: str) -> int:
         """Tokens that one measurement handles."""
         case = self.cases(kind)[name]
-        return {"prefill": case.context, "answer": 2, "training": ROWS * self.row}.get(
+        return {"prefill": case.context, "answer": 2, "training": ROWS * ROW}.get(
             kind, NEW * case.rows)
 
     def least_seconds(self, kind: str, name: str, limits: dict[str, float]) -> float:
@@ -255,7 +253,7 @@ class Bench:
             need = decode_bytes(c, layers, case.context + NEW // 2, size, case.rows, cache)
             return NEW * need / (limits["memory, GB/s"] * 1e9)
         if kind == "training":
-            flops = training_flops(c, case.inserted, ROWS, self.row, ROWS * SCORED)
+            flops = training_flops(c, case.inserted, ROWS, ROW, ROWS * SCORED)
         else:
             flops = forward_flops(c, layers, 1, case.context, 1)
         return flops / (limits["matrix product, TFLOP/s"] * 1e12)
@@ -272,18 +270,6 @@ def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     best = min(timed(big.sum, device) for _ in range(5))
     out["memory, GB/s"] = big.numel() * 4 / best / 1e9
     return out
-
-
-@torch.inference_mode()
-def perplexity(model: IAA, ids: list[int], length: int = 512) -> float:
-    """Of the text workflow on `ids`, in pieces of `length` tokens that are read afresh."""
-    device, total, count = model.llama.embedding.weight.device, 0.0, 0
-    for start in range(0, len(ids) - 1, length):
-        piece = torch.tensor([ids[start : start + length + 1]], device=device)
-        logits = model.logits(model(piece[:, :-1]))[0].float()
-        total += F.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
-        count += len(logits)
-    return math.exp(total / count)
 
 
 def peak_memory(work: Callable[[], float], device: str) -> int:
@@ -394,8 +380,8 @@ def main(argv: list[str] | None = None) -> dict:
     settings = ("llm", "vision", "dtype", "device", "threads", "runs")
     scores = {}
     if args.text:
-        ids = Tokenizer.load(args.llm).encode(args.text.read_text())
-        scores = {name: perplexity(bench.fast(form), ids)
+        words, text = Tokenizer.load(args.llm), args.text.read_text()
+        scores = {name: perplexity(bench.fast(form), words, text)
                   for name, form in ((args.dtype, ""), ("int8", "int8"))}
     about = {name: str(getattr(args, name)) for name in settings}
     result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows,

@@ -46,6 +46,19 @@ def logits_of(model: IAA, workflow: str, ids: list[int]) -> Tensor:
     return model.logits(model(tokens, workflow), workflow)[0].float()
 
 
+def surprise(logits: Tensor, ids: list[int]) -> float:
+    """Sum of the cross-entropy of a window's tokens behind its first; logits (T, V)."""
+    following = torch.tensor(ids[1:], device=logits.device)
+    return F.cross_entropy(logits[:-1], following, reduction="sum").item()
+
+
+def perplexity(model: IAA, tokenizer: Tokenizer, text: str) -> float:
+    """Of the text workflow on a text, window by window."""
+    pieces = windows(tokenizer, [text])
+    total = sum(surprise(logits_of(model, TEXT, ids), ids) for ids in pieces)
+    return math.exp(total / sum(len(ids) - 1 for ids in pieces))
+
+
 def compare(
     model: IAA,
     llm: Path,  # the folder that the model's frozen LLM came from
@@ -67,13 +80,12 @@ def compare(
     loss = dict.fromkeys(["base", *workflows], 0.0)
     for ids in pieces:
         expected = logits_of(base, TEXT, ids)  # (T, V)
-        following = torch.tensor(ids[1:], device=expected.device)
-        loss["base"] += F.cross_entropy(expected[:-1], following, reduction="sum").item()
+        loss["base"] += surprise(expected, ids)
         for workflow in workflows:
             logits = logits_of(model, workflow, ids)
             gap = (logits - expected).abs().max().item()
             difference[workflow] = max(difference[workflow], gap)
-            loss[workflow] += F.cross_entropy(logits[:-1], following, reduction="sum").item()
+            loss[workflow] += surprise(logits, ids)
     scored = sum(len(ids) - 1 for ids in pieces)
     prompts = [ids[:PROMPT] for ids in pieces if len(ids) >= PROMPT][:answers]
     wanted = greedy(base, TEXT, prompts)

@@ -43,7 +43,8 @@ IMPORTS = {  # of ours, by file: the design
     "ablate": {"ask", "benchmarks", "config", "eval", "files", "storage", "tokenizer", "train"},
     "memory": {"clip", "iaa", "llama"},
     "plot": set(),
-    "bench": {"bench_peer", "costs", "generate", "iaa", "packing", "storage", "tokenizer"},
+    "bench": {
+        "bench_peer", "costs", "generate", "iaa", "packing", "retention", "storage", "tokenizer"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
     "bench_zero": {"clip", "config", "data", "iaa", "llama", "plan", "ranks", "train"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iaa import IAA, Adaptor, AdaptorConfig
-from retention import compare, windows
+from retention import compare, perplexity, windows
 from tokenizer import Tokenizer
 
 TEXT = "Some text that is long enough for two windows of the comparison. " * 9
@@ -58,6 +58,7 @@ def test_perplexity_by_hand(model):
                         / (len(ids) - 1))
     table = compare(iaa, llm, ["text"], ["a short text"], 4)
     assert table["base"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert perplexity(iaa, Tokenizer.load(llm), "a short text") == table["base"]["perplexity"]
     assert "answers" not in table["text"]  # too short to be continued
 
 
