@@ -13,19 +13,16 @@
 import argparse
 import json
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from safetensors import SafetensorError
-
 from ask import Asker
 from benchmarks import BENCHMARKS, read_questions
 from config import Config, read_config
 from eval import chosen
-from files import new_folder, read_json, replace_text, write_json
+from files import new_folder, one_line, read_json, replace_text, write_json
 from storage import load_iaa
 from tokenizer import Tokenizer
 from train import train
@@ -176,6 +173,7 @@ def ablate(path: str, settings: list[str], names: list[str], seeds: int, questio
     print(f"\n{table(out, questions)}")
 
 
+@one_line("ablate.py", "the same command goes on")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -188,14 +186,9 @@ def main() -> None:
     add("--questions", type=int, default=300, help="asked of each run [%(default)s]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py")
     args = parser.parse_args()
-    try:
-        if min(args.seeds, args.questions) < 1:
-            raise ValueError("--seeds, --questions: 1 or more")
-        ablate(args.config, args.set, args.only, args.seeds, args.questions)
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"ablate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("ablate.py: stopped; the same command goes on")
+    if min(args.seeds, args.questions) < 1:
+        raise ValueError("--seeds, --questions: 1 or more")
+    ablate(args.config, args.set, args.only, args.seeds, args.questions)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bench_peer import Peer, peer_llama
 from costs import decode_bytes, flops_of_8b, forward_flops, training_flops
+from files import one_line
 from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
@@ -360,6 +361,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line("bench.py")
 def main(argv: list[str] | None = None) -> dict:
     """Measure and print; returns what `--json` writes."""
     args = arguments(argv)

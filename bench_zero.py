@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from clip import Clip, ClipLayer
 from config import DTYPES, Config, StageConfig, adaptor_config
 from data import UNSCORED, Batch
+from files import one_line
 from iaa import IAA, Adaptor
 from llama import DecoderLayer, Llama
 from plan import frozen_config
@@ -244,6 +245,7 @@ def show(row: dict) -> str:
             f"{ratios[0]} | {row['peak_bytes'] / 1e6:,.0f} | {ratios[1]} |")
 
 
+@one_line("bench_zero.py")
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure and print; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)

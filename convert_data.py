@@ -52,7 +52,7 @@ from data_sources import (
     vsr,
 )
 from demo_data import easy_vqa
-from files import read_json, replace_text, write_json
+from files import one_line, read_json, replace_text, write_json
 
 DATASETS = {  # command -> its reader, the reader's settings and their defaults
     "llava-pretrain": (llava_pretrain, {"folder": "llava_pretrain/"}),
@@ -476,32 +476,28 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line("convert_data.py", "the same command goes on")
 def main() -> None:
     """Command line."""
     args = command_line().parse_args()
     gc.set_threshold(100_000)  # rows hold no cycles: the search for them took a tenth of the time
-    try:
-        if args.command == "easy-vqa":
-            if args.out.exists():
-                raise ValueError(f"{args.out} is there already; remove it first")
-            for what, count in easy_vqa(args.out).items():
-                print(f"{what}: {count}")
-        elif args.command == "leakage":
-            found = sorted(evaluation_images(args.refer))
-            head = "# COCO pictures in val and test of RefCOCO, RefCOCO+ (unc) and RefCOCOg (umd)\n"
-            replace_text(args.out, head + "".join(f"{number}\n" for number in found))
-            print(f"{len(found)} pictures")
-        elif args.command == "mix":
-            sources = mixed(args.parts, args.rows, args.seed)
-            identity = {"parts": args.parts, "rows": args.rows, "seed": args.seed,
-                        "inputs": [stamp(Path(name)) for name, _ in sources]}
-            convert(sources, args.out, identity, dry_run=args.dry_run)
-        else:
-            convert_dataset(args)
-    except KeyboardInterrupt:
-        sys.exit("convert_data.py: stopped; the same command goes on from here")
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_data.py: {error}")
+    if args.command == "easy-vqa":
+        if args.out.exists():
+            raise ValueError(f"{args.out} is there already; remove it first")
+        for what, count in easy_vqa(args.out).items():
+            print(f"{what}: {count}")
+    elif args.command == "leakage":
+        found = sorted(evaluation_images(args.refer))
+        head = "# COCO pictures in val and test of RefCOCO, RefCOCO+ (unc) and RefCOCOg (umd)\n"
+        replace_text(args.out, head + "".join(f"{number}\n" for number in found))
+        print(f"{len(found)} pictures")
+    elif args.command == "mix":
+        sources = mixed(args.parts, args.rows, args.seed)
+        identity = {"parts": args.parts, "rows": args.rows, "seed": args.seed,
+                    "inputs": [stamp(Path(name)) for name, _ in sources]}
+        convert(sources, args.out, identity, dry_run=args.dry_run)
+    else:
+        convert_dataset(args)
 
 
 if __name__ == "__main__":

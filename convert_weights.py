@@ -16,7 +16,6 @@ Files are read by checkpoint_files.py, the tables stand in weight_tables.py.
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
-from files import build, checked, new_folder, read_json
+from files import build, checked, new_folder, one_line, read_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 from tokenizer import Tokenizer, read_bytes
@@ -447,12 +446,8 @@ def main() -> None:
     parser.add_argument("--image-px", type=int, default=224, help="DINOv2: side of pictures [224]")
     parser.add_argument("--clip", type=Path, help="converted tower for an IAA release without one")
     args = parser.parse_args()
-    try:
+    with one_line("convert_weights.py", f"nothing is left in {args.out}"):
         convert(args.source, args.out, args.dtype, args.image_px, args.clip)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; nothing is left in {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ import sys
 import time
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
-from files import lock, read_json, write_json
+from files import lock, one_line, read_json, write_json
 from iaa import TEXT
 from packing import pack
-from ranks import LostRank, Ranks
+from ranks import Ranks
 from retention import compare
 from scoring import Record, Table
 from storage import load_iaa
@@ -296,19 +294,15 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@one_line("eval.py", "the same command goes on")
 def main() -> None:
     """Command line; what a user can cause ends in one line."""
-    try:
-        args = arguments()
-        run = {"retention": run_retention, "lm": run_lm}
-        if args.what in run:
-            run[args.what](args)
-        else:
-            run_benchmark(args.what, args)
-    except (ValueError, OSError, SafetensorError, LostRank) as error:
-        sys.exit(f"eval.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\neval.py: stopped; the same command goes on")
+    args = arguments()
+    run = {"retention": run_retention, "lm": run_lm}
+    if args.what in run:
+        run[args.what](args)
+    else:
+        run_benchmark(args.what, args)
 
 
 if __name__ == "__main__":

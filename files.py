@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -12,6 +13,20 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def one_line(program: str, stopped: str = "") -> Iterator[None]:
+    """A whole command: what its user can cause is one line on stderr, and exit code 1.
+
+    stopped: how things stand after Ctrl-C.
+    """
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"{program}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{program}: stopped; {stopped}".removesuffix("; "))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ Models are built on the meta device: sizes without storage.
 """
 
 import argparse
-import sys
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 import clip
 import llama
 from clip import Clip, ClipConfig
+from files import one_line
 from iaa import IAA, Adaptor, AdaptorConfig, spread
 from llama import Llama, LlamaConfig
 
@@ -57,6 +57,7 @@ def apart(language: LlamaConfig, vision: ClipConfig) -> Rows:
     return [*rows, ("three separate models", sum(number for _, number in rows))]
 
 
+@one_line("memory.py")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -67,11 +68,8 @@ def main() -> None:
     add("--clip", choices=list(clip.SIZES), default="ViT-L/14-336", help="[%(default)s]")
     args = parser.parse_args()
     language, vision = llama.SIZES[args.llama], clip.SIZES[args.clip]
-    try:
-        with torch.device("meta"):
-            rows = together(language, vision, args.insertion) + apart(language, vision)
-    except ValueError as error:
-        sys.exit(f"memory.py: {error}")
+    with torch.device("meta"):
+        rows = together(language, vision, args.insertion) + apart(language, vision)
     for name, number in rows:
         print(f"{name:<36}{number / 1e9:>7.2f} GB")
 

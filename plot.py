@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+from files import one_line
+
 COLOURS = ("#4477aa", "#228833", "#aa3377", "#cc6622")  # a stage each, then again from the first
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
          "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8e8e8", "font.size": 10}
@@ -121,21 +123,21 @@ def draw(stages: list[tuple[str, list[dict]]], title: str, path: Path) -> None:
             pyplot.close(figure)
 
 
+@one_line("plot.py")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Draw loss and learning rate: RUN/curves.png.")
     parser.add_argument("run", type=Path, help="folder of the run: `out` of its config")
     run = parser.parse_args(argv).run
+    stages = read_run(run)
+    for name, rows in stages:
+        minutes = sum(row["seconds"] for row in rows) / 60
+        print(f"stage {name}: {len(rows)} steps, {minutes:.1f} min")
     try:
-        stages = read_run(run)
-        for name, rows in stages:
-            minutes = sum(row["seconds"] for row in rows) / 60
-            print(f"stage {name}: {len(rows)} steps, {minutes:.1f} min")
         draw(stages, str(run), run / "curves.png")
     except ImportError:
-        sys.exit("plot.py: needs matplotlib, which is not installed: pip install matplotlib")
-    except (ValueError, OSError) as error:
-        sys.exit(f"plot.py: {error}")
+        raise ValueError("needs matplotlib, which is not installed: pip install matplotlib"
+                         ) from None
     print(run / "curves.png")
 
 

@@ -24,7 +24,7 @@ GRACE_S = 5  # for the other ranks' notes
 WAITED = "waited"  # the note of a rank whose collective failed
 
 
-class LostRank(Exception):
+class LostRank(ConnectionError):
     """A collective failed; the message names the ranks that did not answer, and the step."""
 
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from clip import open_image
 from data import GROUNDING_PROMPT, Box
 from dialogue import Chat
+from files import one_line
 from iaa import DTYPES
 
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
@@ -148,28 +149,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@one_line("sample.py")
 def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
-    try:
-        args = arguments(argv)
-        image = None if args.image is None else open_image(args.image)
-        dtype = "bf16" if args.quantize else args.dtype
-        chat = Chat.load(args.model, DTYPES.get(dtype), args.quantize == "int8",
-                         max_tokens=args.max_tokens, temperature=args.temperature,
-                         top_p=args.top_p, seed=args.seed)
-        chat.image, chat.chosen = image, args.workflow
-        chat.model.adaptor(chat.workflow)  # says so now where there is none of that name
-        if args.boxes and chat.model.clip.config.aspect != "pad":
-            raise ValueError("--boxes: the vision tower of this model crops pictures "
-                             '(aspect = "crop"), so its answers place no box on them')
-        if args.prompt is None:
-            converse(chat, args.boxes)
-        else:
-            answer_aloud(chat, args.prompt, args.boxes, args.json)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nsample.py: stopped")
+    args = arguments(argv)
+    image = None if args.image is None else open_image(args.image)
+    dtype = "bf16" if args.quantize else args.dtype
+    chat = Chat.load(args.model, DTYPES.get(dtype), args.quantize == "int8",
+                     max_tokens=args.max_tokens, temperature=args.temperature,
+                     top_p=args.top_p, seed=args.seed)
+    chat.image, chat.chosen = image, args.workflow
+    chat.model.adaptor(chat.workflow)  # says so now where there is none of that name
+    if args.boxes and chat.model.clip.config.aspect != "pad":
+        raise ValueError("--boxes: the vision tower of this model crops pictures "
+                         '(aspect = "crop"), so its answers place no box on them')
+    if args.prompt is None:
+        converse(chat, args.boxes)
+    else:
+        answer_aloud(chat, args.prompt, args.boxes, args.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,12 +37,12 @@ from clip import preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import lock, new_folder, replace_text, write_json, writing
+from files import lock, new_folder, one_line, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import set_recompute
 from parts import parts
 from plan import Machine, plan, step_flops
-from ranks import LostRank, Ranks
+from ranks import Ranks
 from storage import load_base, save_adaptor
 from tokenizer import Tokenizer
 from zero import Replicated, Sharded
@@ -383,6 +382,7 @@ def set_memory_use() -> None:
         os.environ.setdefault(cache, "256")
 
 
+@one_line("train.py", "the same command goes on from the last checkpoint")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -405,16 +405,11 @@ def main() -> None:
                               "100 where it is not there]")
     args = parser.parse_args()
     set_memory_use()
-    try:
-        if args.plan:
-            machine = Machine(args.world, args.memory_gb, args.tflops, args.utilisation)
-            print(plan(read_config(args.config, args.set), machine, args.text_tokens))
-            return
-        train(read_config(args.config, args.set), args.stage)
-    except (ValueError, OSError, SafetensorError, LostRank) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the same command goes on from the last checkpoint")
+    if args.plan:
+        machine = Machine(args.world, args.memory_gb, args.tflops, args.utilisation)
+        print(plan(read_config(args.config, args.set), machine, args.text_tokens))
+        return
+    train(read_config(args.config, args.set), args.stage)
 
 
 if __name__ == "__main__":

@@ -724,7 +724,7 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "odd"}
     command = [sys.executable, convert_weights.__file__, tmp_path / "nothing", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = f"error: {tmp_path}/nothing: no such file or folder\n"
+    said = f"convert_weights.py: {tmp_path}/nothing: no such file or folder\n"
     assert (done.returncode, done.stderr) == (1, said)
 
 

@@ -25,7 +25,7 @@ IMPORTS = {  # of ours, by file: the design
         "plan", "ranks", "storage", "tokenizer", "zero"},
     "features": set(),
     "packing": {"llama"},
-    "sample": {"clip", "data", "dialogue", "iaa"},
+    "sample": {"clip", "data", "dialogue", "files", "iaa"},
     "dialogue": {"chat", "clip", "data", "generate", "iaa", "packing", "storage", "tokenizer"},
     "eval": {
         "ask", "benchmarks", "files", "harness", "iaa", "packing", "ranks", "retention",
@@ -41,13 +41,14 @@ IMPORTS = {  # of ours, by file: the design
     "checkpoint": {"config", "files", "ranks", "zero"},
     "plan": {"clip", "config", "data", "files", "iaa", "llama", "parts", "tokenizer", "zero"},
     "ablate": {"ask", "benchmarks", "config", "eval", "files", "storage", "tokenizer", "train"},
-    "memory": {"clip", "iaa", "llama"},
-    "plot": set(),
+    "memory": {"clip", "files", "iaa", "llama"},
+    "plot": {"files"},
     "bench": {
-        "bench_peer", "costs", "generate", "iaa", "packing", "retention", "storage", "tokenizer"},
+        "bench_peer", "costs", "files", "generate", "iaa", "packing", "retention", "storage",
+        "tokenizer"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
-    "bench_zero": {"clip", "config", "data", "iaa", "llama", "plan", "ranks", "train"},
+    "bench_zero": {"clip", "config", "data", "files", "iaa", "llama", "plan", "ranks", "train"},
     "checkpoint_files": set(),
     "weight_tables": {"clip", "llama"},
     "convert_weights": {
