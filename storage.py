@@ -20,9 +20,13 @@ from llama import Llama, LlamaConfig
 
 
 def load_tensors(
-    model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str
+    model: nn.Module, files: list[Path], dtype: torch.dtype | None, device: str,
+    partly: bool = False
 ) -> None:
-    """Fill a model on the meta device, every tensor exactly once. Raises ValueError naming it."""
+    """Fill a model, every tensor exactly once. Raises ValueError naming it.
+
+    partly: what is not in the files stays as it is; else the model may be on the meta device.
+    """
     expected, seen = model.state_dict(), set()
     for file in files:
         try:
@@ -41,7 +45,7 @@ def load_tensors(
         model.load_state_dict(tensors, strict=False, assign=True)  # strict: the checks around it
         seen.update(tensors)
     missing = sorted(expected.keys() - seen)
-    if missing:
+    if missing and not partly:
         where = files[0].parent if files else "no file"
         raise ValueError(f"{where}: {len(missing)} tensors missing, such as {missing[0]}")
 

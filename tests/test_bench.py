@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import bench
+import bench_cases
 import costs
 from bench_peer import Peer, peer_llama, unfused
 from clip import Clip, ClipConfig
@@ -64,7 +65,8 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
     """Every kind and variant of ours gets a rate and a share; table and JSON are written."""
     limits = {"matrix product, TFLOP/s": 1.0, "memory, GB/s": 1.0}
     monkeypatch.setattr(bench, "measure_limits", lambda *_: limits)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)  # peers take minutes
+    # without peers, which take minutes
+    monkeypatch.setattr(bench_cases.importlib.util, "find_spec", lambda _: None)
     path = tmp_path / "bench.json"
     bench.main([*bases(tmp_path), "--runs", "1", "--inserted", "2", "--dtype", "fp32",
                 "--no-memory", "--threads", "1", "--json", str(path)])

@@ -43,9 +43,8 @@ IMPORTS = {  # of ours, by file: the design
     "ablate": {"ask", "benchmarks", "config", "eval", "files", "storage", "tokenizer", "train"},
     "memory": {"clip", "files", "iaa", "llama"},
     "plot": {"files"},
-    "bench": {
-        "bench_peer", "costs", "files", "generate", "iaa", "packing", "retention", "storage",
-        "tokenizer"},
+    "bench_cases": {"bench_peer", "costs", "generate", "iaa", "packing", "storage"},
+    "bench": {"bench_cases", "costs", "files", "iaa", "retention", "tokenizer"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
     "bench_zero": {"clip", "config", "data", "files", "iaa", "llama", "plan", "ranks", "train"},
