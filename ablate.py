@@ -25,7 +25,7 @@ from eval import chosen
 from files import new_folder, one_line, read_json, replace_text, write_json
 from storage import load_iaa
 from tokenizer import Tokenizer
-from train import train
+from train import set_memory_use, train
 
 NOTHING_OWN = ("insertion=0", "own_embedding=false", "own_head=false")
 
@@ -186,6 +186,7 @@ def main() -> None:
     add("--questions", type=int, default=300, help="asked of each run [%(default)s]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py")
     args = parser.parse_args()
+    set_memory_use()
     if min(args.seeds, args.questions) < 1:
         raise ValueError("--seeds, --questions: 1 or more")
     ablate(args.config, args.set, args.only, args.seeds, args.questions)

@@ -41,11 +41,11 @@ class Question:
     facts: dict = field(default_factory=dict)  # what scoring needs, saved beside the answer
 
     def picture(self) -> Image.Image:
-        """The picture as RGB. OSError or ValueError names the question."""
+        """The picture as RGB. ValueError names the question."""
         try:
             inside = isinstance(self.image, bytes)
             return open_image(io.BytesIO(self.image) if inside else self.image)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"question {self.key}: {error}") from None
 
 

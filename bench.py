@@ -65,7 +65,8 @@ def memory_elsewhere(args: argparse.Namespace, kind: str, name: str) -> int:
         command += [f"--{key}", str(getattr(args, key))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {kind}, {name} failed:\n{done.stderr[-2000:]}")
+        last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ChildProcessError(f"the memory of {kind}, {name}: {last}")
     return int(done.stdout)
 
 
@@ -100,13 +101,13 @@ def show(result: dict) -> str:
     """The result as a Markdown table under the machine's limits."""
     limits = ", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items())
     lines = [limits, "",
-             "| what | case | tokens/s | share of limit | times as fast as | peak memory, MB |",
-             "|---|---|--:|--:|--:|--:|"]
+             "| what | case | tokens/s | share of limit | times as fast as |",
+             "|---|---|--:|--:|--:|"]
     for row in result["rows"]:
         ratio = f"{row['times_as_fast']:.2f} {row['against']}" if row["against"] else ""
-        memory = f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else ""
+        share = f"{row['share_of_limit']:.0%}" if row["share_of_limit"] else ""
         lines.append(f"| {row['what']} | {row['model']} | {row['tokens_per_s']:,.1f} | "
-                     f"{row['share_of_limit']:.0%} | {ratio} | {memory} |")
+                     f"{share} | {ratio} |")
     for name, value in result["perplexity"].items():
         lines.append(f"perplexity, {name}: {value:.3f}")
     return "\n".join([*lines, flops_of_8b()])
@@ -129,7 +130,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--text", type=Path, help="a text: its perplexity too, packed and int8")
     add("--json", type=Path, help="write the result here too")
     add("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.runs, args.threads) < 1:
+        raise ValueError(f"--runs {args.runs}, --threads {args.threads}: 1 or more")
+    if args.text and not args.text.read_text().strip():
+        raise ValueError(f"{args.text}: no text in it")
+    return args
 
 
 @one_line("bench.py")
@@ -148,8 +154,6 @@ def main(argv: list[str] | None = None) -> dict:
         looks.append(measure_limits(DTYPES[args.dtype], args.device))
     limits = {name: median(look[name] for look in looks) for name in looks[0]}
     rows = [row for kind, seconds in times.items() for row in rows_of(bench, kind, seconds, limits)]
-    for row in rows if not args.no_memory else ():
-        row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
     settings = ("llm", "vision", "dtype", "device", "threads", "runs")
     scores = {}
     if args.text:
@@ -160,6 +164,11 @@ def main(argv: list[str] | None = None) -> dict:
     result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows,
               "perplexity": scores}
     print(show(result))
+    if not args.no_memory:
+        print("\n| what | case | peak memory, MB |\n|---|---|--:|")
+    for row in rows if not args.no_memory else ():
+        row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
+        print(f"| {row['what']} | {row['model']} | {row['peak_bytes'] / 1e6:,.0f} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from bench_peer import Peer, peer_llama
 from costs import decode_bytes, forward_flops, training_flops
+from data import UNSCORED
 from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
 from storage import load_base
+from train import set_memory_use
 
 KINDS = ("prefill", "decode", "batch", "mixed", "length", "answer", "training")
 WORKFLOWS = ("grounding", "mm", "text")  # of a mixed batch
 PROMPT, NEW, LENGTHS = 320, 64, (400, 4000)  # tokens
-ROWS, ROW, SCORED = 8, 342, 20  # training: rows, tokens a row with its image, scored ones
+ROWS, ROW, SCORED = 8, 342, 20  # training: rows; tokens of one, at least; scored ones
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -59,10 +61,11 @@ class Bench:
         self.model = self.frozen(self.dtype)  # plain: for training, and for transformers
         self.config, clip = self.model.llama.config, self.model.clip.config
         self.inserted = min(args.inserted, self.config.layers)
+        self.row = max(ROW, clip.patches + 100)  # tokens of a training row
         self.packed: dict[str, IAA] = {}  # form -> model with the adaptor "mm"
         self.generator = torch.Generator().manual_seed(0)
-        tokens = self.random_tokens(ROWS, ROW)
-        targets = torch.full_like(tokens, -100)
+        tokens = self.random_tokens(ROWS, self.row)
+        targets = torch.full_like(tokens, UNSCORED)
         targets[:, -SCORED:] = tokens.roll(-1, 1)[:, -SCORED:]
         tokens[:, 1 : 1 + clip.patches] = self.model.image_token
         side = clip.image_px
@@ -101,7 +104,9 @@ class Bench:
             return {f"{short} tokens": Case(context=short),
                     f"{long} tokens": Case(context=long, against=f"{short} tokens")}
         elif kind == "answer":
-            return {"ours": Case(), f"ours, {n} inserted": Case(n, against="ours")}
+            prompt = max(PROMPT, self.model.clip.config.patches + 32)
+            return {"ours": Case(context=prompt),
+                    f"ours, {n} inserted": Case(n, context=prompt, against="ours")}
         elif kind == "training" and theirs:
             ours[f"ours, {n} inserted"] = Case(n, against=f"transformers, {n} inserted")
             peers[f"transformers, {n} inserted"] = Case(n, peer=True)
@@ -201,7 +206,8 @@ class Bench:
         return lambda: sum(work() for work in works)
 
     def build_training(self, inserted: int, peer: nn.Module | None) -> Callable[[], float]:
-        """Forward, backward and AdamW on one batch with images."""
+        """Forward, backward and AdamW on one batch with images, memory kept as in train.py."""
+        set_memory_use()
         tokens, targets, images = self.batch
         adaptor, frozen = self.adaptor(inserted), self.model
         if peer is None:
@@ -223,20 +229,25 @@ class Bench:
     def tokens(self, kind: str, name: str) -> int:
         """Tokens that one measurement handles."""
         case = self.cases(kind)[name]
-        return {"prefill": case.context, "answer": 2, "training": ROWS * ROW}.get(
+        return {"prefill": case.context, "answer": 2, "training": ROWS * self.row}.get(
             kind, NEW * case.rows)
 
     def least_seconds(self, kind: str, name: str, limits: dict[str, float]) -> float:
-        """The time that the machine's limit alone would take (answer: its LLM's prefill alone)."""
+        """The time that the machine's limit alone would take (answer: its LLM's prefill alone).
+
+        0 where it is not reckoned: the rows of a mixed batch read weights of their own.
+        """
         c, case = self.config, self.cases(kind)[name]
+        if kind == "mixed":
+            return 0.0
         layers = c.layers + case.inserted
-        if kind in ("decode", "batch", "mixed", "length"):
+        if kind in ("decode", "batch", "length"):
             size = {"": self.dtype.itemsize, "fp32": 4, "int8": 1}[case.form]
             cache = max(size, self.dtype.itemsize)
             need = decode_bytes(c, layers, case.context + NEW // 2, size, case.rows, cache)
             return NEW * need / (limits["memory, GB/s"] * 1e9)
         if kind == "training":
-            flops = training_flops(c, case.inserted, ROWS, ROW, ROWS * SCORED)
+            flops = training_flops(c, case.inserted, ROWS, self.row, ROWS * SCORED)
         else:
             flops = forward_flops(c, layers, 1, case.context, 1)
         return flops / (limits["matrix product, TFLOP/s"] * 1e12)

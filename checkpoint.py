@@ -11,7 +11,6 @@ change in between. On several machines the folder must be one that all of them s
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import StageConfig
 from files import flush, read_json, write_json, writing
 from ranks import Ranks
 from zero import Replicated, Sharded
@@ -57,9 +55,12 @@ def kept(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
 
 def save_state(
     folder: Path, ranks: Ranks, state: Replicated | Sharded, optimizer: torch.optim.AdamW,
-    stage: StageConfig, base: dict[str, str], step: int
+    settings: dict, step: int
 ) -> None:
-    """A checkpoint from which the stage goes on at `step`; the newest two are kept."""
+    """A checkpoint from which the stage goes on at `step`; the newest two are kept.
+
+    settings: what must be the same when it goes on, but for `FREE`; JSON can hold it.
+    """
     new = folder / f"step-{step:06d}"
     if ranks.rank == 0:
         new.mkdir()
@@ -79,7 +80,7 @@ def save_state(
         flush(new)
         counts = [int(values["step"]) for values in optimizer.state.values()]
         manifest = {"step": step, "updates": max(counts, default=0), "ranks": writers,
-                    "stage": asdict(stage), "base": base}
+                    "settings": settings}
         write_json(new / MANIFEST, manifest)
         for old in complete_sets(folder)[:-2]:
             remove(old)
@@ -87,7 +88,7 @@ def save_state(
 
 def resume_state(
     folder: Path, ranks: Ranks, state: Replicated | Sharded, optimizer: torch.optim.AdamW,
-    stage: StageConfig, base: dict[str, str]
+    settings: dict
 ) -> int:
     """Fill weights and optimizer from the newest checkpoint, return its step; 0 without one.
 
@@ -99,11 +100,11 @@ def resume_state(
     found = complete_sets(folder)
     if not found:
         return 0
-    manifest = read_json(found[-1] / MANIFEST, "step", "updates", "ranks", "stage", "base")
-    was, now = manifest["stage"], json.loads(json.dumps(asdict(stage)))
+    manifest = read_json(found[-1] / MANIFEST, "step", "updates", "ranks", "settings")
+    was, now = manifest["settings"], json.loads(json.dumps(settings))
     changed = [key for key in now if was.get(key) != now[key] and key not in FREE]
-    if changed or manifest["base"] != base:
-        raise ValueError(f"{found[-1]} was made with another {', '.join(changed) or 'base model'}: "
+    if changed:
+        raise ValueError(f"{found[-1]} was made with another {', '.join(changed)}: "
                          "restore it, or remove the folder to start the stage again")
     pieces = Pieces(found[-1], manifest["ranks"])
     for master in state.masters.values() if manifest["updates"] else ():

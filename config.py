@@ -64,7 +64,7 @@ class StageConfig:
             raise ValueError(f"{where}: zero = {self.zero}: 0, 1, 2 or 3")
         if not self.name.isidentifier() or not is_workflow(self.adaptor):
             raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and "
-                             f"_; an adaptor also not {TEXT!r} and no word of Python's dict")
+                             f"_; an adaptor also not {TEXT!r}, and no name of torch's, as 'train'")
         if self.batch % self.micro_batch:
             raise ValueError(f"{where}: batch = {self.batch} is not a multiple of "
                              f"micro_batch = {self.micro_batch}")

@@ -476,7 +476,7 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-@one_line("convert_data.py", "the same command goes on")
+@one_line("convert_data.py", "the same command goes on from what is written")
 def main() -> None:
     """Command line."""
     args = command_line().parse_args()

@@ -409,6 +409,14 @@ def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
     raise ValueError(f"{path}: not a known format. Known: {KNOWN}")
 
 
+def tower_digest(folder: Path) -> str:
+    """SHA-256 of a converted vision tower. Raises ValueError where it is none."""
+    meta = read_json(folder / "config.json", kind=str, sha256=str)
+    if meta["kind"] != "clip":
+        raise ValueError(f"{folder}: kind is {meta['kind']!r}, not clip")
+    return meta["sha256"]
+
+
 def convert(
     path: Path, out: Path, dtype: str | None = None, image_px: int = 224, clip: Path | None = None
 ) -> None:
@@ -423,7 +431,7 @@ def convert(
     except (TypeError, AttributeError) as error:  # such as null for a size
         raise ValueError(f"{path}: a setting has a value of another kind ({error})") from None
     check_all_used(source, parts.values())
-    base = {"clip": read_json(clip / "config.json")["sha256"]} if clip else {}
+    base = {"clip": tower_digest(clip)} if clip else {}
     if "mm" in parts and "clip" not in {**parts, **base}:
         raise ValueError(f"{path}: no vision tower inside; "
                          "convert CLIP ViT-L/14-336 first and give it by --clip")

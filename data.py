@@ -290,13 +290,6 @@ class Sampler:
         return rows.reshape(self.window, self.batch_size)
 
 
-def batch_rows(
-    lengths: np.ndarray, batch_size: int, step: int, seed: int, window: int = 16
-) -> list[int]:
-    """The rows of `step`, without state: what a `Sampler` that has run up to there gives."""
-    return Sampler(lengths, batch_size, seed, window).rows(step)
-
-
 @dataclass
 class Batch:
     """Rows side by side, padded on the right."""
@@ -313,11 +306,6 @@ class Batch:
     def scored(self) -> int:
         """Number of targets that count."""
         return int((self.targets != UNSCORED).sum())
-
-    @property
-    def padding(self) -> float:
-        """Share of pads among the tokens."""
-        return 1 - float(self.lengths.sum()) / self.tokens.numel()
 
     def to(self, device: str | torch.device) -> "Batch":
         """The batch on `device`."""

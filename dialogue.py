@@ -115,7 +115,7 @@ class Chat:
         return self.seen[key]
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
-        """Answer `text`, piece by piece to `on_text`; both join the history, even cut by Ctrl-C.
+        """Answer `text`, piece by piece to `on_text`; both join the history once a token is there.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """

@@ -22,10 +22,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
 from files import lock, one_line, read_json, write_json
-from iaa import TEXT
+from iaa import DTYPES, TEXT
 from packing import pack
 from ranks import Ranks
 from retention import compare
@@ -139,7 +141,8 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask this rank's part of what is not answered yet; each batch of answers is saved at once."""
     benchmark, folder = BENCHMARKS[name], args.out
     questions = chosen(benchmark.read(args.data, args.images), args.limit, args.seed)
-    model, info = load_iaa(args.model, None, str(ranks.device))
+    dtype = DTYPES["bf16"] if args.quantize else None  # as sample.py
+    model, info = load_iaa(args.model, dtype, str(ranks.device))
     pack(model, args.quantize == "int8")
     workflows = [workflow for workflow in benchmark.tokens if workflow in model.adaptors]
     if not workflows:
@@ -219,7 +222,7 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
         raise ValueError(f"{name}: DATA is needed, the published files; or --rescore")
     if not args.data.exists():
         raise FileNotFoundError(f"{args.data}: no such file or folder")
-    with (Ranks(PATIENCE_S, "gloo") as ranks,
+    with (one_line("eval.py", "the same command goes on"), Ranks(PATIENCE_S, "gloo") as ranks,
           lock(args.out) if ranks.rank == 0 else contextlib.nullcontext()):
         answer_all(name, args, ranks)
         if ranks.rank == 0:
@@ -232,7 +235,7 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
 def run_retention(args: argparse.Namespace) -> None:
     """The text workflow, and each adaptor's without a picture, against the LLM loaded afresh."""
     texts = [read_text(path) for path in args.data]
-    model, info = load_iaa(args.model, None, str(Ranks(PATIENCE_S).device))
+    model, info = load_iaa(args.model, None, "cuda" if torch.cuda.is_available() else "cpu")
     workflows = args.workflow or [TEXT, *model.adaptors]
     table = compare(model, info["llm"], workflows, texts, args.limit)
     print_table("text", table, ".4g")
@@ -294,7 +297,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-@one_line("eval.py", "the same command goes on")
+@one_line("eval.py")
 def main() -> None:
     """Command line; what a user can cause ends in one line."""
     args = arguments()

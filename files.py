@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all, JSON and typed values whose errors say where, a lock."""
+"""Files that appear whole or not at all, JSON and typed values whose errors say where, a lock;
+and how a command ends.
+"""
 
 import contextlib
 import fcntl

@@ -214,10 +214,11 @@ class IAA(nn.Module):
             raise ValueError('the workflow "text" takes no image')
         if images is not None:
             x = self.place_images(x, tokens, images, adaptor)
+        past, new = 0 if cache is None else cache.length, tokens.shape[1]
         if positions is None:
-            past = 0 if cache is None else cache.length
-            end = past + tokens.shape[1]
-            positions = torch.arange(past, end, device=tokens.device)[None]  # (1, T)
+            positions = torch.arange(past, past + new, device=tokens.device)[None]  # (1, T)
+        if mask is None:
+            mask = attention_mask(new, past, device=tokens.device)
         rope = llama.rope(positions, x.dtype)
         if adaptor is None:
             return llama(x, rope, mask, cache, None, last_only)

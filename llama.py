@@ -64,8 +64,6 @@ class LlamaConfig:
                              f"kv_heads = {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size = {self.head_size}: rotary positions need an even number")
-        if isinstance(self.rope_scaling, dict):  # as read from JSON
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
 
 
 SIZES = {

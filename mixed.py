@@ -36,7 +36,7 @@ class Mixed:
         if any(adaptor is not None and adaptor.llm is not None for adaptor, _ in parts):
             raise ValueError("a workflow with an LLM of its own shares no batch with others")
         self.parts, self.llama = parts, llama
-        self.places = sorted({i for adaptor, _ in parts if adaptor for i in adaptor.places})
+        self.places = tuple(sorted({i for a, _ in parts if a for i in a.places}))
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), by each row's own embedding. Raises ValueError for another B."""

@@ -36,11 +36,11 @@ from pathlib import Path
 import torch
 
 import clip
+import files
 import llama
 from clip import Clip, ClipConfig
 from config import DTYPES, Config, StageConfig, adaptor_config
 from data import UNSCORED, JsonlDataset, RowError, encode_row
-from files import read_json
 from iaa import IAA, Adaptor
 from llama import DecoderLayer, Llama, LlamaConfig
 from parts import Part, parts
@@ -85,10 +85,10 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
     """
     module, config = (llama, LlamaConfig) if kind == "llama" else (clip, ClipConfig)
     if Path(folder).is_dir():
-        meta = read_json(Path(folder, "config.json"), "kind", "config")
+        meta = files.read_json(Path(folder, "config.json"), "kind", "config")
         if meta["kind"] != kind:
             raise ValueError(f"{folder}/config.json: kind is {meta['kind']!r}, not {kind!r}")
-        return config(**meta["config"])
+        return files.build(config, meta["config"], f"{folder}/config.json: config")
     path = folder.lower().replace("/", "-")
     fitting = [name for name in module.SIZES if path.endswith(name.lower().replace("/", "-"))]
     if not fitting:

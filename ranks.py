@@ -44,7 +44,10 @@ class Ranks:
         self.place, self.timeout = "start", timedelta(seconds=timeout_s)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= there:
+                raise ValueError(f"process {local + 1} on a machine with {there} GPUs")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         self.backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -57,7 +60,7 @@ class Ranks:
             self.begin(self.place)  # before all have joined, so that no rank is without a word
             dist.init_process_group(self.backend, store=dist.PrefixStore("group", self.store),
                                     rank=self.rank, world_size=self.world, timeout=self.timeout)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, Terminated) as error:
             reason = str(error).splitlines()[0]
             raise LostRank(f"rank {self.rank} of {self.world} found no others: {reason}") from None
         return self

@@ -76,7 +76,7 @@ def command(chat: Chat, line: str) -> str:
         return f"workflow {argument}"
     if name == "/load" and " " in argument:
         name, _, folder = argument.partition(" ")
-        chat.load_adaptor(name, os.path.expanduser(folder.strip()))
+        chat.load_adaptor(name, os.path.expanduser(folder.strip().strip("'\"")))
         return f"workflow {name} loaded"
     if name == "/drop" and argument:
         chat.drop_adaptor(argument)

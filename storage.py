@@ -133,7 +133,7 @@ def add_adaptor(
     """
     if name in model.adaptors or not is_workflow(name):
         raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
-                         "not yet in use")
+                         "not in use, and no name of torch's, as 'train'")
     device = str(model.llama.embedding.weight.device)
     width = model.clip.config.width
     adaptor, meta = load_adaptor(folder, model.llama.config, width, base, dtype, device)

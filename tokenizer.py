@@ -117,7 +117,7 @@ class Tokenizer:
         self,
         engine: dict[bytes, int] | bytes,  # tiktoken's in merge order, or sentencepiece's protobuf
         special_tokens: dict[str, int],
-        template: str,  # a key of TEMPLATES
+        template: str,  # a key of chat.TEMPLATES
         image_token: str,  # the special token that stands for an image
         pattern: str = "",  # by which tiktoken splits
     ):

@@ -36,8 +36,8 @@ from clip import preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import lock, new_folder, one_line, replace_text, write_json, writing
-from iaa import DTYPES, IAA, Adaptor
+from files import lock, new_folder, one_line, read_json, replace_text, write_json, writing
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig
 from llama import set_recompute
 from parts import parts
 from plan import Machine, plan, step_flops
@@ -104,8 +104,23 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
         if not folder.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source!r}, "
                              f"which is not finished in {run.config.out}")
+        meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str])
+        was = meta["adaptor"]
+        if meta["base"] != run.base:
+            raise ValueError(f"{folder} was trained on another LLM or vision tower")
+        if was.insertion and (was.insertion, was.structure) != (
+                settings.insertion, settings.structure):
+            raise ValueError(f"{folder} has structure {was.structure} after layers "
+                             f"{list(was.insertion)}, stage {stage.name} another")
         load_tensors(adaptor, [folder / "adaptor.safetensors"], torch.float32, "cpu", partly=True)
     return adaptor
+
+
+def settings_of(run: Run, stage: StageConfig, adaptor: Adaptor) -> dict:
+    """All that the stage's result depends on, but for the data themselves."""
+    shared = {key: getattr(run.config, key) for key in ("seed", "system", "max_tokens", "dtype")}
+    return {**asdict(stage), **shared, "adaptor's configuration": asdict(adaptor.config),
+            "base model": run.base}
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
@@ -222,9 +237,9 @@ class Log:
         self.tokens += tokens
         self.padded += sum(b.tokens.numel() for b in batches)
         per_second = self.stage.batch // self.stage.micro_batch / max(1, len(batches)) / seconds
-        memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         if run.ranks.device.type == "cuda":
-            memory_gb = torch.cuda.max_memory_allocated() / 2**30
+            memory_gb = torch.cuda.max_memory_allocated() / 1e9
         row = {
             "step": step, **values, "tokens_per_s": tokens * per_second,
             "tflops": flops * per_second / 1e12, "data_wait": wait_s / seconds,
@@ -256,7 +271,8 @@ def run_stage(run: Run, stage: StageConfig) -> None:
     set_recompute(run.model, run.config.recompute)
     state = share_out(run, stage, adaptor)
     optimizer = make_optimizer(state.masters, stage)
-    first = resume_state(folder, ranks, state, optimizer, stage, run.base)
+    settings = settings_of(run, stage, adaptor)
+    first = resume_state(folder, ranks, state, optimizer, settings)
     size = sum(p.numel() for p in adaptor.parameters())
     ranks.say(f"stage {stage.name}: {size:,} parameters, from step {first}")
     dataset = open_data(run, stage, stage.data)
@@ -284,7 +300,7 @@ def run_stage(run: Run, stage: StageConfig) -> None:
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
         if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
-            save_state(folder, ranks, state, optimizer, stage, run.base, step + 1)
+            save_state(folder, ranks, state, optimizer, settings, step + 1)
     finish_stage(run, stage, adaptor, state)
 
 
@@ -345,7 +361,7 @@ def train(config: Config, only: str | None) -> None:
         torch.set_num_threads(config.threads)
     ranks = Ranks(config.timeout_s)
     alone = lock(Path(config.out)) if ranks.rank == 0 else contextlib.nullcontext()
-    with alone, ranks:
+    with ranks, alone:
         if ranks.rank == 0:
             write_json(Path(config.out, "config.json"), asdict(config))
         for stage in config.stage:
@@ -378,7 +394,7 @@ def set_memory_use() -> None:
         os.environ.setdefault(cache, "256")
 
 
-@one_line("train.py", "the same command goes on from the last checkpoint")
+@one_line("train.py")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -405,7 +421,8 @@ def main() -> None:
         machine = Machine(args.world, args.memory_gb, args.tflops, args.utilisation)
         print(plan(read_config(args.config, args.set), machine, args.text_tokens))
         return
-    train(read_config(args.config, args.set), args.stage)
+    with one_line("train.py", "the same command goes on from the last checkpoint"):
+        train(read_config(args.config, args.set), args.stage)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ A weight without a gradient in a step has a gradient of zero, at every stage and
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -469,10 +469,3 @@ def bytes_sent(
         bytes_each = c if unit.trained else unit.weights[0].element_size()
         total += accumulation * bytes_each * unit.padded(world)
     return total * (world - 1) // world
-
-
-def bytes_gathered(stops: list[Stop], world: int, c: int = 2) -> int:
-    """The most that a rank at stage 3 holds of gathered weights: a unit and the next, in bytes."""
-    sizes = [unit.padded(world) * (c if unit.trained else unit.weights[0].element_size())
-             for unit in (stop.unit for stop in stops if stop.gather)]
-    return max(a + b for a, b in pairwise(sizes))

@@ -81,7 +81,8 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
         ("answer", ours[0]), ("answer", ours[1]), ("training", ours[0]), ("training", ours[1])]
     ratios = {row["model"]: row["times_as_fast"] for row in rows if row["against"]}
     assert ratios.keys() == {"ours, int8", "16 rows", "in one batch", "447 tokens", ours[1]}
-    assert all(row["tokens_per_s"] > 0 and row["share_of_limit"] > 0 for row in rows)
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert all((row["share_of_limit"] > 0) == (row["what"] != "mixed") for row in rows)
     assert "| decode | ours, 2 inserted |" in capsys.readouterr().out
 
 

@@ -529,6 +529,9 @@ def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
     with pytest.raises(ValueError, match="no vision tower inside"):
         convert(tmp_path / "in", tmp_path / "out")
     convert(save_hf(tmp_path / "tower", to_hf_clip(tower), HF_VISION, None), tmp_path / "clip")
+    for other, why in (("tower", "'kind' is missing"), ("in", "'kind' is missing")):
+        with pytest.raises(ValueError, match=why):  # not converted
+            convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / other)
     convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / "clip")
     meta = json.loads((tmp_path / "out" / "mm" / "config.json").read_text())
     assert meta["base"]["clip"] == load_base(tmp_path / "clip")[1]

@@ -505,9 +505,9 @@ def test_sampler_has_no_memory():
     forward = [sampler.rows(step) for step in range(300)]
     assert [sampler.rows(step) for step in reversed(range(300))] == forward[::-1]
     for step in (0, 17, 124, 125, 299):
-        assert data.batch_rows(lengths, 8, step, 3) == forward[step]
+        assert Sampler(lengths, 8, seed=3).rows(step) == forward[step]
     assert forward[:125] != forward[125:250]
-    assert data.batch_rows(lengths, 8, 0, 4) != forward[0]
+    assert Sampler(lengths, 8, seed=4).rows(0) != forward[0]
     with pytest.raises(ValueError, match="batches of 0 out of 3"):
         Sampler(np.ones(3), 0)
 
@@ -543,7 +543,6 @@ def test_batch_of_mixed_rows(chatml, tmp_path):
     assert batch.positions[2, : batch.lengths[2]].tolist() == list(range(batch.lengths[2]))
     assert (batch.segments[2, : batch.lengths[2]] == 0).all() and batch.segments.max() == 2
     assert batch.scored == sum(int((e.targets != UNSCORED).sum()) for e, _, _ in items)
-    assert batch.padding == pytest.approx(1 - batch.lengths.sum().item() / batch.tokens.numel())
     moved = batch.to("meta")
     assert moved.tokens.device.type == moved.images.device.type == "meta" and moved.skipped == []
     plain = dataset.collate([items[0], items[2]])

@@ -399,6 +399,17 @@ def test_last_only_is_the_last_token(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["a", "c", "text"])
+def test_a_prompt_in_pieces_is_causal(name):
+    """Tokens behind a filled cache see all of it and each other, without a mask being named."""
+    iaa, (tokens, _) = model(*([] if name == "text" else [name])), batch()
+    tokens = tokens % IMAGE  # no picture
+    wanted, cache = iaa(tokens, name), iaa.new_cache(2, 14, name)
+    parts = [iaa(piece, name, cache=cache) for piece in tokens.split((6, 7, 1), 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
 def test_features_may_stand_for_their_images():
     """What the tower made of the pictures gives the same bits as the pictures; it does not run."""
     iaa, (tokens, images) = model("c"), batch()

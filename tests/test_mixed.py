@@ -51,6 +51,23 @@ def test_frozen_layers_run_once_and_insertion_layers_on_their_own_rows():
     assert seen == [6, 2, 3]
 
 
+def test_last_only_spares_the_last_insertion_layers():
+    """Those after the last place compute their rows' last token alone; it comes out the same."""
+    iaa, (tokens, images) = model("b", "c"), mixed_batch()
+    names, seen = ["c", "c", "text", "b", "b", "b"], []
+    for name in ("b", "c"):
+        feed = iaa.adaptors[name].layers[-1].ffn
+        feed.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    wanted = iaa(tokens, names, images)[:, -1:]
+    torch.testing.assert_close(iaa(tokens, names, images, last_only=True), wanted)
+    assert seen == [tokens.shape[1], tokens.shape[1], tokens.shape[1], tokens.shape[1]]
+    iaa.llama.layers = iaa.llama.layers[:4]  # now the last place, 3, ends the pass
+    wanted = iaa(tokens, names, images)[:, -1:]
+    seen.clear()
+    torch.testing.assert_close(iaa(tokens, names, images, last_only=True), wanted)
+    assert seen == [1, 1]
+
+
 def test_what_does_not_fit_is_refused():
     iaa, (tokens, images) = model("c", "own_llm"), mixed_batch()
     with pytest.raises(ValueError, match="takes no image"):

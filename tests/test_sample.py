@@ -230,7 +230,7 @@ def test_chat_commands(run, picture, script, monkeypatch, capsys):
 def test_adaptors_come_and_go(run, script, monkeypatch, capsys):
     """/load makes a workflow of a folder, /drop forgets it; names and folders are looked at."""
     calls = script("fine")
-    feed(monkeypatch, f"/load more {run / 'grounding'}", "/workflow more", "hello", "/drop more",
+    feed(monkeypatch, f"/load more '{run / 'grounding'}'", "/workflow more", "hello", "/drop more",
          "hello", "/workflow more", f"/load mm {run / 'grounding'}", f"/load items {run / 'mm'}",
          f"/load other {run / 'nowhere'}", "/drop text", "/load alone", "/quit")
     sample.main(["--model", str(run)])

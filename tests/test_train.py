@@ -355,6 +355,20 @@ def test_changed_settings_do_not_resume(world, trained):
     process.wait()
     result = run(world, *arguments, "--set", "stage.steps=2000", "--set", "stage.lr=2e-3")
     assert result.returncode == 1 and "was made with another lr" in result.stderr
+    result = run(world, *arguments, "--set", "stage.steps=2000", "--set", "seed=7")
+    assert result.returncode == 1 and "was made with another seed" in result.stderr
+
+
+def test_a_stage_starts_from_none_but_its_own_kind(world, trained, tmp_path):
+    """The adaptor of another base, or with layers at other places, is refused."""
+    shutil.copytree(world / "run" / "instruct", tmp_path / "run" / "instruct")
+    path = tmp_path / "run" / "instruct" / "adaptor" / "config.json"
+    kept = json.loads(path.read_text())
+    for change, said in (({"base": {"llama": "00"}}, "another LLM"),
+                         ({"adaptor": kept["adaptor"] | {"structure": "a"}}, "has structure a")):
+        path.write_text(json.dumps(kept | change))
+        result = run(world, "--set", f"out={tmp_path}/run", "--stage", "grounding")
+        assert result.returncode == 1 and said in result.stderr, result.stderr
 
 
 def test_broken_rows_are_skipped_counted_and_named(world, tmp_path):
