@@ -157,6 +157,10 @@ def ablate(path: str, settings: list[str], names: list[str], seeds: int, questio
             for seed in range(seeds) for name in names]
     for _, config in runs:
         check_settings(config)
+        if not config.stage[-1].held_out:
+            raise ValueError(f"stage {config.stage[-1].name}: held_out is missing, for the table")
+    if runs:
+        read_questions(Path(runs[0][1].images))  # says now what is missing
     for number, (name, config) in enumerate(runs, 1):
         print(f"\nrun {number} of {len(runs)}: {name}, seed {config.seed}: "
               f"{VARIANTS[name].about}", flush=True)

@@ -27,7 +27,6 @@ from iaa import IAA
 from tokenizer import Tokenizer
 
 Column = tuple[int, int, int]  # token, segment, position
-PAD = (0, -1, 0)  # seen by no question
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ def answer_rows(
     workflow: str,
     max_tokens: int,  # of an answer
     stop: tuple[int, ...],  # ids that end an answer; not returned
+    pad_id: int,  # any but the image's
 ) -> list[list[list[int]]]:
     """The greedy answer, as token ids, of each question of each row."""
     table, open_questions = [], []  # columns of each row; (row, question, its last column)
@@ -92,13 +92,14 @@ def answer_rows(
             open_questions.append((r, q, len(columns) - 1))
         table.append(columns)
     answers = [[[] for _ in row.questions] for row in rows]
+    pad = (pad_id, -1, 0)  # seen by no question
     most = max(len(row.questions) for row in rows)
     cache = model.new_cache(len(rows), max(map(len, table)) + most * (max_tokens - 1), workflow)
     device = model.llama.embedding.weight.device
     seen = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     for _ in range(max_tokens):
         longest = max(map(len, table))
-        padded = [columns + [PAD] * (longest - len(columns)) for columns in table]
+        padded = [columns + [pad] * (longest - len(columns)) for columns in table]
         tokens, segments, positions = torch.tensor(padded, device=device).unbind(-1)  # (B, T)
         seen = torch.cat((seen, segments), 1)  # (B, S)
         x = model(tokens, workflow, images, positions, visible(segments, seen), cache)  # (B, T, D)
@@ -159,7 +160,7 @@ class Asker:
             batch = [rows.pop() for _ in rows[-fitting:]]  # the longest
             pictures = [preprocess(questions[row.indices[0]].picture(), clip) for row in batch]
             answers = answer_rows(self.model, batch, torch.stack(pictures).to(device), workflow,
-                                  max_tokens, self.tokenizer.stop_ids)
+                                  max_tokens, self.tokenizer.stop_ids, self.tokenizer.pad_id)
             for row, said in zip(batch, answers, strict=True):
                 for index, ids in zip(row.indices, said, strict=True):
                     yield index, self.tokenizer.decode(ids).strip()

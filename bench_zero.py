@@ -262,6 +262,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     add("--scored", type=int, default=20, help="of them [%(default)s]")
     add("--json", type=Path, help="write the figures here too")
     args = parser.parse_args(argv)
+    if min(*args.ranks, args.runs, args.rows, args.text, args.scored) < 1:
+        raise ValueError("--ranks, --runs, --rows, --text, --scored: 1 or more")
+    for kind, folder in (("llama", args.llm), ("clip", args.vision)):
+        frozen_config(folder, kind)  # says now what is missing
     rows = []
     print("| ranks | | ms a step | ratio | peak MB a rank | ratio |\n|--:|---|--:|--:|--:|--:|")
     for world in args.ranks:

@@ -24,7 +24,9 @@ from xml.sax.saxutils import escape
 
 from ask import Question
 from chat import IMAGE
-from data import GROUNDING_PROMPT, JsonlDataset, path_below
+from data import GROUNDING_PROMPT, ONE_LETTER, ONE_WORD, JsonlDataset, path_below
+from data_files import read_parquet
+from files import new_file
 from scoring import (
     COGNITION,
     FULL_TURN,
@@ -39,11 +41,7 @@ from scoring import (
     score_refcoco,
 )
 
-BY_WORD = "\nAnswer the question using a single word or phrase."
-BY_LETTER = {
-    "en": "\nAnswer with the option's letter from the given choices directly.",
-    "cn": "\n请直接回答选项字母。",
-}
+BY_LETTER = {"en": ONE_LETTER, "cn": "\n请直接回答选项字母。"}
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -73,7 +71,7 @@ def read_mme(data: Path, images: Path | None) -> list[Question]:
         for stem, text in asked.items():
             for number, (question, answer) in enumerate(read_pair(text), 1):
                 facts = {"subtask": subtask, "picture": stem, "expected": answer}
-                question = question.replace(YES_NO, "") + BY_WORD
+                question = question.replace(YES_NO, "") + ONE_WORD
                 found.append(Question(f"{subtask}/{stem}/{number}", question, shown[stem],
                                       facts=facts))
     return found
@@ -206,11 +204,9 @@ def write_xlsx(path: Path, table: list[list]) -> None:
         "xl/_rels/workbook.xml.rels": link("worksheet", "sheet.xml"),
         "xl/sheet.xml": f'<worksheet xmlns="{main}"><sheetData>{rows}</sheetData></worksheet>',
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+    with new_file(path) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as file:
         for name, text in parts.items():
             file.writestr(name, f'<?xml version="1.0" encoding="UTF-8"?>{text}')
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------- MMMU
@@ -235,21 +231,16 @@ def read_mmmu(data: Path, images: Path | None) -> list[Question]:
 
     Of several pictures the first is shown, as by the authors' LLaVA runner.
     """
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise ValueError("MMMU is published as parquet: "
-                         "pip install -r requirements-eval.txt") from None
     files = sorted(data.rglob("validation-*.parquet")) if data.is_dir() else [data]
     if not files:
         raise ValueError(f"{data}: no validation-*.parquet below it")
     found = []
     for path in files:
-        try:
-            rows = parquet.read_table(path, columns=[*MMMU_COLUMNS]).to_pylist()
-            found += [mmmu_question(row) for row in rows]
-        except (ArrowInvalid, SyntaxError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        for row in read_parquet(path, [*MMMU_COLUMNS]):
+            try:
+                found.append(mmmu_question(row))
+            except (SyntaxError, ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     return found
 
 
@@ -269,7 +260,7 @@ def mmmu_question(row: dict) -> Question:
         text, expected = f"{row['question']}\n\n{choices}\n{BY_LETTER['en']}", [answer]
     else:
         expected = ast.literal_eval(answer) if answer.startswith("[") else [answer]
-        options, text = None, f"{row['question']}\n{BY_WORD}"
+        options, text = None, f"{row['question']}\n{ONE_WORD}"
     facts = {"subject": subject, "discipline": DISCIPLINE_OF.get(subject, "other"),
              "options": options, "expected": [str(value) for value in expected]}
     return Question(key, text, picture, facts=facts)
@@ -296,7 +287,8 @@ def read_refcoco(data: Path, images: Path | None) -> list[Question]:
                     found.append(expression_question(row, path.stem, images))
                 except KeyError as error:
                     raise ValueError(f"{path}:{number}: {error} is missing") from None
-                except (ValueError, TypeError, AttributeError) as error:
+                except (ValueError, TypeError, AttributeError, IndexError,
+                        RecursionError) as error:
                     raise ValueError(f"{path}:{number}: {error}") from None
     return found
 

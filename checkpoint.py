@@ -40,7 +40,7 @@ def remove(checkpoint: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed runs left in a stage's folder: incomplete sets, temporary files."""
-    for found in [*folder.glob("step-*"), *folder.glob(".*.tmp")]:
+    for found in [*folder.glob("step-*"), *folder.glob(".*.tmp*")]:
         if found.is_file():
             found.unlink()
         elif not (found / MANIFEST).is_file():

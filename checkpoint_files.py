@@ -2,7 +2,8 @@
 
 A `Source` knows the names and shapes of all its tensors at once and reads rows of one when asked,
 so that converting a checkpoint of any size needs memory for one tensor. No code in a file runs:
-torch's files are opened with `weights_only`, of a TorchScript archive only the tensors are taken.
+torch's files are opened with `weights_only`; of a TorchScript archive only the tensors are taken,
+and one that would run code as it is read is refused.
 """
 
 import importlib
@@ -216,9 +217,15 @@ def open_onnx(path: Path) -> Memory:
 def open_pt(path: Path) -> Source:
     """A `.pt` file: a TorchScript archive, of which only the tensors are taken, or a state dict."""
     with reading(path), zipfile.ZipFile(path) as archive:
-        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        names = archive.namelist()
+        scripted = any(name.endswith("/constants.pkl") for name in names)
+        # To read it, torch runs the code that some classes bring to unpack themselves.
+        active = any(name.endswith("model.json") or "__setstate__" in name
+                     or "code/" in name and b"__setstate__" in archive.read(name) for name in names)
     if not scripted:
         return Files([path])
+    if active:
+        raise ValueError(f"{path}: to read it would run code that it brings along: refused")
     with reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
         return Memory(torch.jit.load(path, map_location="cpu").state_dict())

@@ -52,7 +52,7 @@ from data_sources import (
     vsr,
 )
 from demo_data import easy_vqa
-from files import one_line, read_json, replace_text, write_json
+from files import build, one_line, read_json, replace_text, write_json
 
 DATASETS = {  # command -> its reader, the reader's settings and their defaults
     "llava-pretrain": (llava_pretrain, {"folder": "llava_pretrain/"}),
@@ -88,6 +88,8 @@ PUBLISHED = {  # rows of the files that the paper's counts come from
     "ALLaVA-Instruct-VFLAN-4V": 194_254,
 }
 BLOCK = 256  # records handled at a time
+READ_IN_FOLDERS = (".json", ".p", ".parquet", ".txt", ".xml")
+OURS = (".part.json", ".report.json")  # where OUT lies among its inputs
 SAVE_SECONDS = 2.0  # between two notes of the progress
 MAX_NOT_XYXY = 1e-3  # share of the rows; a wrong format makes more
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
@@ -178,7 +180,7 @@ def half_written(out: Path, settings: dict) -> Iterator[tuple[BinaryIO, Progress
             raise ValueError(f"another process is writing {part}") from None
         progress = Progress(settings)
         if notes.exists() and part.stat().st_size:
-            progress = Progress(**read_json(notes, *asdict(progress)))
+            progress = build(Progress, read_json(notes), str(notes))
             changed = [name for name in settings if progress.settings.get(name) != settings[name]]
             if changed or part.stat().st_size < progress.bytes:
                 raise ValueError(f"{part} was begun with another {', '.join(changed) or 'file'}; "
@@ -187,7 +189,7 @@ def half_written(out: Path, settings: dict) -> Iterator[tuple[BinaryIO, Progress
         try:
             yield file, progress
         finally:
-            if not part.stat().st_size:
+            if part.exists() and not part.stat().st_size:
                 part.unlink()
                 notes.unlink(missing_ok=True)
 
@@ -259,6 +261,10 @@ def run_sources(
             progress.source, progress.items = number + 1, 0
 
 
+class NotXyxy(ValueError):
+    """The boxes of a file are of another form: what was made of it is wrong."""
+
+
 def convert(
     sources: list[Source],
     out: Path,
@@ -274,33 +280,41 @@ def convert(
 
     ValueError, `OUT.part` kept, where more than `max_faults` of the rows are not as published.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: 1 or more")
     root = root.resolve() if root else None
     rest = (out, excluded or set(), limit, root, workers)
     if dry_run:
         progress = Progress(settings)
         run_sources(sources, progress, None, *rest)
-    else:
-        with half_written(out, settings) as (file, progress):
-            run_sources(sources, progress, file, *rest)
-            note_progress(file, out, progress)
-    show_report(progress, limit)
-    faults = sum(sum(counts["faults"].values()) for counts in progress.report.values())
-    shapes = sum(counts["faults"].get(NOT_XYXY, 0) for counts in progress.report.values())
-    part = Path(f"{out}.part")
-    kept = f" ({part} is kept: a higher --max-faults accepts them)" if part.exists() else ""
-    if shapes > MAX_NOT_XYXY * progress.total("read"):
-        for path in (part, Path(f"{part}.json")):
-            path.unlink(missing_ok=True)
-        raise ValueError(f"{shapes} of {progress.total('read')} rows: {NOT_XYXY}")
-    if faults > max_faults * progress.total("read"):
-        raise ValueError(f"{faults} of {progress.total('read')} rows are not as published{kept}")
-    if not dry_run:
+        check_report(progress, limit, max_faults)
+        return progress.report
+    with half_written(out, settings) as (file, progress):
+        run_sources(sources, progress, file, *rest)
+        note_progress(file, out, progress)
+        try:
+            check_report(progress, limit, max_faults)
+        except NotXyxy:
+            file.truncate(0)  # of no use to any later run
+            raise
         if not progress.total("written"):
             raise ValueError("no row was written: is it the file that this data set has?")
         write_json(Path(f"{out}.report.json"), asdict(progress))
-        part.rename(out)
-        Path(f"{part}.json").unlink()
+        Path(file.name).rename(out)
+        Path(f"{file.name}.json").unlink()
     return progress.report
+
+
+def check_report(progress: Progress, limit: int | None, max_faults: float) -> None:
+    """Print what became of the rows. Raises ValueError where too many were not as published."""
+    show_report(progress, limit)
+    faults = sum(sum(counts["faults"].values()) for counts in progress.report.values())
+    shapes = sum(counts["faults"].get(NOT_XYXY, 0) for counts in progress.report.values())
+    if shapes > MAX_NOT_XYXY * progress.total("read"):
+        raise NotXyxy(f"{shapes} of {progress.total('read')} rows: {NOT_XYXY}")
+    if faults > max_faults * progress.total("read"):
+        raise ValueError(f"{faults} of {progress.total('read')} rows are not as published; what "
+                         "was written is kept, and a higher --max-faults accepts them")
 
 
 def show_report(progress: Progress, limit: int | None) -> None:
@@ -343,7 +357,8 @@ def chosen_rows(path: Path, rows: int, wanted: int, seed: list[int]) -> Iterator
     counts = np.full(rows, times, np.int32)
     counts[np.random.default_rng(seed).permutation(rows)[:rest]] += 1
     with open(path, "rb") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines = ((number, line) for number, line in enumerate(file, 1)
+                 if len(line) > 2 or line.strip())  # those that scan_lines counts
         for (number, line), count in zip(lines, counts, strict=True):
             for copy in range(1, count + 1):
                 try:
@@ -403,7 +418,11 @@ def stamp(path: Path) -> list:
     """What tells whether an input is still the same. FileNotFoundError where there is none."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    return [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+    files = [path] if path.is_file() else sorted(
+        file for file in path.rglob("*")
+        if file.suffix in READ_IN_FOLDERS and not file.name.endswith(OURS) and file.is_file())
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [str(path), hashlib.sha256(repr(facts).encode()).hexdigest()[:16]]
 
 
 def convert_dataset(args: argparse.Namespace) -> None:
@@ -482,8 +501,6 @@ def main() -> None:
     args = command_line().parse_args()
     gc.set_threshold(100_000)  # rows hold no cycles: the search for them took a tenth of the time
     if args.command == "easy-vqa":
-        if args.out.exists():
-            raise ValueError(f"{args.out} is there already; remove it first")
         for what, count in easy_vqa(args.out).items():
             print(f"{what}: {count}")
     elif args.command == "leakage":

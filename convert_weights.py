@@ -16,6 +16,7 @@ Files are read by checkpoint_files.py, the tables stand in weight_tables.py.
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
-from files import build, checked, new_folder, one_line, read_json
+from files import build, checked, new_folder, one_line, read_json, write_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 from tokenizer import Tokenizer, read_bytes
@@ -84,7 +85,7 @@ def make_recipe(
     *more,  # what else the class takes
 ) -> Recipe:
     """Match table, source and model. Raises ValueError for a tensor missing or of another shape."""
-    config = build(type(config), vars(config))  # a foreign setting may be of any kind
+    config = build(type(config), asdict(config))  # a foreign setting may be of any kind
     with torch.device("meta"):
         model = model_class(config, *more)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -100,7 +101,7 @@ def make_recipe(
         empty = (torch.empty(size, device="meta") for size in inputs.values())
         try:
             made = rows[target].how(config, *empty).shape
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             made = "nothing: they do not fit together"
         if made != shape:
             found = ", ".join(f"{name} {list(size)}" for name, size in inputs.items())
@@ -141,14 +142,6 @@ def hash_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     """Add one tensor's name, dtype, shape and bytes."""
     digest.update(f"{name} {CODES[tensor.dtype]} {list(tensor.shape)}\n".encode())
     digest.update(raw_bytes(tensor))
-
-
-def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of a base's tensors in the order given; its files' is that of `state_dict()`."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        hash_tensor(digest, name, tensor)
-    return digest.hexdigest()
 
 
 def write_file(
@@ -291,13 +284,21 @@ def gguf_config(source: Gguf) -> LlamaConfig:
     raise ValueError("rope_freqs.weight is neither Llama 3.1's (factor 8) nor 3.2's (factor 32)")
 
 
+def same_tensor(source: Source, one: str, other: str, slab: int = 4096) -> bool:
+    """Whether two tensors of the source are equal, some rows at a time."""
+    shape = source.shapes[one]
+    return shape == source.shapes[other] and all(
+        torch.equal(*(source.rows(name, first, min(first + slab, shape[0])).float()
+                      for name in (one, other)))
+        for first in range(0, shape[0], slab))
+
+
 def llama_recipe(source: Source, table: list[Row], config: LlamaConfig) -> Recipe:
     """A Llama's recipe. Where the head is the embedding, a copy of it is checked and dropped."""
     names = {row.target: row.sources for row in table}
     head, embedding = names["head.weight"], names["embedding.weight"]
     if config.tied and head in source.shapes:
-        a, b = (source.read(name, torch.float32) for name in (head, embedding))
-        if not torch.equal(a, b):
+        if not same_tensor(source, head, embedding):
             raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
         del source.shapes[head]
     return make_recipe(source, table, Llama, config)
@@ -409,11 +410,11 @@ def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
     raise ValueError(f"{path}: not a known format. Known: {KNOWN}")
 
 
-def tower_digest(folder: Path) -> str:
-    """SHA-256 of a converted vision tower. Raises ValueError where it is none."""
-    meta = read_json(folder / "config.json", kind=str, sha256=str)
-    if meta["kind"] != "clip":
-        raise ValueError(f"{folder}: kind is {meta['kind']!r}, not clip")
+def tower_digest(folder: Path, width: int) -> str:
+    """SHA-256 of a converted vision tower. Raises ValueError where it is none of that width."""
+    meta = read_json(folder / "config.json", kind=str, sha256=str, config=dict)
+    if meta["kind"] != "clip" or meta["config"].get("width") != width:
+        raise ValueError(f"{folder} is no vision tower of width {width}, which the adaptor takes")
     return meta["sha256"]
 
 
@@ -428,13 +429,16 @@ def convert(
         raise FileExistsError(f"{out}: already there; remove it first")
     try:
         source, parts, tokenizer = open_checkpoint(path, image_px)
-    except (TypeError, AttributeError) as error:  # such as null for a size
+    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:  # as null for a size
         raise ValueError(f"{path}: a setting has a value of another kind ({error})") from None
     check_all_used(source, parts.values())
-    base = {"clip": tower_digest(clip)} if clip else {}
-    if "mm" in parts and "clip" not in {**parts, **base}:
-        raise ValueError(f"{path}: no vision tower inside; "
-                         "convert CLIP ViT-L/14-336 first and give it by --clip")
+    base = {}
+    adaptors = [n for n, recipe in parts.items() if isinstance(recipe.config, AdaptorConfig)]
+    if adaptors and "clip" not in parts:
+        if clip is None:
+            raise ValueError(f"{path}: no vision tower inside; "
+                             "convert CLIP ViT-L/14-336 first and give it by --clip")
+        base = {"clip": tower_digest(clip, parts["mm"].shapes["projector.up.weight"][1])}
     with new_folder(out) as new:
         for name, recipe in parts.items():
             kind = dtype or ("fp32" if isinstance(recipe.config, ClipConfig) else "bf16")
@@ -443,6 +447,11 @@ def convert(
                 tokenizer.save(new / name)
             size = sum(map(prod, recipe.shapes.values())) / 1e6
             print(f"{out / name}: {len(recipe.shapes)} tensors, {size:.1f} M parameters in {kind}")
+        if adaptors:  # a whole model, for sample.py
+            vision = "clip" if "clip" in parts else os.path.relpath(clip.resolve(), out.resolve())
+            write_json(new / "iaa.json", {
+                "llm": "llama", "vision": vision, "image_token": tokenizer.image_id,
+                "adaptors": {name: name for name in adaptors}})
 
 
 def main() -> None:

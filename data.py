@@ -25,6 +25,8 @@ from chat import IMAGE, exchange, opening, render, template_of
 from tokenizer import Tokenizer
 
 UNSCORED = -100
+ONE_WORD = "\nAnswer the question using a single word or phrase."
+ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (
     "Please provide the bounding box coordinate of the region this sentence describes: {}"
 )

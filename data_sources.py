@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from chat import IMAGE
-from data import GROUNDING_PROMPT, boxes_to_text
+from data import GROUNDING_PROMPT, ONE_LETTER, ONE_WORD, boxes_to_text
 from data_files import is_box, is_whole, read_parquet, stream_json
+from files import new_file
 
-ONE_WORD = "\nAnswer the question using a single word or phrase."
-ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 SPEAKERS = ("human", "gpt")
 NOT_XYXY = "a box is not x1, y1, x2, y2: is it x, y, width, height?"
 SNIFFED = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"RIFF": "webp"}
@@ -72,7 +71,7 @@ def grounding_row(
     if not boxes:
         raise Drop("there is no box")
     for box in boxes:
-        if not (is_box(box) and box[0] < box[2] and box[1] < box[3]):
+        if not (is_box(box) and box[0] <= box[2] and box[1] <= box[3]):
             raise Drop(NOT_XYXY)
         clipped = [min(max(v, 0), limit)
                    for v, limit in zip(box, (width, height) * 2, strict=True)]
@@ -199,9 +198,8 @@ def save_picture(root: Path, name: str, content) -> str:
         raise Drop("another picture has this one's name already")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with new_file(path) as new:
+            new.write_bytes(content)
     return f"{name}.{suffix}"
 
 

@@ -12,13 +12,14 @@ Letters: N images, S image side in pixels, P patches, D width.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from files import new_file
 
 
 class Features:
@@ -43,9 +44,8 @@ class Features:
             path = self.path(pixels)
             if load(path) is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                save_file({"features": made.contiguous()}, temporary)
-                temporary.replace(path)  # no fsync: what a power cut breaks is made again
+                with new_file(path) as new:  # no fsync: what a power cut breaks is made again
+                    save_file({"features": made.contiguous()}, new)
 
 
 def load(path: Path) -> Tensor | None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import sys
 import types
@@ -81,7 +82,7 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
@@ -109,7 +110,7 @@ def checked(where: str, value, kind):
             return origin(checked(f"{where}[{n}]", v, inner[0]) for n, v in enumerate(value))
         if type(value) is option or option is object:
             return value
-        if option is float and type(value) is int:
+        if option is float and type(value) is int and abs(value) < 2**53:
             return float(value)
     wanted = kind.__name__ if isinstance(kind, type) else kind
     raise ValueError(f"{where} = {value!r}: expected {wanted}")
@@ -135,17 +136,27 @@ def build(kind, values: dict, where: str = ""):
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file, or replace it, in one step: the old one stays where that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place once the block ends, and is removed on failure.
+
+    Its name is unlike any other's: several processes, on several machines, may write one `path`.
+    """
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
-        with writing(path):
-            temporary.write_text(text)
-            flush(temporary)
-            temporary.replace(path)
-            flush(path.parent)
+        yield temporary
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, or replace it, in one step: the old one stays where that fails."""
+    with writing(path):
+        with new_file(path) as new:
+            new.write_text(text)
+            flush(new)
+        flush(path.parent)
 
 
 def write_json(path: Path, value: dict) -> None:

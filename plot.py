@@ -10,11 +10,10 @@ prints how long each stage took.
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
-from files import one_line
+from files import new_file, one_line
 
 COLOURS = ("#4477aa", "#228833", "#aa3377", "#cc6622")  # a stage each, then again from the first
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
@@ -114,13 +113,9 @@ def draw(stages: list[tuple[str, list[dict]]], title: str, path: Path) -> None:
         names = ["each step", "smoothed", "held out"]
         figure.legend(handles, names, loc="upper right", ncols=3, frameon=False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-        try:
-            figure.savefig(temporary, dpi=130)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            pyplot.close(figure)
+        with new_file(path) as new:
+            figure.savefig(new, dpi=130)
+        pyplot.close(figure)
 
 
 @one_line("plot.py")

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from clip import open_image
 from data import GROUNDING_PROMPT, Box
 from dialogue import Chat
-from files import one_line
+from files import new_file, one_line
 from iaa import DTYPES
 
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
@@ -42,12 +42,8 @@ def draw_boxes(image: Image.Image, boxes: list[Box], path: Path) -> None:
         x1, y1, x2, y2 = (round(v * scale) for v in box)
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))  # Pillow draws the last pixel too
         pen.rectangle(corners, outline=COLOURS[number % len(COLOURS)], width=line)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        picture.save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as new:
+        picture.save(new)
 
 
 def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool = False) -> None:

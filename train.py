@@ -204,12 +204,11 @@ def micro_batches(stage: StageConfig, sampler: Sampler, ranks: Ranks, first: int
 
 def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
-    config, clip, context = run.config, run.model.clip.config, run.model.llama.config.context
-    if config.max_tokens > context:
-        raise ValueError(f"max_tokens = {config.max_tokens}: the LLM's context is {context}")
+    config, clip = run.config, run.model.clip.config
+    longest = min(config.max_tokens, run.model.llama.config.context)
     return JsonlDataset(
         files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-        stage.template or None, config.system, config.max_tokens, clip.aspect == "pad",
+        stage.template or None, config.system, longest, clip.aspect == "pad",
         None if run.features is None else run.features.read)
 
 
@@ -418,6 +417,8 @@ def main() -> None:
     args = parser.parse_args()
     set_memory_use()
     if args.plan:
+        if args.text_tokens is not None and args.text_tokens < 2:
+            raise ValueError(f"--text-tokens {args.text_tokens}: 2 or more, one of them scored")
         machine = Machine(args.world, args.memory_gb, args.tflops, args.utilisation)
         print(plan(read_config(args.config, args.set), machine, args.text_tokens))
         return

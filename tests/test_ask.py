@@ -60,9 +60,9 @@ def test_an_answer_that_ends_leaves_the_others_alone(asker, pictures):
     questions = [Question(str(n), text, pictures[0]) for n, text in enumerate(("x", "yes?", "zz"))]
     row, = asker.rows(questions, "mm", 10)
     images = preprocess(questions[0].picture(), asker.model.clip.config)[None]
-    free, = answer_rows(asker.model, [row], images, "mm", 10, ())
+    free, = answer_rows(asker.model, [row], images, "mm", 10, (), 0)
     stop = free[0][4]
-    cut, = answer_rows(asker.model, [row], images, "mm", 10, (stop,))
+    cut, = answer_rows(asker.model, [row], images, "mm", 10, (stop,), 0)
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
     assert cut == expected and sorted(map(len, free)) == [10, 10, 10] and len(cut[0]) <= 4
 
