@@ -420,7 +420,8 @@ def stamp(path: Path) -> list:
         raise FileNotFoundError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted(
         file for file in path.rglob("*")
-        if file.suffix in READ_IN_FOLDERS and not file.name.endswith(OURS) and file.is_file())
+        if file.suffix in READ_IN_FOLDERS and file.is_file()
+        and not file.name.startswith(".") and not file.name.endswith(OURS))
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [str(path), hashlib.sha256(repr(facts).encode()).hexdigest()[:16]]
 

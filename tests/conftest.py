@@ -1,6 +1,7 @@
-"""What the tests share: the path, one thread, and a tiny model of each kind."""
+"""What the tests share: the path, one thread, no GPU, and a tiny model of each kind."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,12 @@ from clip import Clip
 from files import new_folder
 from llama import Llama, LlamaConfig
 from tokenizer import Tokenizer
+
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # a launcher's: the tests start their own ranks
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -91,3 +91,17 @@ def test_clear_errors(asker, pictures):
         next(asker.ask([Question("q7", "?", pictures[2][:40])], "mm", 4))
     with pytest.raises(ValueError, match="question q8: .* exceed the context of 400"):
         next(asker.ask([Question("q8", "long" * 100, pictures[0])], "mm", 4))
+
+
+def test_pads_change_nothing(asker, pictures):
+    """Whatever token fills the shorter row; but the image's is refused, not taken for a picture."""
+    questions = [Question("0", "a", pictures[0]), Question("1", "where is it?", pictures[1])]
+    rows, clip = asker.rows(questions, "mm", 6), asker.model.clip.config
+    images = torch.stack([preprocess(questions[r.indices[0]].picture(), clip) for r in rows])
+
+    def answers(pad):
+        return answer_rows(asker.model, rows, images, "mm", 6, (), pad)
+
+    assert len(rows[0]) < len(rows[1]) and answers(0) == answers(65) == answers(257)
+    with pytest.raises(ValueError, match="image placeholders for 2 images"):
+        answers(asker.tokenizer.image_id)

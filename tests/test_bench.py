@@ -67,6 +67,8 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_limits", lambda *_: limits)
     # without peers, which take minutes
     monkeypatch.setattr(bench_cases.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(bench_cases, "set_memory_use", lambda: None)
+    monkeypatch.setattr(bench_cases, "NEW", 8)
     path = tmp_path / "bench.json"
     bench.main([*bases(tmp_path), "--runs", "1", "--inserted", "2", "--dtype", "fp32",
                 "--no-memory", "--threads", "1", "--json", str(path)])
@@ -77,13 +79,32 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
         ("decode", "ours, fp32"), ("decode", "ours, int8"),
         ("batch", "1 row"), ("batch", "16 rows"),
         ("mixed", "3 workflows apart"), ("mixed", "in one batch"),
-        ("length", "400 tokens"), ("length", "447 tokens"),  # of a context of 512, 64 are new
+        ("length", "400 tokens"), ("length", "503 tokens"),  # of a context of 512, 8 are new
         ("answer", ours[0]), ("answer", ours[1]), ("training", ours[0]), ("training", ours[1])]
     ratios = {row["model"]: row["times_as_fast"] for row in rows if row["against"]}
-    assert ratios.keys() == {"ours, int8", "16 rows", "in one batch", "447 tokens", ours[1]}
+    assert ratios.keys() == {"ours, int8", "16 rows", "in one batch", "503 tokens", ours[1]}
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert all((row["share_of_limit"] > 0) == (row["what"] != "mixed") for row in rows)
     assert "| decode | ours, 2 inserted |" in capsys.readouterr().out
+
+
+def test_least_seconds_are_the_counts(tmp_path):
+    """Weights by their form, the cache never below the run's dtype, 64 steps at mid-answer."""
+    options = ["--dtype", "bf16", "--inserted", "2", "--device", "cpu"]
+    run = bench.Bench(bench.arguments([*bases(tmp_path), *options]))
+    c, limits = run.config, {"matrix product, TFLOP/s": 1e-12, "memory, GB/s": 1e-9}
+
+    def least(kind, name):
+        return pytest.approx(run.least_seconds(kind, name, limits))
+
+    weights, cache = costs.decode_bytes(c, 3, 0, 1), 2 * 3 * 2 * 10 * (320 + 32)  # L 3, K 2, E 10
+    assert 64 * (2 * weights + 2 * cache) == least("decode", "ours")
+    assert 64 * (4 * weights + 4 * cache) == least("decode", "ours, fp32")
+    assert 64 * (weights + 2 * cache) == least("decode", "ours, int8")
+    assert 64 * (2 * weights + 2 * 16 * cache) == least("batch", "16 rows")
+    assert costs.forward_flops(c, 5, 1, 320, 1) == least("prefill", "ours, 2 inserted")
+    assert costs.training_flops(c, 0, 8, 342, 160) == least("training", "ours")
+    assert run.least_seconds("mixed", "in one batch", limits) == 0
 
 
 def test_peer_computes_the_same(tmp_path):

@@ -1,12 +1,19 @@
 """bench_zero.py on tiny models: every variant trains the same model, and every figure is there."""
 
+from functools import partial
+
 import pytest
+import torch
+from processes import server
 
 from bench_zero import main
 
 
-def test_all_variants_compute_the_same_loss():
+def test_all_variants_compute_the_same_loss(monkeypatch):
     """ZeRO's stages, DDP and FSDP2 on 2 ranks: losses of four steps alike, all figures positive."""
+    server()  # its processes have torch imported
+    monkeypatch.setattr("bench_zero.multiprocessing.spawn",
+                        partial(torch.multiprocessing.start_processes, start_method="forkserver"))
     rows = main(["--llm", "tiny", "--vision", "tiny", "--inserted", "2", "--ranks", "2",
                  "--runs", "2", "--rows", "2", "--dtype", "fp32", "--text", "30"])
     names = ["ZeRO-0", "DDP", "ZeRO-1", "DDP", "ZeRO-2", "DDP", "ZeRO-3", "FSDP2",

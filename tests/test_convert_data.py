@@ -516,7 +516,47 @@ def test_boxes_that_are_xywh_stop_the_run(tmp_path, fails):
     said = fails("own", write(tmp_path / "own.jsonl", text), tmp_path / "out.jsonl",
                  "--max-faults", 1)
     assert "1 of 2 rows" in said and "is it x, y, width, height?" in said
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]  # nothing to resume
+
+
+def test_one_odd_box_in_a_thousand_is_let_pass():
+    """More are a wrong format, whatever --max-faults says; other faults keep what was written."""
+    counts = {"read": 2000, "written": 1990, "dropped": {}, "notes": {},
+              "faults": {data_sources.NOT_XYXY: 2}}
+    progress = convert_data.Progress({}, report={"s": counts})
+    convert_data.check_report(progress, None, 0.01)
+    counts["faults"]["other"] = 19
+    with pytest.raises(ValueError, match="21 of 2000 rows are not as published") as error:
+        convert_data.check_report(progress, None, 0.01)
+    assert type(error.value) is ValueError
+    counts["faults"][data_sources.NOT_XYXY] = 3
+    with pytest.raises(convert_data.NotXyxy, match="3 of 2000 rows: "):
+        convert_data.check_report(progress, None, 1)
+
+
+def test_the_stamp_of_a_folder(tmp_path):
+    """Sizes and times of what is read; not our own files, nor what a killed run left of them."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    first = write(folder / "a.json", [1])
+    before = convert_data.stamp(folder)
+    for name in ("out.jsonl.part.json", "out.jsonl.report.json", "out.jsonl", "b.jpg",
+                 ".out.jsonl.part.0123.tmp.json"):
+        write(folder / name, "x")
+    assert convert_data.stamp(folder) == before
+    os.utime(first, ns=(0, 0))
+    touched = convert_data.stamp(folder)
+    write(folder / "sub" / "c.xml", "x")
+    assert len({before[1], touched[1], convert_data.stamp(folder)[1]}) == 3
+    with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
+        convert_data.stamp(tmp_path / "none")
+
+
+def test_a_changed_input_is_not_resumed(tmp_path, fails):
+    source, out = write(tmp_path / "m.json", MIX), tmp_path / "out.jsonl"
+    assert "what was written is kept" in fails("llava-mix665k", source, out)
+    write(source, MIX + MIX[:1])
+    assert "begun with another inputs" in fails("llava-mix665k", source, out)
 
 
 def test_coco_boxes_that_are_xyxy_stop_the_run(tmp_path, fails):
@@ -617,9 +657,11 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, run, fails, monkeypat
 
         child = os.fork()
         if not child:
-            monkeypatch.setattr(convert_data, "judge", judge_until)
-            run("llava-mix665k", source, out)
-            os._exit(0)
+            try:
+                monkeypatch.setattr(convert_data, "judge", judge_until)
+                run("llava-mix665k", source, out)
+            finally:
+                os._exit(0)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         noted = json.loads(Path(f"{out}.part.json").read_text())
         assert 0 < noted["bytes"] <= Path(f"{out}.part").stat().st_size and not out.exists()

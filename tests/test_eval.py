@@ -1,15 +1,16 @@
 """eval.py: answers are saved as they come, resumed, spread over ranks and scored again alone."""
 
+import contextlib
+import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import processes
 
 import eval as evaluation
 from ask import Asker, Question
@@ -122,15 +123,21 @@ def test_a_killed_run_goes_on(world, monkeypatch, capsys):
     assert len(seen) == 8  # nothing is left to ask
 
 
+def as_rank(*arguments) -> tuple[str, str]:
+    """eval.py on a rank: what it prints, and what it says on stderr."""
+    sys.argv, out, err = ["eval.py", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        evaluation.main()
+    return out.getvalue(), err.getvalue()
+
+
 def test_two_ranks_share_the_work(world, monkeypatch):
-    """torchrun on two processes: the answers of one, in two files; one score."""
+    """On two processes: the answers of one, in two files; one score."""
     go(monkeypatch, *easy(world, "--out", world / "whole"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--master_port", "29631", ROOT / "eval.py", *easy(world)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("grounding, IoU 0.5") == 1 and "on rank 0 of 2" in done.stderr
+    with processes(2, as_rank, *easy(world)) as (_, result):
+        said = dict(result(60) for _ in range(2))
+    assert "grounding, IoU 0.5" in said[0][0] and said[1][0] == ""
+    assert "on rank 0 of 2" in said[0][1] and "on rank" not in said[1][1]
     files = sorted((world / "out").glob("answers-*.jsonl"))
     assert len(files) == 2 and all(len(file.read_text().splitlines()) >= 4 for file in files)
     assert answers(world / "out") == answers(world / "whole")

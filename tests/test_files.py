@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from files import build, checked, new_folder, read_json, replace_text
+from files import build, checked, new_file, new_folder, one_line, read_json, replace_text
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,29 @@ def test_a_failed_write_names_its_target_and_leaves_the_old_one(tmp_path, monkey
           new_folder(tmp_path / "folder") as new):
         (new / "y").write_text("new")
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_new_files_do_not_meet(tmp_path):
+    """Two writers of one path have a file each, of its kind; a stop leaves what was there."""
+    path = tmp_path / "x.json"
+    with new_file(path) as one, new_file(path) as two:
+        assert one != two and one.suffix == ".json" and one.name.startswith(".")
+        one.write_text("one"), two.write_text("two")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), new_file(path) as new:
+        new.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one" and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(("error", "stopped", "said"), [
+    (ValueError("bad"), "", "x.py: bad"), (OSError("gone"), "", "x.py: gone"),
+    (SafetensorError("cut"), "", "x.py: cut"), (KeyboardInterrupt(), "", "\nx.py: stopped"),
+    (KeyboardInterrupt(), "go on", "\nx.py: stopped; go on")])
+def test_a_command_ends_in_one_line(error, stopped, said):
+    """What a user can cause; an error of ours keeps its traceback."""
+    with pytest.raises(SystemExit) as end, one_line("x.py", stopped):
+        raise error
+    assert end.value.code == said
+    with pytest.raises(ZeroDivisionError), one_line("x.py"):
+        raise ZeroDivisionError

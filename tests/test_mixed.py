@@ -59,12 +59,14 @@ def test_last_only_spares_the_last_insertion_layers():
         feed = iaa.adaptors[name].layers[-1].ffn
         feed.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     wanted = iaa(tokens, names, images)[:, -1:]
-    torch.testing.assert_close(iaa(tokens, names, images, last_only=True), wanted)
+    got = iaa(tokens, names, images, last_only=True)
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-4)
     assert seen == [tokens.shape[1], tokens.shape[1], tokens.shape[1], tokens.shape[1]]
     iaa.llama.layers = iaa.llama.layers[:4]  # now the last place, 3, ends the pass
     wanted = iaa(tokens, names, images)[:, -1:]
     seen.clear()
-    torch.testing.assert_close(iaa(tokens, names, images, last_only=True), wanted)
+    got = iaa(tokens, names, images, last_only=True)
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-4)
     assert seen == [1, 1]
 
 

@@ -45,7 +45,10 @@ def test_every_matrix_is_exchanged():
 @pytest.mark.parametrize("workflow", ["text", "mm"])
 def test_packed_equals_plain(workflow, dtype):
     """The same logits, to the rounding of the dtype."""
-    wanted, got = logits(model(dtype), workflow), logits(model(dtype, True), workflow)
+    packed = model(dtype, True)
+    if not any(isinstance(m, PackedLinear) for m in packed.modules()):
+        pytest.skip(f"oneDNN has no kernels in {dtype} on this processor: nothing is packed")
+    wanted, got = logits(model(dtype), workflow), logits(packed, workflow)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03 * float(wanted.abs().max())
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=1e-5)
 
@@ -61,11 +64,21 @@ def test_text_is_the_packed_llm_alone_bit_for_bit(dtype):
     assert torch.equal(logits(iaa, "text"), wanted)
 
 
-@each_dtype
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_batch_answers_as_one_by_one(dtype, int8):
+def test_a_batch_in_bf16(int8):
+    """Rows together and alone, to bf16's rounding: its likeliest tokens may tie."""
+    iaa, tokens = model(torch.bfloat16, True, int8), torch.arange(27).view(3, 9)
+    with torch.inference_mode():
+        together = iaa.logits(iaa(tokens, "mm"), "mm").float()
+        alone = [iaa.logits(iaa(row[None], "mm"), "mm").float() for row in tokens]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0,
+                               atol=0.03 * float(together.abs().max()))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_batch_answers_as_one_by_one(int8):
     """Prompts of different lengths, 8 tokens."""
-    iaa, prompts = model(dtype, True, int8), [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
+    iaa, prompts = model(torch.float32, True, int8), [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
     alone = [generate(iaa, [prompt], None, "mm", 8)[0] for prompt in prompts]
     assert generate(iaa, prompts, None, "mm", 8) == alone
 

@@ -133,11 +133,14 @@ def test_the_tower_runs_once_a_picture(run, picture):
     assert len(seen) == 2
 
 
-def test_int8_answers(run, picture, capsys):
-    """`--quantize int8` gives an answer of as many tokens as wanted."""
+def test_int8_answers(run, picture, capsys, monkeypatch):
+    """`--quantize int8` stores the matrices so, and answers."""
+    loaded, pack = [], dialogue.pack
+    monkeypatch.setattr("dialogue.pack", lambda *given: loaded.append(given[0]) or pack(*given))
     sample.main(["--model", str(run), "--image", str(picture), "--prompt", "what?", "--json",
                  "--quantize", "int8", "--max-tokens", "4", "--temperature", "2"])
-    assert 0 <= json.loads(capsys.readouterr().out)["tokens"] <= 4
+    assert json.loads(capsys.readouterr().out)["tokens"] <= 4
+    assert any(type(m).__name__ == "Int8Linear" for m in loaded[0].llama.modules())
 
 
 def test_a_start_builds_nothing_at_random(run):

@@ -319,6 +319,7 @@ def test_sets_without_a_manifest_are_ignored(tmp_path):
     left.mkdir()
     (left / "rank-0-of-2.safetensors").write_bytes(b"cut short")
     (tmp_path / ".adaptor.123.tmp").mkdir()
+    (tmp_path / ".log.0123.tmp.jsonl").touch()  # of replace_text
     resumed(Ranks(60), str(tmp_path), 0, 2, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]
     (tmp_path / "step-000004" / "rank-0-of-1.safetensors").unlink()
