@@ -1,6 +1,7 @@
 """llama.py: parity with transformers (golden files), causality, cache, masks, errors."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from files import build
 from llama import (
     SIZES,
     FeedForward,
@@ -219,7 +221,7 @@ def test_impossible_sizes_raise(change, message):
 
 def test_config_survives_json():
     """asdict and back, as a config.json does it, gives an equal config."""
-    assert LlamaConfig(**dataclasses.asdict(SCALED)) == SCALED
+    assert build(LlamaConfig, json.loads(json.dumps(dataclasses.asdict(SCALED)))) == SCALED
 
 
 def test_rope_frequencies_literal():
