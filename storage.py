@@ -81,6 +81,18 @@ def save_adaptor(
     (folder / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
+def read_meta(folder: Path, base: dict[str, str]) -> dict:
+    """An adaptor's config.json. Raises ValueError where it was trained on another base."""
+    meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
+                     prompt=dict[str, str | None])
+    for part, digest in base.items():
+        trained = meta["base"].get(part, "unknown")
+        if trained != digest:
+            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
+                             f"this {part} is {digest[:16]}...")
+    return meta
+
+
 def load_adaptor(
     folder: str | Path,
     llama: LlamaConfig,
@@ -91,13 +103,7 @@ def load_adaptor(
 ) -> tuple[Adaptor, dict]:
     """An adaptor and its config.json. Raises ValueError where it was trained on another base."""
     folder = Path(folder)
-    path = folder / "config.json"
-    meta = read_json(path, adaptor=AdaptorConfig, base=dict[str, str], prompt=dict[str, str | None])
-    for part, digest in base.items():
-        trained = meta["base"].get(part, "unknown")
-        if trained != digest:
-            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
-                             f"this {part} is {digest[:16]}...")
+    meta = read_meta(folder, base)
     with torch.device("meta"):
         adaptor = Adaptor(meta["adaptor"], llama, vision_width)
     load_tensors(adaptor, [folder / "adaptor.safetensors"], dtype, device)

@@ -36,13 +36,13 @@ from clip import preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import lock, new_folder, one_line, read_json, replace_text, write_json, writing
-from iaa import DTYPES, IAA, Adaptor, AdaptorConfig
+from files import lock, new_folder, one_line, replace_text, write_json, writing
+from iaa import DTYPES, IAA, Adaptor
 from llama import set_recompute
 from parts import parts
 from plan import Machine, plan, step_flops
 from ranks import Ranks
-from storage import load_base, load_tensors, save_adaptor
+from storage import load_base, load_tensors, read_meta, save_adaptor
 from tokenizer import Tokenizer
 from zero import Replicated, Sharded
 
@@ -104,10 +104,7 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
         if not folder.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source!r}, "
                              f"which is not finished in {run.config.out}")
-        meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str])
-        was = meta["adaptor"]
-        if meta["base"] != run.base:
-            raise ValueError(f"{folder} was trained on another LLM or vision tower")
+        was = read_meta(folder, run.base)["adaptor"]
         if was.insertion and (was.insertion, was.structure) != (
                 settings.insertion, settings.structure):
             raise ValueError(f"{folder} has structure {was.structure} after layers "

@@ -419,7 +419,7 @@ def test_a_stage_starts_from_none_but_its_own_kind(world, trained, fails, tmp_pa
     shutil.copytree(world / "run" / "instruct", tmp_path / "run" / "instruct")
     path = tmp_path / "run" / "instruct" / "adaptor" / "config.json"
     kept = json.loads(path.read_text())
-    for change, said in (({"base": {"llama": "00"}}, "another LLM"),
+    for change, said in (({"base": {"llama": "00"}}, "was trained on llama 00..."),
                          ({"adaptor": kept["adaptor"] | {"structure": "a"}}, "has structure a"),
                          ({"adaptor": kept["adaptor"] | {"insertion": [0, 1]}}, "layers [0, 1]")):
         path.write_text(json.dumps(kept | change))
