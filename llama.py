@@ -176,8 +176,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.reshape(batch, k.shape[1], -1, size)  # (B, K, G, E)
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, 1, size)
     causal = mask is None
+    if q.is_cuda and not causal:  # the fused kernel that takes a mask knows no groups
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
+        return F.scaled_dot_product_attention(q, k, v, mask)
     if q.is_cuda or (causal and not torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return attend_on_cpu(q, k, v, mask)
 
 

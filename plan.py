@@ -11,13 +11,14 @@ input of a product, only what its nonlinear steps must remember:
 
     two norms, in fp32       8D + 8              and 4cD where trained: input and output of weights
     attention, by GPU kernel c(3H + 3K)E + 4H    q, k; v, as a view of all three; output; logsumexp
+                                                 (of causal rows; a mask repeats k and v to H heads)
     attention, on a CPU      c(3HE + HT)         q, k, v repeated to H heads; T probabilities
                                                  (cHE more where trained)
     feed-forward             3cF                 gate and up, silu(gate); cF more where trained
     with `recompute`         cD instead          its input; one layer at a time holds all of this
 
 At stage 0 trained layers add the copies of their weights in `dtype`, and the head 4V + 4D for each
-scored token, which grows to 12V while the loss's gradient is made.
+scored token, which grows to 12V while the loss's gradient is made; of 1024 tokens at most.
 
 A pass is fullest at the end of its forward half or at some stop of its backward half, when some
 gradients are there and some activations still are: `fullest` looks at every stop.
@@ -36,14 +37,14 @@ from pathlib import Path
 import torch
 
 import clip
-import files
 import llama
 from clip import Clip, ClipConfig
 from config import DTYPES, Config, StageConfig, adaptor_config
 from data import UNSCORED, JsonlDataset, RowError, encode_row
-from iaa import IAA, Adaptor
+from iaa import IAA, LOSS_ROWS, Adaptor
 from llama import DecoderLayer, Llama, LlamaConfig
 from parts import Part, parts
+from storage import read_base
 from tokenizer import Tokenizer
 from zero import MASTER, Unit, bytes_held, bytes_sent, timetable
 
@@ -85,10 +86,10 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
     """
     module, config = (llama, LlamaConfig) if kind == "llama" else (clip, ClipConfig)
     if Path(folder).is_dir():
-        meta = files.read_json(Path(folder, "config.json"), "kind", "config")
-        if meta["kind"] != kind:
-            raise ValueError(f"{folder}/config.json: kind is {meta['kind']!r}, not {kind!r}")
-        return files.build(config, meta["config"], f"{folder}/config.json: config")
+        found, _ = read_base(folder)
+        if not isinstance(found, config):
+            raise ValueError(f"{folder} is of a {type(found).__name__}, not a {config.__name__}")
+        return found
     path = folder.lower().replace("/", "-")
     fitting = [name for name in module.SIZES if path.endswith(name.lower().replace("/", "-"))]
     if not fitting:
@@ -188,6 +189,16 @@ class Step:
         """Micro-batches of the rank that has most."""
         return math.ceil(self.stage.batch / self.stage.micro_batch / self.machine.world)
 
+    @property
+    def scored(self) -> int:
+        """Scored positions of a micro-batch."""
+        return self.stage.micro_batch * self.rows.scored
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether logits come in pieces, each made again in the backward pass."""
+        return self.scored > LOSS_ROWS
+
     @cached_property
     def parts(self) -> list[Part]:
         """In the order of the forward pass."""
@@ -217,8 +228,9 @@ class Step:
                 pixels = (1 + vision.patches) * vision.width
                 kept = c * micro * (pixels + 2 * vision.patches * sizes.width) + copies
             elif part is self.parts[-1]:
-                kept = MASTER * (sizes.vocab_size + sizes.width + 1) + trained * 2 * c * sizes.width
-                kept = kept * micro * self.rows.scored + copies
+                kept = self.scored * (MASTER * (sizes.width + 1) + trained * 2 * c * sizes.width)
+                kept += 0 if self.in_pieces else MASTER * self.scored * sizes.vocab_size
+                kept += copies
             found.append(kept)
         return found, again
 
@@ -248,7 +260,8 @@ class Step:
                  for u in units if u.trained}
         gradients = self.held()["gradients"] - (sum(final.values()) if growing else 0)
         flying = 0  # sent and received, at the last stop that reduced
-        logits = self.stage.micro_batch * self.rows.scored * self.model.llama.config.vocab_size
+        logits = min(self.scored, LOSS_ROWS) * self.model.llama.config.vocab_size
+        logits *= LOSS if self.in_pieces else LOSS - MASTER
         for number, stop in enumerate(stops[turn:], turn):
             unit, i = stop.unit, place[id(stop.part.first)]
             near = dict.fromkeys(s.unit for s in stops[number : number + 2] if s.gather)
@@ -256,7 +269,7 @@ class Step:
             if len(near) > 1 and not self.machine.gpu:  # gloo receives into a buffer of its own
                 gathered += c * list(near)[1].padded(world)
             if number == turn:
-                yield {"activations": until[-1] + (LOSS - MASTER) * logits, "gathered": gathered,
+                yield {"activations": until[-1] + logits, "gathered": gathered,
                        "gradients": gradients}
             own = (MASTER if zero == 0 else c) * unit.numel if unit.trained else 0
             layer = again if isinstance(stop.part.first, DecoderLayer) else 0
@@ -268,7 +281,8 @@ class Step:
                 freed = 0 if not stop.gather else c * unit.padded(world)
                 yield {"activations": until[i], "gathered": gathered - freed,
                        "gradients": gradients + own + copy}
-                flying = flat + (flat // world if self.machine.gpu else flat)
+                shard = flat // world  # received: its sum (NCCL), or the others' pieces (gloo)
+                flying = flat + (shard if self.machine.gpu else flat - shard)
             if stop.reduce and growing:
                 gradients += final[unit]
 
@@ -287,8 +301,9 @@ class Step:
         stage, machine = self.stage, self.machine
         flops = step_flops(self.model, stage.adaptor, stage.batch, self.rows.tokens,
                            stage.batch * self.rows.scored, self.config.recompute)
-        rate = machine.world * machine.tflops * 1e12 * machine.utilisation
-        return flops, stage.steps * flops / rate / 3600
+        share = self.rounds * stage.micro_batch / stage.batch  # of the rank that has most
+        rate = machine.tflops * 1e12 * machine.utilisation
+        return flops, stage.steps * share * flops / rate / 3600
 
 
 def sample_rows(config: Config, stage: StageConfig, patches: int, text: int | None) -> Rows:

@@ -114,19 +114,17 @@ class Unit:
                 yield (weight, slice(low - start, high - start),
                        slice(low - self.first, high - self.first))
 
-    def send(self) -> int:
-        """Start filling the buffer from all ranks' shards; the bytes that this rank sends."""
+    def send(self) -> None:
+        """Start filling the buffer from all ranks' shards."""
         self.source = self.shard.detach().to(self.flat.dtype)  # kept until it has arrived
         self.work = dist.all_gather_single(self.flat, self.source, async_op=True)
-        return (self.flat.numel() - self.size) * self.flat.element_size()
 
-    def gather(self) -> int:
+    def gather(self) -> None:
         """`send`, unless the buffer is filled or on its way."""
         storage = self.flat.untyped_storage()
-        if storage.size():
-            return 0
-        storage.resize_(self.flat.numel() * self.flat.element_size())
-        return self.send()
+        if not storage.size():
+            storage.resize_(self.flat.numel() * self.flat.element_size())
+            self.send()
 
     def wait(self) -> None:
         """Until the buffer is filled."""
@@ -147,26 +145,28 @@ class Unit:
                 self.gradient[start : start + weight.numel()] += weight.grad.flatten()
                 weight.grad = None
 
-    def reduce(self) -> tuple[dist.Work, Tensor, int]:
+    def reduce(self) -> tuple[list[dist.Work], list[Tensor]]:
         """Start the sum of all ranks' flat gradients, of which each rank receives its shard.
 
-        Returns the work, what is received (pieces, shard) and the bytes sent. gloo has no
-        reduce-scatter of its own (it sends the whole sum to all, twice the bytes): there each
-        rank receives its piece from all ranks and adds them up itself, in fp32.
+        Returns the works, and the pieces that make the shard once they are added up. gloo has no
+        reduce-scatter of its own (it sends the whole sum to all, twice the bytes): there each rank
+        receives its piece from every other and adds them up, in fp32.
         """
         gradient, self.gradient = self.gradient, None
-        sent = (len(gradient) - self.size) * gradient.element_size()
-        if dist.get_backend() == "gloo":
-            received = torch.empty_like(gradient)
-            work = dist.all_to_all_single(received, gradient, async_op=True)
-        else:
+        if dist.get_backend() != "gloo":
             received = gradient.new_empty(self.size)
-            work = dist.reduce_scatter_single(received, gradient, async_op=True)
-        return work, received.view(-1, self.size), sent
+            return [dist.reduce_scatter_single(received, gradient, async_op=True)], [received]
+        pieces, works = list(gradient.view(-1, self.size)), []
+        for other in range(len(pieces)):
+            if other != dist.get_rank():
+                works.append(dist.isend(pieces[other], other))
+                pieces[other] = torch.empty_like(pieces[other])
+                works.append(dist.irecv(pieces[other], other))
+        return works, pieces
 
-    def add(self, received: Tensor) -> None:
+    def add(self, pieces: list[Tensor]) -> None:
         """Add what `reduce` received to the shard's gradient, in fp32."""
-        first, *others = received  # (pieces, shard); one by one: a sum with a cast took 1.5 times
+        first, *others = pieces  # one by one: a sum with a cast took 1.5 times as long
         if self.shard.grad is None:
             self.shard.grad = first.to(torch.float32, copy=True)
         else:
@@ -250,7 +250,7 @@ class Sharded:
             unit.open(dtype if unit.trained else unit.weights[0].dtype, device, whole=stage < 3)
         trained = [unit for unit in self.units if unit.trained]
         self.masters = {names[unit.weights[0]]: unit.shard for unit in trained}
-        self.position, self.coming, self.sent = -1, None, 0
+        self.position, self.coming = -1, None
         self.watch()
 
     def watch(self) -> None:
@@ -282,7 +282,7 @@ class Sharded:
         """Have the stop's weights, and send for the next one's."""
         for stop in self.stops[self.position : self.position + 2]:
             if stop.gather:
-                self.sent += stop.unit.gather()
+                stop.unit.gather()
         self.stops[self.position].unit.wait()
 
     def leave(self) -> None:
@@ -295,15 +295,15 @@ class Sharded:
             self.arrive()
             stop.unit.collect(self.reduce_dtype)
             if self.stage > 1 or self.last:
-                work, received, sent = stop.unit.reduce()
-                self.coming, self.sent = (stop.unit, work, received), self.sent + sent
+                self.coming = (stop.unit, *stop.unit.reduce())
 
     def arrive(self) -> None:
         """Wait for the gradients that are on their way, if any."""
         if self.coming is not None:
-            unit, work, received = self.coming
-            work.wait()
-            unit.add(received)
+            unit, works, pieces = self.coming
+            for work in works:
+                work.wait()
+            unit.add(pieces)
             self.coming = None
 
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
@@ -347,7 +347,7 @@ class Sharded:
         """After an update of the masters: everybody's copies (stage 3 has none)."""
         if self.stage < 3:
             for unit in self.units:
-                self.sent += unit.send()
+                unit.send()
             for unit in self.units:
                 unit.wait()
 

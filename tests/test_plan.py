@@ -1,6 +1,7 @@
 """plan.py against what autograd keeps, what the allocator gave, and what products were done."""
 
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -16,13 +17,24 @@ import llama
 import train
 from bench_zero import allocations, make_batch, make_model
 from clip import ClipConfig
-from config import DTYPES, Config, StageConfig
+from config import DTYPES, Config, StageConfig, read_config
 from files import write_json
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
-from plan import Machine, Rows, Step, build, frozen_config, layer_saved, sample_rows, step_flops
+from plan import (
+    Machine,
+    Rows,
+    Step,
+    build,
+    frozen_config,
+    layer_saved,
+    plan,
+    sample_rows,
+    step_flops,
+)
 from ranks import Ranks
 from train import Run, make_optimizer, share_out, train_step
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 LLAMA = LlamaConfig(1000, 64, 6, 4, 2, 16, 192, 512)
 CLIP = ClipConfig(32, 3, 2, 64, 4, 16)  # 16 patches
 ROWS = Rows(60, 20)
@@ -51,7 +63,8 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     for kind, sizes in (("llama", LLAMA), ("clip", CLIP)):
         (folder / kind).mkdir()
-        write_json(folder / kind / "config.json", {"kind": kind, "config": asdict(sizes)})
+        meta = {"kind": kind, "config": asdict(sizes), "sha256": kind}
+        write_json(folder / kind / "config.json", meta)
     return folder
 
 
@@ -199,6 +212,43 @@ def test_the_papers_run_is_planned_in_seconds(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("path", [
+    *sorted(CONFIGS.glob("iaa*.toml")), *sorted((CONFIGS / "ablations").glob("*.toml"))],
+    ids=lambda path: path.stem)
+def test_every_recipe_is_planned(path, monkeypatch, tmp_path):
+    """Without weights or data: each of its stages, and the hours; README shows the first of them.
+    """
+    monkeypatch.chdir(tmp_path)
+    config = read_config(str(path), [])
+    shown = plan(config, Machine(), None)
+    assert re.findall(r"stage (\w+): trains", shown) == [stage.name for stage in config.stage]
+    if path.stem == "iaa8":
+        readme = (CONFIGS.parent / "README.md").read_text()
+        block = readme.split("stage pretrain_adaptor: ")[1].split("```")[0]
+        for part in block.split("..."):
+            assert " ".join(part.split()) in " ".join(shown.split())
+
+
+def test_hours_are_those_of_the_rank_that_has_most(base):
+    """4 micro-batches of a step take 3 ranks as long as 2 ranks, and 64 as long as 4."""
+    config, stage = run_of(base, batch=16)
+    hours = {world: Step(build(config, stage), config, stage, ROWS, Machine(world)).cost()[1]
+             for world in (1, 2, 3, 4, 64)}
+    assert [hours[1] / hours[world] for world in (2, 3, 4, 64)] == pytest.approx([2, 2, 4, 4])
+
+
+def test_logits_in_pieces_are_not_held_at_once(base, monkeypatch):
+    """Beyond LOSS_ROWS scored positions: what autograd keeps, and the fullest moment, within 5 %.
+    """
+    monkeypatch.setattr("plan.LOSS_ROWS", 50)
+    monkeypatch.setattr("iaa.LOSS_ROWS", 50)
+    for settings in ({}, {"dtype": "bf16"}):
+        config, stage = run_of(base, **settings)
+        step = Step(build(config, stage), config, stage, ROWS, Machine(1, gpu=False))
+        assert step.in_pieces
+        assert sum(step.fullest().values()) == pytest.approx(peak(base, settings), rel=0.05)
+
+
 def test_frozen_sizes_come_from_the_folder_or_its_name(tiny_base, tmp_path):
     """A folder's own config first, else the longest size that the path ends with, else an error."""
     tiny_base(tmp_path)
@@ -208,7 +258,7 @@ def test_frozen_sizes_come_from_the_folder_or_its_name(tiny_base, tmp_path):
     assert frozen_config("tiny-tied", "llama") is llama.SIZES["tiny-tied"]
     with pytest.raises(ValueError, match="weights/nothing: no such folder; .*--set llm=NAME"):
         frozen_config("weights/nothing", "llama")
-    with pytest.raises(ValueError, match="kind is 'clip', not 'llama'"):
+    with pytest.raises(ValueError, match="is of a ClipConfig, not a LlamaConfig"):
         frozen_config(str(tmp_path / "clip"), "llama")
 
 
