@@ -24,7 +24,8 @@ from zero import Replicated, Sharded
 
 MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-FREE = ("save_every", "eval_every", "eval_rows", "zero")  # may change when a stage is resumed
+# What may change when a stage is resumed: it makes no other result, up to rounding.
+FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
 
 
 def complete_sets(folder: Path) -> list[Path]:
@@ -86,6 +87,15 @@ def save_state(
             remove(old)
 
 
+def check_settings(made: Path, was: dict, settings: dict) -> None:
+    """Raise ValueError where what lies at `made` was made with other settings, but for `FREE`."""
+    now = json.loads(json.dumps(settings))
+    changed = [key for key in now if was.get(key) != now[key] and key not in FREE]
+    if changed:
+        raise ValueError(f"{made} was made with another {', '.join(changed)}: "
+                         "restore it, or remove that folder to train the stage again")
+
+
 def resume_state(
     folder: Path, ranks: Ranks, state: Replicated | Sharded, optimizer: torch.optim.AdamW,
     settings: dict
@@ -101,11 +111,7 @@ def resume_state(
     if not found:
         return 0
     manifest = read_json(found[-1] / MANIFEST, "step", "updates", "ranks", "settings")
-    was, now = manifest["settings"], json.loads(json.dumps(settings))
-    changed = [key for key in now if was.get(key) != now[key] and key not in FREE]
-    if changed:
-        raise ValueError(f"{found[-1]} was made with another {', '.join(changed)}: "
-                         "restore it, or remove the folder to start the stage again")
+    check_settings(found[-1], manifest["settings"], settings)
     pieces = Pieces(found[-1], manifest["ranks"])
     for master in state.masters.values() if manifest["updates"] else ():
         moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}

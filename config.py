@@ -109,6 +109,10 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
+        for stage in self.stage:
+            if stage.start not in ("", "none", *names):
+                raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or one '
+                                 f"of {', '.join(names)}")
         if self.stages is not None:
             unknown = [name for name in self.stages if name not in names]
             if unknown or not self.stages:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -47,6 +46,7 @@ class Example:
     targets: Tensor  # the next token, UNSCORED where it is not scored
     positions: Tensor | None = None
     segments: Tensor | None = None  # 0: seen by all, k: by itself
+    cut: bool = False  # longer than the rows allowed
 
 
 def check_row(row) -> dict:
@@ -98,6 +98,7 @@ def encode_row(
     image_tokens = 0 if row["image"] is None else image_tokens
     texts = [turn["value"] for turn in row["conversations"]]
     positions = segments = None
+    longest, cut = max_tokens or float("inf"), False
     if row.get("independent") and form.asks:
         texts[0] = texts[0].removeprefix(IMAGE)
         tokens = opening(tokenizer, form, system, image_tokens)
@@ -106,7 +107,8 @@ def encode_row(
         for number, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True), 1):
             pieces = exchange(tokenizer, form, question, answer, "" if image_tokens else form.space)
             own_tokens, own_targets = shift(*pieces)
-            if len(tokens) + len(own_tokens) > (max_tokens or float("inf")):
+            cut = len(tokens) + len(own_tokens) > longest
+            if cut:
                 break
             tokens, targets = tokens + own_tokens, targets + own_targets
             positions += range(prefix, prefix + len(own_tokens))
@@ -114,11 +116,13 @@ def encode_row(
     else:
         turns = [(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
         tokens, targets = shift(*render(tokenizer, turns, template, system, image_tokens))
+        cut = len(tokens) > longest
         tokens, targets = tokens[:max_tokens], targets[:max_tokens]
     if all(target == UNSCORED for target in targets):
         raise RowError(f"no word of an answer within {max_tokens} tokens")
     columns = (tokens, targets, positions, segments)
-    return Example(*(None if column is None else torch.tensor(column) for column in columns))
+    columns = (None if column is None else torch.tensor(column) for column in columns)
+    return Example(*columns, cut)
 
 
 class JsonlDataset(Dataset):
@@ -134,7 +138,7 @@ class JsonlDataset(Dataset):
         root: str | Path,  # no picture is read from outside of it
         tokenizer: Tokenizer | None = None,  # from here on: for examples only
         image_tokens: int = 0,
-        transform: Callable[[Image.Image], Tensor] | None = None,  # to (3, S, S)
+        transform: Callable[[Path], Tensor] | None = None,  # a picture's file to (3, S, S)
         template: str | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -169,17 +173,14 @@ class JsonlDataset(Dataset):
         except (ValueError, RecursionError) as error:
             raise RowError(f"{self.where(index)}: {error}") from None
 
-    def picture(self, name: str) -> Image.Image:
-        """A decoded picture below the root. RowError where it is elsewhere, missing or broken."""
+    def pixels(self, name: str) -> Tensor:
+        """A picture below the root (3, S, S). RowError where it is elsewhere, missing, broken."""
         try:
-            image = Image.open(path_below(self.root, name))
-            image.load()
+            return self.transform(path_below(self.root, name))
         except RowError:
             raise
-        except Exception as error:  # Pillow's decoders raise a dozen kinds
-            reason = f"{type(error).__name__}: {error}"
-            raise RowError(f"image {name[:200]!r} is broken: {reason}"[:500]) from None
-        return image
+        except (ValueError, OSError, RuntimeError) as error:  # the last: links in a ring
+            raise RowError(f"image {name[:200]!r} is broken: {error}"[:500]) from None
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
         """A row as (Example, pixels or None). RowError with file and line; ValueError for boxes."""
@@ -193,7 +194,7 @@ class JsonlDataset(Dataset):
                 row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
             if row["image"] is None:
                 return example, None
-            return example, self.transform(self.picture(row["image"]))
+            return example, self.pixels(row["image"])
         except RowError as error:
             raise RowError(f"{self.where(index)}: {error}") from None
 
@@ -303,6 +304,7 @@ class Batch:
     segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal text
     lengths: Tensor  # (B,) int64, without pads
     skipped: list[str]  # rows that could not be used, and why
+    cut: int = 0  # rows of which only the beginning is here
 
     @property
     def scored(self) -> int:
@@ -342,6 +344,7 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
         segments,
         torch.tensor([len(e.tokens) for e in examples]),
         [reason for reasons in skipped for reason in reasons],
+        sum(e.cut for e in examples),
     )
 
 

@@ -38,14 +38,22 @@ class Features:
         found = [load(self.path(pixels)) for pixels in images]
         return images if any(features is None for features in found) else torch.stack(found)
 
-    def keep(self, images: Tensor, features: Tensor) -> None:
-        """Write what the tower made of `images`, where there is none or a broken file."""
+    def keep(self, images: Tensor, features: Tensor) -> Tensor:
+        """Write what the tower made of `images`, where there is none or a broken file.
+
+        Returns what is kept now: a picture made anew, in another batch, may round otherwise, and a
+        run that goes on after a stop is to see what it would have seen.
+        """
+        rows = []
         for pixels, made in zip(images.cpu(), features.cpu(), strict=True):
             path = self.path(pixels)
-            if load(path) is None:
+            old = load(path)
+            if old is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with new_file(path) as new:  # no fsync: what a power cut breaks is made again
                     save_file({"features": made.contiguous()}, new)
+            rows.append(made if old is None else old)
+        return torch.stack(rows).to(features.device)
 
 
 def load(path: Path) -> Tensor | None:

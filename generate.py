@@ -35,11 +35,13 @@ def prefill(
     Prompts of one workflow and length run together: nothing is computed for padding, the
     columns before a shorter prompt, which hold zeros and are hidden by `attention_mask`.
     """
-    counts = [prompt.count(model.image_token) // model.clip.config.patches for prompt in prompts]
-    if images is not None and sum(counts) != len(images):
-        raise ValueError(f"image placeholders for {sum(counts)} images, given {len(images)}")
-    ends, device = list(accumulate(counts)), model.llama.embedding.weight.device
     names = [workflow] * len(prompts) if isinstance(workflow, str) else workflow
+    counts = [0 if name == TEXT else prompt.count(model.image_token) // model.clip.config.patches
+              for prompt, name in zip(prompts, names, strict=True)]
+    given = 0 if images is None else len(images)
+    if sum(counts) != given:
+        raise ValueError(f"image placeholders for {sum(counts)} images, given {given}")
+    ends, device = list(accumulate(counts)), model.llama.embedding.weight.device
     kinds = list(zip(names, map(len, prompts), strict=True))
     longest, logits = max(map(len, prompts)), [None] * len(prompts)
     for name, length in sorted(set(kinds)):

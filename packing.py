@@ -70,6 +70,8 @@ def pack(model: nn.Module, int8: bool = False) -> None:
     blocks = device == "cpu" and torch.backends.mkldnn.is_available()
     if torch.bfloat16 in dtypes:
         blocks = blocks and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.float16 in dtypes:
+        blocks = blocks and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     if not int8 and not blocks:
         return
     stored = Int8Linear if int8 else PackedLinear

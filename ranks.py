@@ -1,7 +1,7 @@
 """One process among many: joining them, sums over all of them, and which of them was lost.
 
-`torchrun` (or SLURM) starts the processes and tells each its rank by environment variables. NCCL
-carries the data between GPUs, gloo between processors.
+`torchrun` starts the processes and tells each its rank by environment variables. NCCL carries the
+data between GPUs, gloo between processors.
 
 A rank that dies or hangs leaves the others waiting in a collective, which fails at once where a
 connection broke, and after `timeout_s` where nobody answers. Each rank that fails so, or by an
@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-BROKEN = ("gloo", "pair closure", "Connection closed")  # in errors that gloo's threads raise
+# In errors that gloo's threads raise, and where the launcher ended a process that loads data.
+BROKEN = ("gloo", "pair closure", "Connection closed", "killed by signal: Terminated")
 GRACE_S = 5  # for the other ranks' notes
 WAITED = "waited"  # the note of a rank whose collective failed
 
@@ -28,8 +29,8 @@ class LostRank(ConnectionError):
     """A collective failed; the message names the ranks that did not answer, and the step."""
 
 
-class Terminated(Exception):
-    """SIGTERM came: the launcher ends all ranks where one has failed."""
+class Terminated(BaseException):
+    """SIGTERM came: the launcher ends all ranks where one has failed. No loader may catch it."""
 
 
 class Ranks:
@@ -72,6 +73,7 @@ class Ranks:
             dist.destroy_process_group()
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of a loader's end, which is to be expected
         broken = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
         if isinstance(error, (dist.DistError, Terminated)) or broken:
             told = " on SIGTERM" if isinstance(error, Terminated) else ""

@@ -46,26 +46,32 @@ def load_tensors(
         seen.update(tensors)
     missing = sorted(expected.keys() - seen)
     if missing and not partly:
-        where = files[0].parent if files else "no file"
-        raise ValueError(f"{where}: {len(missing)} tensors missing, such as {missing[0]}")
+        raise ValueError(f"{files[0].parent}: {len(missing)} tensors missing, "
+                         f"such as {missing[0]}")
+
+
+def read_base(folder: str | Path) -> tuple[LlamaConfig | ClipConfig, str]:
+    """Sizes and SHA-256 of a frozen model that `convert_weights.py` wrote, by its config.json."""
+    path = Path(folder, "config.json")
+    meta = read_json(path, kind=str, config=dict, sha256=str)
+    kinds = {"llama": LlamaConfig, "clip": ClipConfig}
+    if meta["kind"] not in kinds:
+        raise ValueError(f"{path}: kind is {meta['kind']!r}, not llama or clip")
+    return build(kinds[meta["kind"]], meta["config"], f"{path}: config"), meta["sha256"]
 
 
 def load_base(
     folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Llama | Clip, str]:
     """A frozen model that `convert_weights.py` wrote, in eval mode, and its SHA-256."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    meta = read_json(path, kind=str, config=dict, sha256=str)
-    kinds = {"llama": (Llama, LlamaConfig), "clip": (Clip, ClipConfig)}
-    if meta["kind"] not in kinds:
-        raise ValueError(f"{path}: kind is {meta['kind']!r}, not llama or clip")
-    model_class, config_class = kinds[meta["kind"]]
-    config = build(config_class, meta["config"], f"{path}: config")
+    config, sha = read_base(folder)
+    files = sorted(Path(folder).glob("model-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no model-*.safetensors in it")
     with torch.device("meta"):
-        model = model_class(config)
-    load_tensors(model, sorted(folder.glob("model-*.safetensors")), dtype, device)
-    return model.eval().requires_grad_(False), meta["sha256"]
+        model = Llama(config) if isinstance(config, LlamaConfig) else Clip(config)
+    load_tensors(model, files, dtype, device)
+    return model.eval().requires_grad_(False), sha
 
 
 def save_adaptor(
@@ -124,7 +130,7 @@ def load_iaa(
     llama, llama_sha = load_base(folder / index["llm"], dtype, device)
     clip, clip_sha = load_base(folder / index["vision"], dtype, device)
     model, base = IAA(llama, clip, index["image_token"]), {"llama": llama_sha, "clip": clip_sha}
-    prompts = {name: add_adaptor(model, name, folder / place, base, dtype)
+    prompts = {name: add_adaptor(model, name, folder / place, base, dtype or llama.dtype)
                for name, place in index["adaptors"].items()}
     return model.eval(), {"llm": folder / index["llm"], "prompts": prompts, "base": base}
 

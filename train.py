@@ -31,23 +31,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import remove, resume_state, save_state
-from clip import preprocess
+from chat import render
+from checkpoint import check_settings, remove, resume_state, save_state
+from clip import open_image, preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import lock, new_folder, one_line, replace_text, write_json, writing
+from files import lock, new_folder, one_line, read_json, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import set_recompute
 from parts import parts
-from plan import Machine, plan, step_flops
+from plan import Machine, build, plan, step_flops
 from ranks import Ranks
-from storage import load_base, load_tensors, read_meta, save_adaptor
+from storage import load_base, load_tensors, read_base, read_meta, save_adaptor
 from tokenizer import Tokenizer
 from zero import Replicated, Sharded
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MAX_BAD_STEPS = 10  # in a row, then the run stops
+SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that stages depend on
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
@@ -72,7 +74,8 @@ class Run:
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models for a stage, as each may share them out in another way."""
-    device = "cpu" if shards_frozen(config, ranks, stage) else str(ranks.device)
+    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen
+    device = "cpu" if in_shards else str(ranks.device)  # `Sharded` moves its shard there
     llama, llama_sha = load_base(config.llm, DTYPES[config.dtype], device)
     clip, clip_sha = load_base(config.vision, DTYPES[config.dtype], device)
     tokenizer = Tokenizer.load(config.llm)
@@ -84,9 +87,12 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer, features)
 
 
-def shards_frozen(config: Config, ranks: Ranks, stage: StageConfig) -> bool:
-    """Whether the frozen models are kept in shards, which `Sharded` moves to the device."""
-    return ranks.world > 1 and stage.zero == 3 and config.shard_frozen
+def source_folder(config: Config, stage: StageConfig) -> Path | None:
+    """Where the adaptor lies that the stage starts from; None for the frozen model."""
+    names = [s.name for s in config.stage]
+    before = names.index(stage.name) - 1
+    source = stage.start or (names[before] if before >= 0 else "none")
+    return None if source == "none" else adaptor_folder(config, source)
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
@@ -96,13 +102,10 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     settings = adaptor_config(run.config, stage, llama.config.layers)
     adaptor = Adaptor(settings, llama.config, run.model.clip.config.width)
     adaptor.copy_frozen(llama)
-    names = [s.name for s in run.config.stage]
-    before = names.index(stage.name) - 1
-    source = stage.start or (names[before] if before >= 0 else "none")
-    if source != "none":
-        folder = adaptor_folder(run.config, source)
+    folder = source_folder(run.config, stage)
+    if folder is not None:
         if not folder.is_dir():
-            raise ValueError(f"stage {stage.name} starts from stage {source!r}, "
+            raise ValueError(f"stage {stage.name} starts from stage {folder.parent.name!r}, "
                              f"which is not finished in {run.config.out}")
         was = read_meta(folder, run.base)["adaptor"]
         if was.insertion and (was.insertion, was.structure) != (
@@ -113,11 +116,44 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     return adaptor
 
 
-def settings_of(run: Run, stage: StageConfig, adaptor: Adaptor) -> dict:
-    """All that the stage's result depends on, but for the data themselves."""
-    shared = {key: getattr(run.config, key) for key in ("seed", "system", "max_tokens", "dtype")}
-    return {**asdict(stage), **shared, "adaptor's configuration": asdict(adaptor.config),
-            "base model": run.base}
+def settings_of(config: Config, stage: StageConfig) -> dict:
+    """All that the stage's result depends on, but for the data themselves.
+
+    What it starts from, by that one's settings; nothing of it where that is no longer there.
+    """
+    (sizes, llama), (_, clip) = read_base(config.llm), read_base(config.vision)
+    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
+             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
+             "base model": {"llama": llama, "clip": clip}}
+    source = source_folder(config, stage)
+    if source is not None and source.is_dir():
+        found["beginning"] = read_json(source / "config.json").get("settings")
+    return found
+
+
+def check_finished(config: Config, stage: StageConfig) -> None:
+    """Raise ValueError where a finished stage was trained with other settings than these."""
+    folder = adaptor_folder(config, stage.name)
+    was = read_json(folder / "config.json").get("settings")
+    if was is not None:  # not of this trainer
+        check_settings(folder.parent, was, settings_of(config, stage))
+
+
+def check_ahead(config: Config, stages: list[StageConfig]) -> None:
+    """Raise ValueError or FileNotFoundError now for what a later stage would stumble over."""
+    for folder in (config.llm, config.vision):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; convert_weights.py makes it")
+    tokenizer = Tokenizer.load(config.llm)
+    for stage in stages:
+        if is_finished(config, stage):
+            check_finished(config, stage)
+            continue
+        build(config, stage)  # sizes, places, structure
+        render(tokenizer, [("user", "?"), ("assistant", "!")], stage.template or None)
+        for path in (*stage.data, *stage.held_out):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path}: no such data file")
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
@@ -203,9 +239,13 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
     config, clip = run.config, run.model.clip.config
     longest = min(config.max_tokens, run.model.llama.config.context)
+
+    def pixels(path: Path) -> Tensor:
+        return preprocess(open_image(path), clip)
+
     return JsonlDataset(
-        files, config.images, run.tokenizer, clip.patches, lambda image: preprocess(image, clip),
-        stage.template or None, config.system, longest, clip.aspect == "pad",
+        files, config.images, run.tokenizer, clip.patches, pixels, stage.template or None,
+        config.system, longest, clip.aspect == "pad",
         None if run.features is None else run.features.read)
 
 
@@ -215,7 +255,7 @@ class Log:
     def __init__(self, run: Run, stage: StageConfig, first: int):
         self.run, self.stage, self.clock = run, stage, time.perf_counter()
         self.path = Path(run.config.out, stage.name, "log.jsonl")
-        self.tokens, self.padded, self.skipped = 0, 0, 0
+        self.tokens, self.padded, self.skipped, self.cut = 0, 0, 0, 0
         if run.ranks.rank == 0 and self.path.is_file():
             lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]
             kept = [line + "\n" for line in lines if json.loads(line)["step"] < first]
@@ -232,6 +272,7 @@ class Log:
                     for b in batches)
         self.tokens += tokens
         self.padded += sum(b.tokens.numel() for b in batches)
+        self.cut += sum(b.cut for b in batches)
         per_second = self.stage.batch // self.stage.micro_batch / max(1, len(batches)) / seconds
         memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         if run.ranks.device.type == "cuda":
@@ -240,7 +281,7 @@ class Log:
             "step": step, **values, "tokens_per_s": tokens * per_second,
             "tflops": flops * per_second / 1e12, "data_wait": wait_s / seconds,
             "padding": 1 - self.tokens / max(1, self.padded), "seconds": seconds,
-            "memory_gb": memory_gb,
+            "memory_gb": memory_gb, "cut": self.cut,
         }
         for name in [name for b in batches for name in b.skipped]:
             self.skipped += 1
@@ -249,12 +290,13 @@ class Log:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         left = (self.stage.steps - step - 1) * seconds
-        held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
+        more = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
+        more += f"  {self.cut} rows cut at max_tokens" if self.cut else ""
         run.ranks.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  "
                 f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
                 f"{row['tokens_per_s']:.0f} tok/s  {row['tflops']:.3f} TFLOP/s  "
                 f"padding {row['padding']:.1%}  wait {row['data_wait']:.1%}  "
-                f"{memory_gb:.1f} GB  {left / 60:.1f} min left{held_out}")
+                f"{memory_gb:.1f} GB  {left / 60:.1f} min left{more}")
 
 
 def run_stage(run: Run, stage: StageConfig) -> None:
@@ -267,7 +309,7 @@ def run_stage(run: Run, stage: StageConfig) -> None:
     set_recompute(run.model, run.config.recompute)
     state = share_out(run, stage, adaptor)
     optimizer = make_optimizer(state.masters, stage)
-    settings = settings_of(run, stage, adaptor)
+    settings = settings_of(run.config, stage)
     first = resume_state(folder, ranks, state, optimizer, settings)
     size = sum(p.numel() for p in adaptor.parameters())
     ranks.say(f"stage {stage.name}: {size:,} parameters, from step {first}")
@@ -289,15 +331,15 @@ def run_stage(run: Run, stage: StageConfig) -> None:
             ranks.say(f"step {step + 1}: loss {mean}, gradient norm {norm}: "
                       f"skipped ({bad} in a row)")
         if bad >= MAX_BAD_STEPS:
-            raise ValueError(f"{bad} steps in a row were not finite; "
-                             f"the last checkpoint in {folder} is intact")
+            raise ValueError(f"stage {stage.name}, step {step + 1}: {bad} steps in a row were not "
+                             f"finite; they changed nothing, what is saved in {folder} is intact")
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
         if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
             save_state(folder, ranks, state, optimizer, settings, step + 1)
-    finish_stage(run, stage, adaptor, state)
+    finish_stage(run, stage, adaptor, state, settings)
 
 
 def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
@@ -307,16 +349,19 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
     dataset = open_data(run, stage, stage.held_out)
     rows = list(range(min(stage.eval_rows, len(dataset))))
     cuts = [rows[i : i + stage.micro_batch] for i in range(0, len(rows), stage.micro_batch)]
-    return list(loader(dataset, cuts))
+    batches = list(loader(dataset, cuts))
+    for name in [name for batch in batches for name in batch.skipped]:
+        run.ranks.say(f"held out: skipped {name}")
+    return batches
 
 
 def finish_stage(
-    run: Run, stage: StageConfig, adaptor: Adaptor, state: Replicated | Sharded
+    run: Run, stage: StageConfig, adaptor: Adaptor, state: Replicated | Sharded, settings: dict
 ) -> None:
     """Save the adaptor in the frozen model's dtype."""
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     prompt = {"template": template, "system": run.config.system}
-    extra = {"prompt": prompt, "stage": asdict(stage)}
+    extra = {"prompt": prompt, "settings": settings}
     with state.whole():
         if run.ranks.rank == 0:
             with new_folder(adaptor_folder(run.config, stage.name)) as new:
@@ -326,15 +371,17 @@ def finish_stage(
 
 def after_stage(config: Config, stage: StageConfig) -> None:
     """Note the finished adaptors in `iaa.json`, drop the stage's checkpoints."""
-    out = Path(config.out)
+    out, path = Path(config.out), Path(config.out, "iaa.json")
+    noted = read_json(path, adaptors=dict[str, str])["adaptors"] if path.is_file() else {}
+    noted = {name: place for name, place in noted.items() if (out / place).is_dir()}
     finished = [s for s in config.stage if is_finished(config, s)]
     index = {
         "llm": os.path.relpath(config.llm, out),
         "vision": os.path.relpath(config.vision, out),
         "image_token": Tokenizer.load(config.llm).image_id,
-        "adaptors": {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last stage
+        "adaptors": noted | {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last
     }
-    write_json(out / "iaa.json", index)
+    write_json(path, index)
     for old in (out / stage.name).glob("step-*"):
         remove(old)
 
@@ -357,13 +404,15 @@ def train(config: Config, only: str | None) -> None:
         torch.set_num_threads(config.threads)
     ranks = Ranks(config.timeout_s)
     alone = lock(Path(config.out)) if ranks.rank == 0 else contextlib.nullcontext()
+    stages = [stage for stage in config.stage if only in (None, stage.name)]
     with ranks, alone:
+        check_ahead(config, stages)
         if ranks.rank == 0:
             write_json(Path(config.out, "config.json"), asdict(config))
-        for stage in config.stage:
-            if only not in (None, stage.name):
-                continue
+        for stage in stages:
             began, finished = time.perf_counter(), is_finished(config, stage)
+            if finished:  # once more: what it started from may have been trained anew
+                check_finished(config, stage)
             ranks.barrier()  # all have looked
             if not finished:
                 run_stage(open_run(config, ranks, stage), stage)

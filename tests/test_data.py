@@ -19,6 +19,7 @@ from PIL import Image
 
 import data
 from chat import IMAGE, render
+from clip import open_image
 from data import UNSCORED, JsonlDataset, RowError, Sampler, encode_row
 from tokenizer import Tokenizer
 
@@ -229,7 +230,7 @@ def test_unsupported_tokenizers_say_what_is_supported(tmp_path):
             Tokenizer.from_hf(tmp_path)
     for fields in ({}, {"tokenizer.ggml.model": "llama"},
                    {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "x"}):
-        with pytest.raises(ValueError, match="take the tokenizer from the Hugging Face folder"):
+        with pytest.raises(ValueError, match="convert the Hugging Face folder instead"):
             Tokenizer.from_gguf(fields)
 
 
@@ -365,8 +366,9 @@ def picture(path: Path, colour: str = "red") -> None:
     Image.new("RGB", (3, 2), colour).save(path)
 
 
-def pixels(image: Image.Image) -> torch.Tensor:
-    red, green, blue = image.convert("RGB").getpixel((0, 0))
+def pixels(path: Path) -> torch.Tensor:
+    """A picture by its first pixel; read as training reads it."""
+    red, green, blue = open_image(path).getpixel((0, 0))
     return torch.tensor([red, green, blue]).float()[:, None, None].expand(3, 4, 4) / 255
 
 
@@ -444,6 +446,7 @@ BAD_ROWS = {
     json.dumps(make_row("Q", "A", image="cut.png")): "'cut.png' is broken",
     json.dumps(make_row("Q", "A", image="loop")): "loop",
     json.dumps(make_row("Q", "A", image="rows.jsonl")): "'rows.jsonl' is broken",
+    json.dumps(make_row("Q", "A", image="exif.jpg")): "'exif.jpg' is broken",
 }
 
 
@@ -457,6 +460,7 @@ def test_bad_rows_are_skipped_and_named(chatml, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     noise.save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    noise.save(tmp_path / "exif.jpg", dpi=(72, 72), exif=b"Exif\0\0of no known kind")
     for number, reason in enumerate(BAD_ROWS.values()):
         with pytest.raises(RowError) as caught:
             dataset.example(number)
@@ -619,6 +623,17 @@ def test_text_as_boxes():
     assert data.iou(box, (100, 50, 300, 250)) == pytest.approx(0.961, abs=5e-4)
     several = "[0.78,0.33,1.0,0.86]; [ 0 , 0.1,0.5 ,1]. [0.1, 0.2, 0.3, 0.4]"
     assert len(data.text_to_boxes(several, 9, 9)) == 3
+
+
+@pytest.mark.parametrize("width, height", [(640, 480), (480, 640), (500, 500), (427, 641)])
+def test_boxes_there_and_back(width, height):
+    """Landscape, portrait, square, odd: within a rounding step of the side, then the same text."""
+    first = [(0.2 * width, 0.1 * height, 0.7 * width, 0.9 * height), (0, 0, width, height)]
+    text = data.boxes_to_text(first, width, height)
+    boxes = data.text_to_boxes(text, width, height)
+    for box, truth in zip(boxes, first, strict=True):
+        assert max(abs(a - b) for a, b in zip(box, truth, strict=True)) <= 0.01 * max(width, height)
+    assert data.boxes_to_text(boxes, width, height) == text
 
 
 @pytest.mark.parametrize("text", [

@@ -13,11 +13,12 @@ def test_all_are_read_or_none(tmp_path):
     """With one picture of two missing, both are to be made again; then both come as they were."""
     features = Features(tmp_path / "new", "tower")
     assert features.read(IMAGES) is IMAGES
-    features.keep(IMAGES[:1], MADE[:1])
+    assert torch.equal(features.keep(IMAGES[:1], MADE[:1]), MADE[:1])
     assert features.read(IMAGES) is IMAGES
-    features.keep(IMAGES, MADE)
-    assert torch.equal(features.read(IMAGES), MADE)
-    assert torch.equal(features.read(IMAGES.flip(0)), MADE.flip(0))
+    kept = features.keep(IMAGES, MADE + 1)  # the first stays what it was, for all who see it
+    assert torch.equal(kept, torch.stack([MADE[0], MADE[1] + 1]))
+    assert torch.equal(features.read(IMAGES), kept)
+    assert torch.equal(features.read(IMAGES.flip(0)), kept.flip(0))
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 

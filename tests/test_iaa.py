@@ -658,6 +658,22 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adaptor_is_loaded_in_its_llms_dtype(dtype, tmp_path):
+    """However it was saved: packed matrices multiply what is of their own dtype alone."""
+    iaa = model("c")
+    saved(iaa, "c", tmp_path / "mm")  # fp32
+    write_base(tmp_path / "llm", "llama", iaa.llama.to(dtype), BASE["llama"])
+    write_base(tmp_path / "vision", "clip", iaa.clip, BASE["clip"])
+    index = {"llm": "llm", "vision": "vision", "image_token": IMAGE, "adaptors": {"mm": "mm"}}
+    (tmp_path / "iaa.json").write_text(json.dumps(index))
+    loaded, _ = load_iaa(tmp_path)
+    assert {w.dtype for w in loaded.adaptors["mm"].parameters()} == {loaded.llama.dtype} == {dtype}
+    next((tmp_path / "llm").glob("*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match="llm: no model-"):
+        load_iaa(tmp_path)
+
+
 def test_load_iaa_refuses_a_folder_of_another_kind(tmp_path):
     """A base folder that convert_weights.py did not write is named."""
     index = {"llm": ".", "vision": ".", "image_token": 1, "adaptors": {}}

@@ -17,11 +17,13 @@ from PIL import Image
 from processes import processes
 from safetensors.torch import load_file
 
+import checkpoint
 import ranks
 from config import StageConfig, read_config
 from files import lock
 from ranks import LostRank, Ranks
 from train import Log, lr_at, main, train
+from zero import Replicated
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,36 +162,107 @@ def test_finished_stages_are_not_trained_again(world, trained, capsys):
     assert path.stat().st_mtime_ns == before
 
 
-def dies(config: str, settings: list[str], step: int) -> None:
-    """In a process of its own: train until that line of `instruct` is logged, then kill -9."""
-    log = Log.step
+def test_a_finished_stage_of_other_settings_is_named(world, trained, tmp_path, capsys):
+    """It, or one that it came from: nothing is overwritten. What makes no other result may change.
+    """
+    shutil.copytree(world / "run", tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
+    for setting, said in (("insertion=1", "instruct was made with another adaptor's configuration"),
+                          ("grounding.lr=1", "grounding was made with another lr"),
+                          ("seed=3", "pretrain_projector was made with another seed")):
+        with pytest.raises(ValueError, match=said):
+            go(world, tmp_path / "run", setting)
+    assert {path: path.read_bytes() for path in before} == before
+    go(world, tmp_path / "run", "stage.micro_batch=2", "stage.zero=3")
+    assert capsys.readouterr().out.count("finished before") >= 3
+    go(world, tmp_path / "run", 'stages=["instruct"]')
+    index = json.loads((tmp_path / "run" / "iaa.json").read_text())
+    assert index["adaptors"].keys() == {"mm", "grounding"}  # of stages left out, too
+    shutil.rmtree(tmp_path / "run" / "instruct")
+    with pytest.raises(ValueError, match="grounding was made with another beginning"):
+        go(world, tmp_path / "run", "instruct.steps=2")
+
+
+def dies(config: str, settings: list[str], step: int, saving: str = "") -> None:
+    """In a process of its own: train until that line of `instruct` is logged, then kill -9.
+
+    saving: not there, but in the save that follows, when checkpoint.py calls the function so named.
+    """
+    log, armed = Log.step, []
 
     def last(self, number, *rest):
         log(self, number, *rest)
         if self.stage.name == "instruct" and number + 1 == step:
+            armed.append(step)
+            if not saving:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def fatal(*arguments):
+        if armed:
             os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
 
     Log.step = last
+    if saving:
+        call = getattr(checkpoint, saving)
+        setattr(checkpoint, saving, fatal)
     train(read_config(config, settings), None)
 
 
-def killed(world, out: str, step: int) -> None:
-    with processes(1, dies, str(world / "config.toml"), [f"out={world}/{out}"], step) as (begun, _):
+def killed(world, out: str, step: int, saving: str = "") -> None:
+    arguments = (str(world / "config.toml"), [f"out={world}/{out}"], step, saving)
+    with processes(1, dies, *arguments) as (begun, _):
         begun[0].join(60)
         assert begun[0].exitcode == -signal.SIGKILL
 
 
-def test_killed_run_ends_with_the_same_bits(world, trained, capsys):
-    """kill -9 inside a stage, started again: the adaptor is that of the run never killed."""
-    killed(world, "killed", 5)
-    assert not (world / "killed" / "instruct" / "adaptor").exists()
-    go(world, "killed")
-    assert "from step 4" in capsys.readouterr().out
+@pytest.mark.parametrize("step, saving, resumes", [
+    (5, "", 4), (4, "save_file", 2), (4, "write_json", 2), (6, "remove", 6)])
+def test_killed_run_ends_with_the_same_bits(world, trained, capsys, step, saving, resumes):
+    """kill -9 in a stage, or at some point of a save, started again: as the run never killed.
+
+    Before the manifest is written, the save has not happened; behind it, it has.
+    """
+    out = f"killed-{step}-{saving}"
+    killed(world, out, step, saving)
+    assert not (world / out / "instruct" / "adaptor").exists()
+    go(world, out)
+    assert f"from step {resumes}" in capsys.readouterr().out
     for stage in ("instruct", "grounding"):
-        expected, got = tensors(world, "run", stage), tensors(world, "killed", stage)
+        expected, got = tensors(world, "run", stage), tensors(world, out, stage)
         assert all(torch.equal(expected[name], got[name]) for name in expected)
-    log = (world / "killed" / "instruct" / "log.jsonl").read_text()
+    log = (world / out / "instruct" / "log.jsonl").read_text()
     assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(8))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_steps_that_are_not_finite_change_nothing(world, tmp_path, fails, monkeypatch, where):
+    """Skipped and counted; after some in a row the run stops, and what is saved is intact."""
+    monkeypatch.setattr("train.MAX_BAD_STEPS", 2)
+    forward = Replicated.forward_backward
+
+    def spoiled(self, batch, scored, last):
+        loss = forward(self, batch, scored, last)
+        if self.steps >= 4:
+            if where == "gradient":
+                next(iter(self.masters.values())).grad.view(-1)[0] = float("inf")
+            loss = loss if where == "gradient" else loss * float("nan")
+        self.steps += last
+        return loss
+
+    monkeypatch.setattr(Replicated, "steps", 0, raising=False)
+    monkeypatch.setattr(Replicated, "forward_backward", spoiled)
+    said = fails("--stage", "instruct", "--set", f"out={tmp_path}", "--set", "instruct.start=none")
+    assert "stage instruct, step 6: 2 steps in a row were not finite" in said
+    folder = tmp_path / "instruct"
+    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-000002", "step-000004"]
+    monkeypatch.undo()
+    monkeypatch.setattr("train.set_memory_use", lambda: None)
+    go(world, tmp_path, "instruct.start=none", stage="instruct")
+    go(world, tmp_path / "whole", "instruct.start=none", stage="instruct")
+    expected = tensors(tmp_path, "whole", "instruct")
+    got = load_file(folder / "adaptor" / "adaptor.safetensors")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def cramped(config: str, settings: list[str], size: int) -> None:
@@ -338,17 +411,26 @@ def test_stages_that_are_no_tables(tmp_path):
 
 
 def test_bad_input_is_one_line_without_a_traceback(world, fails, tmp_path):
-    """Missing files, empty data, an unknown stage or one without its start, a bad insertion."""
+    """Missing files, empty data, an unknown stage or one without its start, a bad insertion.
+
+    What is wrong for a later stage is said before the first one is trained.
+    """
     (tmp_path / "empty.jsonl").write_text("")
     cases = [
-        (["--set", "llm=/nowhere"], "/nowhere/config.json: no such file"),
+        (["--set", "llm=/nowhere"], "/nowhere: no such folder"),
         (["--set", f'stage.data=["{tmp_path}/empty.jsonl"]'], "empty.jsonl"),
         (["--stage", "instruct"], "starts from stage 'pretrain_projector'"),
         (["--set", "insertion=99"], "insertion = 99"),
-        (["--set", f"vision={world}/llama"], "the vision tower a Llama"),
+        (["--set", "structure=d"], "structure = 'd'"),
+        (["--set", f"vision={world}/llama"], "is of a LlamaConfig, not a ClipConfig"),
+        (["--set", "grounding.start=instuct"], "start = 'instuct'"),
+        (["--set", "grounding.template=plian"], "template 'plian'"),
+        (["--set", "grounding.template=llama3"], "no special token '<|start_header_id|>'"),
+        (["--set", 'grounding.held_out=["none.jsonl"]'], "none.jsonl: no such data file"),
     ]
     for number, (arguments, message) in enumerate(cases):
         assert message in fails("--set", f"out={tmp_path}/{number}", *arguments)
+        assert not list((tmp_path / str(number)).glob("*/adaptor"))
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(world / "config.toml"),
                "--stage", "nope"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -435,7 +517,20 @@ def test_broken_rows_are_skipped_counted_and_named(world, tmp_path, capsys):
     go(world, tmp_path / "run", f'stage.data=["{tmp_path}/rows.jsonl"]',
        stage="pretrain_projector")
     said = capsys.readouterr().err
-    assert "broken.png" in said and "rows.jsonl:7" in said
+    assert "broken.png" in said and "rows.jsonl:7" in said and "(2 so far)" in said
+
+
+def test_held_out_rows_are_skipped_and_rows_cut_aloud(world, tmp_path, capsys):
+    """A broken held-out row is named; rows longer than max_tokens are counted in the log."""
+    rows = (world / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "held.jsonl").write_text("\n".join(["{not json", *rows[:4]]) + "\n")
+    go(world, tmp_path / "run", f'stage.held_out=["{tmp_path}/held.jsonl"]', "max_tokens=18",
+       stage="pretrain_projector")
+    said = capsys.readouterr().out
+    assert f"held out: skipped {tmp_path}/held.jsonl:1: " in said
+    log = (tmp_path / "run" / "pretrain_projector" / "log.jsonl").read_text().splitlines()
+    cut = json.loads(log[-1])["cut"]
+    assert 0 < cut < 12 and f"{cut} rows cut at max_tokens" in said
 
 
 def test_llava_baseline_trains_its_own_llm(world, tmp_path):
