@@ -26,7 +26,7 @@ import torch
 
 from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
-from files import lock, one_line, read_json, write_json
+from files import lock, one_line, read_json, replace_text, write_json
 from iaa import DTYPES, TEXT
 from packing import pack
 from ranks import Ranks
@@ -95,14 +95,17 @@ def share(questions: list[Question], rank: int, world: int) -> list[Question]:
 def fingerprint(questions: list[Question], model: Path, workflows: list[str]) -> dict:
     """What answers depend on: the questions, and the SHA-256 of the base and of each adaptor."""
     asked = json.dumps([(q.key, q.workflow, q.text) for q in questions]).encode()
-    parts = {"questions": hashlib.sha256(asked).hexdigest(), "asked": len(questions)}
-    places = read_json(model / "iaa.json", "adaptors")["adaptors"]
-    for name in workflows:
-        meta = read_json(model / places[name] / "config.json", "base", "prompt")
-        with open(model / places[name] / "adaptor.safetensors", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        parts[name] = {"adaptor": digest, "base": meta["base"], "prompt": meta["prompt"]}
-    return parts
+    return {"questions": hashlib.sha256(asked).hexdigest(), "asked": len(questions),
+            **{name: adaptor_facts(model, name) for name in workflows}}
+
+
+def adaptor_facts(model: Path, name: str) -> dict:
+    """An adaptor's SHA-256, that of its base, and its prompt."""
+    folder = model / read_json(model / "iaa.json", "adaptors")["adaptors"][name]
+    meta = read_json(folder / "config.json", "base", "prompt")
+    with open(folder / "adaptor.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"adaptor": digest, "base": meta["base"], "prompt": meta["prompt"]}
 
 
 def check_settings(folder: Path, settings: dict) -> None:
@@ -246,19 +249,38 @@ def run_retention(args: argparse.Namespace) -> None:
 
 
 def run_lm(args: argparse.Namespace) -> None:
-    """Text benchmarks through lm-eval."""
-    with Ranks(PATIENCE_S, "gloo") as ranks:
+    """Text benchmarks through lm-eval; one that is finished is not asked again."""
+    out, table = args.out or args.model / "eval" / "lm", {}
+    with (one_line("eval.py", "the same command goes on"), Ranks(PATIENCE_S, "gloo") as ranks,
+          lock(out) if ranks.rank == 0 else contextlib.nullcontext()):
         model, info = load_iaa(args.model, None, str(ranks.device))
-        model.adaptor(args.workflow)  # says so now where there is none of that name
+        adaptor = model.adaptor(args.workflow)  # says so now where there is none of that name
+        facts = None if adaptor is None else adaptor_facts(args.model, args.workflow)
+        settings = {"workflow": args.workflow, "base": info["base"], "adaptor": facts,
+                    "limit": args.limit}
         try:
-            from harness import evaluate
+            from harness import evaluate, open_tasks
 
-            table = evaluate(model, Tokenizer.load(info["llm"]), args.workflow, args.tasks,
-                             args.include, args.limit, args.allow_code_execution)
-        except ImportError as error:
+            manager = open_tasks(args.tasks, args.include, args.allow_code_execution)
+        except (ImportError, AssertionError) as error:  # how lm-eval's tasks miss a package
             raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
-        if ranks.rank == 0:
-            print_table("lm-eval", table)
+        for name in args.tasks:
+            folder = out / name
+            finished = (folder / "scores.json").is_file()
+            ranks.barrier()  # all have looked
+            if ranks.rank == 0:
+                folder.mkdir(exist_ok=True)
+                check_settings(folder, settings)
+            found = None if finished else evaluate(
+                model, Tokenizer.load(info["llm"]), args.workflow, name, manager, args.limit,
+                args.allow_code_execution)
+            if found is not None:
+                lines = (json.dumps(sample, ensure_ascii=False, default=str) for sample in found[1])
+                replace_text(folder / "answers.jsonl", "".join(line + "\n" for line in lines))
+                write_json(folder / "scores.json", found[0])
+            if ranks.rank == 0:
+                table[name] = read_json(folder / "scores.json")
+                print_table("lm-eval", table)
 
 
 def arguments() -> argparse.Namespace:
@@ -287,6 +309,7 @@ def arguments() -> argparse.Namespace:
     add("tasks", nargs="+", metavar="TASK", help="mmlu c-eval bbh humaneval math, or lm-eval's")
     add("--workflow", default=TEXT, help="[%(default)s]")
     add("--include", type=Path, help="folder of further task files (YAML)")
+    add("--out", type=Path, help="folder of the answers [MODEL/eval/lm]")
     add("--limit", type=int, help="questions a task [all]")
     add("--allow-code-execution", action="store_true", help="run what the model writes (humaneval)")
     args = parser.parse_args()

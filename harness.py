@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ from torch import Tensor
 from chat import template_of
 from generate import generate
 from iaa import IAA
-from scoring import Table
 from tokenizer import Tokenizer
 
 TASKS = {  # the paper's name -> lm-eval's task and its number of examples
@@ -37,6 +37,7 @@ PAPER = {  # Table 3
     "humaneval": {"LLaVA-Llama3": 38.4, "IAA-8": 59.2},
     "math": {"LLaVA-Llama3": 12.3, "IAA-8": 27.8},
 }
+BY_SUBJECT = ("c-eval", "bbh")  # officially the mean over subjects; lm-eval's is over questions
 BATCH_TOKENS = 8192
 MAX_ANSWER = 256  # where a task sets no limit
 
@@ -214,40 +215,56 @@ class WorkflowLM(TemplateLM):
             dist.barrier()
 
 
+def open_tasks(names: list[str], include: Path | None, run_code: bool) -> TaskManager:
+    """lm-eval's tasks and those of the folder `include`; each of `names` is loaded, as a test.
+
+    names: keys of TASKS, or of lm-eval's or `include`'s tasks and groups. Raises ValueError for any
+    other, and what lm-eval raises where a package is missing (ImportError, AssertionError).
+    """
+    tasks = [TASKS.get(name, (name, None))[0] for name in names]
+    manager = TaskManager(include_path=str(include), include_defaults=False) if include else None
+    if manager is None or not all(task in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=str(include) if include else None)  # slow: all tasks
+    for task in tasks:
+        if task not in manager.all_tasks or task in manager.all_tags:
+            raise ValueError(f"lm-eval has no task or group {task!r}; there are "
+                             f"{', '.join(TASKS)}, its own, and those of --include")
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    elif any(task.startswith("humaneval") for task in tasks):
+        raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
+    for task in tasks:
+        manager.load([task])
+    return manager
+
+
 def evaluate(
     model: IAA,
     tokenizer: Tokenizer,
     workflow: str,
-    names: list[str],  # keys of TASKS, or tasks of lm-eval and of `include`
-    include: Path | None = None,
+    name: str,  # as for `open_tasks`
+    manager: TaskManager,
     limit: int | None = None,
     run_code: bool = False,
-) -> Table:
-    """lm-eval's first figure of each task, in percent, beside the paper's."""
-    chosen = [TASKS.get(name, (name, None)) for name in names]
-    manager = TaskManager(include_path=str(include), include_defaults=False) if include else None
-    if manager is None or not all(task in manager.all_tasks for task, _ in chosen):
-        manager = TaskManager(include_path=str(include) if include else None)  # slow: all tasks
-    for task, _ in chosen:
-        if task not in manager.all_tasks:
-            raise ValueError(f"lm-eval has no task {task!r}; there are {', '.join(TASKS)}, "
-                             "its own, and those of --include")
-    if run_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    table = {}
-    for name, (task, shots) in zip(names, chosen, strict=True):
-        found = simple_evaluate(
-            model=WorkflowLM(model, tokenizer, workflow), tasks=[task], num_fewshot=shots,
-            limit=limit, task_manager=manager, apply_chat_template=True,
-            system_instruction=template_of(tokenizer, None).default_system or None,
-            confirm_run_unsafe_code=run_code, bootstrap_iters=0)
-        if found is None:  # not rank 0
-            continue
-        figures = found.get("groups", {}).get(task) or found["results"][task]
-        metric, value = next((key, value) for key, value in figures.items()
-                             if "," in key and isinstance(value, float) and "stderr" not in key)
-        asked = found["n-samples"]
-        count = sum(part["effective"] for key, part in asked.items())
-        table[f"{name} ({metric.split(',')[0]})"] = {
-            "score": 100 * value, "asked": count, **PAPER.get(name, {})}
-    return table
+) -> tuple[dict, list[dict]] | None:
+    """A row, lm-eval's first figure in percent beside the paper's, and all samples; rank 0's."""
+    task, shots = TASKS.get(name, (name, None))
+    found = simple_evaluate(
+        model=WorkflowLM(model, tokenizer, workflow), tasks=[task], num_fewshot=shots,
+        limit=limit, task_manager=manager, apply_chat_template=True,
+        system_instruction=template_of(tokenizer, None).default_system or None,
+        confirm_run_unsafe_code=run_code, bootstrap_iters=0)
+    if found is None:  # not rank 0
+        return None
+    figures = found.get("groups", {}).get(task) or found["results"][task]
+    metrics = [key for key, value in figures.items()
+               if "," in key and isinstance(value, float) and "stderr" not in key]
+    if not metrics:
+        raise ValueError(f"lm-eval has no figure for {name} as a whole: name tasks of it")
+    metric, asked = metrics[0], found["n-samples"]
+    value = figures[metric]
+    if name in BY_SUBJECT:
+        value = mean(found["results"][subject][metric] for subject in asked)
+    row = {"metric": metric.split(",")[0], "score": 100 * value,
+           "asked": sum(part["effective"] for part in asked.values()), **PAPER.get(name, {})}
+    return row, [sample for samples in found["samples"].values() for sample in samples]

@@ -1,6 +1,7 @@
 """harness.py: lm-eval sees the workflow that plain calls of the model see. Needs lm-eval."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from harness import WorkflowLM, evaluate  # noqa: E402
+import eval as evaluation  # noqa: E402
+from harness import BY_SUBJECT, WorkflowLM, evaluate, open_tasks  # noqa: E402
 from tokenizer import Tokenizer
 
 
@@ -94,14 +96,20 @@ def test_the_chat_form_is_the_models_own(lm):
     assert lm.tok_encode(text) == ids + list(b"See")
 
 
-def test_a_local_task_file(parts, tmp_path):
-    """lm-eval itself, on a task and a data file of our own, without a network."""
-    rows = [{"question": f"{i} + 1?", "choices": [str(i + 1), "no"], "answer": i % 2}
-            for i in range(6)]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sums.yaml").write_text(f"""
-task: sums
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with two tasks, `sums` and `more`, a group and a tag of both; their rows."""
+    rows = {"sums": [{"question": f"{i} + 1?", "choices": [str(i + 1), "no"], "answer": i % 2}
+                     for i in range(6)]}
+    rows["more"] = [dict(row, answer=0) for row in rows["sums"][:2]]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, lines in rows.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        (folder / f"{name}.yaml").write_text(f"""
+task: {name}
+tag: both-tagged
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
@@ -111,10 +119,16 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 metric_list: [{{metric: acc}}]
 """)
-    table = evaluate(*parts, "text", ["sums"], tmp_path)
-    (name, row), = table.items()
-    assert name == "sums (acc)" and row["asked"] == 6
-    lm, right = WorkflowLM(*parts, "text"), 0
+    both = "group: both\ntask: [sums, more]\n"
+    both += "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (folder / "both.yaml").write_text(both)
+    (folder / "bare.yaml").write_text("group: bare\ntask: [sums, more]\n")
+    return folder, rows
+
+
+def right_answers(parts, rows) -> list[bool]:
+    """Whether the likelier choice is the right one, by the model alone."""
+    lm, found = WorkflowLM(*parts, "text"), []
     for question in rows:
         prompt = lm.apply_chat_template([
             {"role": "system", "content": "You are a helpful AI assistant named SmolLM, "
@@ -122,7 +136,55 @@ metric_list: [{{metric: acc}}]
             {"role": "user", "content": question["question"]}])
         scores = lm.loglikelihood(requests("loglikelihood", *(
             (prompt, choice) for choice in question["choices"])), disable_tqdm=True)
-        right += max((0, 1), key=lambda i: scores[i][0]) == question["answer"]
-    assert row["score"] == pytest.approx(100 * right / 6)
-    with pytest.raises(ValueError, match="no task 'nothing'"):
-        evaluate(*parts, "text", ["sums", "nothing"], tmp_path)
+        found.append(max((0, 1), key=lambda i: scores[i][0]) == question["answer"])
+    return found
+
+
+def test_local_task_files(parts, tasks, monkeypatch):
+    """lm-eval itself, on tasks and data files of our own, without a network: a task, a group."""
+    folder, rows = tasks
+    sums, more = (right_answers(parts, rows[name]) for name in ("sums", "more"))
+    manager = open_tasks(["sums", "both"], folder, False)
+    row, samples = evaluate(*parts, "text", "sums", manager)
+    assert row == {"metric": "acc", "score": pytest.approx(100 * sum(sums) / 6), "asked": 6}
+    assert len(samples) == 6
+    row, _ = evaluate(*parts, "text", "both", manager)
+    assert row["score"] == pytest.approx(100 * sum(sums + more) / 8) and row["asked"] == 8
+    monkeypatch.setattr("harness.BY_SUBJECT", (*BY_SUBJECT, "both"))
+    row, _ = evaluate(*parts, "text", "both", manager)
+    assert row["score"] == pytest.approx(100 * (sum(sums) / 6 + sum(more) / 2) / 2)
+    with pytest.raises(ValueError, match="no figure for bare as a whole"):
+        evaluate(*parts, "text", "bare", open_tasks(["bare"], folder, False))
+
+
+def test_what_cannot_be_asked_is_said_first(tasks):
+    """An unknown task, a tag, and code that was not allowed to run."""
+    for name in ("nothing", "both-tagged"):
+        with pytest.raises(ValueError, match=f"no task or group '{name}'"):
+            open_tasks(["sums", name], tasks[0], False)
+    with pytest.raises(ValueError, match="--allow-code-execution"):
+        open_tasks(["humaneval"], None, False)
+
+
+def test_a_finished_task_is_not_asked_again(parts, tasks, tmp_path, monkeypatch, capsys):
+    """eval.py lm: figure and answers of each task in a folder; the same command goes on."""
+    run = tmp_path / "base"
+    index = {"llm": "llama", "vision": "clip", "image_token": 258, "adaptors": {}}
+    (run / "iaa.json").write_text(json.dumps(index))
+
+    def go(*names: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["eval.py", "lm", *names, "--include", str(tasks[0]),
+                                          "--model", str(run)])
+        evaluation.main()
+        return capsys.readouterr().out
+
+    go("sums")
+    answers = (run / "eval" / "lm" / "sums" / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 6 and {"doc", "resps"} <= json.loads(answers[0]).keys()
+    seen = []
+    monkeypatch.setattr("harness.evaluate", lambda *args: seen.append(args[3]) or (
+        {"metric": "acc", "score": 50.0, "asked": 2}, []))
+    said = go("sums", "more")
+    assert seen == ["more"] and "sums" in said and "50.0" in said
+    with pytest.raises(SystemExit, match="answers of another run"):
+        go("sums", "--limit", "2")
