@@ -239,8 +239,10 @@ def read_mmmu(data: Path, images: Path | None) -> list[Question]:
         for row in read_parquet(path, [*MMMU_COLUMNS]):
             try:
                 found.append(mmmu_question(row))
-            except (SyntaxError, ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+            except (SyntaxError, ValueError, TypeError, AttributeError, MemoryError,
+                    RecursionError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{path}: {reason}") from None
     return found
 
 
@@ -284,7 +286,7 @@ def read_refcoco(data: Path, images: Path | None) -> list[Question]:
             if line.strip():
                 try:
                     row = json.loads(line)
-                    found.append(expression_question(row, path.stem, images))
+                    found.append(expression_question(row, path.stem, number, images))
                 except KeyError as error:
                     raise ValueError(f"{path}:{number}: {error} is missing") from None
                 except (ValueError, TypeError, AttributeError, IndexError,
@@ -293,15 +295,16 @@ def read_refcoco(data: Path, images: Path | None) -> list[Question]:
     return found
 
 
-def expression_question(row: dict, stem: str, images: Path) -> Question:
+def expression_question(row: dict, stem: str, number: int, images: Path) -> Question:
     """A row of either form: official (`expression`, `bbox`), or a conversation with its boxes.
 
-    The official prompt has no full stop at its end, though training rows may have one.
+    The official prompt has no full stop at its end, though training rows may have one. number: of
+    the line, for files without `sent_id`, as shikra's.
     """
     official = OFFICIAL_NAME.fullmatch(stem)
     if "expression" in row:
         name, split = official.groups() if official else (stem, "")
-        key, picture = f"{name}/{split}/{row['sent_id']}", row["img_path"]
+        key, picture = f"{name}/{split}/{row.get('sent_id', number)}", row["img_path"]
         text, box = GROUNDING_PROMPT.format(row["expression"]), row["bbox"]
     else:
         name, split, key, picture = (row[field] for field in ("source", "split", "id", "image"))

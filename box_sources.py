@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from data import padded_square
 from data_files import is_whole, load_detections, read_plain_pickle
-from data_sources import Drop, Item, Note, each, field, grounding_row, text
+from data_sources import NOT_XYWH, Drop, Item, Note, each, field, grounding_row, text
 
 MIN_SIDE = 0.02  # of the padded square: two decimals cannot say where a smaller box is
 REFER_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # folder -> partition
@@ -47,7 +47,7 @@ def evaluation_images(refer: Path) -> set[int]:
 def corners(x: float, y: float, w: float, h: float, width: int, height: int) -> list[float]:
     """x1, y1, x2, y2 of a box given as x, y, width, height. Drop where it cannot be that."""
     if w < 0 or h < 0 or x + w > 1.5 * width or y + h > 1.5 * height:
-        raise Drop("a box is not x, y, width, height: is it x1, y1, x2, y2?")
+        raise Drop(NOT_XYWH)
     return [x, y, x + w, y + h]
 
 

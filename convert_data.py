@@ -38,6 +38,7 @@ from box_sources import coco, evaluation_images, flickr30k, objects365, refcoco
 from clip import open_image
 from data import check_row, scan_lines
 from data_sources import (
+    NOT_XYWH,
     NOT_XYXY,
     Drop,
     Item,
@@ -91,7 +92,7 @@ BLOCK = 256  # records handled at a time
 READ_IN_FOLDERS = (".json", ".p", ".parquet", ".txt", ".xml")
 OURS = (".part.json", ".report.json")  # where OUT lies among its inputs
 SAVE_SECONDS = 2.0  # between two notes of the progress
-MAX_NOT_XYXY = 1e-3  # share of the rows; a wrong format makes more
+MAX_MISFORMED = 1e-3  # share of the rows; a wrong format makes more
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
 ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 Source = tuple[str, Iterable[Item]]
@@ -261,7 +262,7 @@ def run_sources(
             progress.source, progress.items = number + 1, 0
 
 
-class NotXyxy(ValueError):
+class Misformed(ValueError):
     """The boxes of a file are of another form: what was made of it is wrong."""
 
 
@@ -294,7 +295,7 @@ def convert(
         note_progress(file, out, progress)
         try:
             check_report(progress, limit, max_faults)
-        except NotXyxy:
+        except Misformed:
             file.truncate(0)  # of no use to any later run
             raise
         if not progress.total("written"):
@@ -309,9 +310,10 @@ def check_report(progress: Progress, limit: int | None, max_faults: float) -> No
     """Print what became of the rows. Raises ValueError where too many were not as published."""
     show_report(progress, limit)
     faults = sum(sum(counts["faults"].values()) for counts in progress.report.values())
-    shapes = sum(counts["faults"].get(NOT_XYXY, 0) for counts in progress.report.values())
-    if shapes > MAX_NOT_XYXY * progress.total("read"):
-        raise NotXyxy(f"{shapes} of {progress.total('read')} rows: {NOT_XYXY}")
+    for reason in (NOT_XYXY, NOT_XYWH):
+        boxes = sum(counts["faults"].get(reason, 0) for counts in progress.report.values())
+        if boxes > MAX_MISFORMED * progress.total("read"):
+            raise Misformed(f"{boxes} of {progress.total('read')} rows: {reason}")
     if faults > max_faults * progress.total("read"):
         raise ValueError(f"{faults} of {progress.total('read')} rows are not as published; what "
                          "was written is kept, and a higher --max-faults accepts them")
@@ -426,6 +428,14 @@ def stamp(path: Path) -> list:
     return [str(path), hashlib.sha256(repr(facts).encode()).hexdigest()[:16]]
 
 
+def convert_mix(args: argparse.Namespace) -> None:
+    """Run the command mix."""
+    sources = mixed(args.parts, args.rows, args.seed)
+    identity = {"parts": args.parts, "rows": args.rows, "seed": args.seed,
+                "inputs": [stamp(Path(name)) for name, _ in sources]}
+    convert(sources, args.out, identity, dry_run=args.dry_run)
+
+
 def convert_dataset(args: argparse.Namespace) -> None:
     """Run a command of DATASETS."""
     read, defaults = DATASETS[args.command]
@@ -496,7 +506,7 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-@one_line("convert_data.py", "the same command goes on from what is written")
+@one_line("convert_data.py")
 def main() -> None:
     """Command line."""
     args = command_line().parse_args()
@@ -509,13 +519,9 @@ def main() -> None:
         head = "# COCO pictures in val and test of RefCOCO, RefCOCO+ (unc) and RefCOCOg (umd)\n"
         replace_text(args.out, head + "".join(f"{number}\n" for number in found))
         print(f"{len(found)} pictures")
-    elif args.command == "mix":
-        sources = mixed(args.parts, args.rows, args.seed)
-        identity = {"parts": args.parts, "rows": args.rows, "seed": args.seed,
-                    "inputs": [stamp(Path(name)) for name, _ in sources]}
-        convert(sources, args.out, identity, dry_run=args.dry_run)
     else:
-        convert_dataset(args)
+        with one_line("convert_data.py", "the same command goes on from what is written"):
+            (convert_mix if args.command == "mix" else convert_dataset)(args)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,19 @@ def load_detections(path: Path) -> sqlite3.Connection:
                             crowd integer, x real, y real, w real, h real);
         create table malformed (kind text);
     """)
+    try:
+        fill_detections(base, path)
+    except sqlite3.Error as error:
+        raise OSError(f"{path}: its temporary database: {error}; TMPDIR says where that is "
+                      "written") from None
+    for table in ("images", "boxes", "categories"):
+        if not base.execute(f"select 1 from {table} limit 1").fetchone():
+            raise ValueError(f"{path}: no {table} in it: not an annotation file in COCO's form")
+    return base
+
+
+def fill_detections(base: sqlite3.Connection, path: Path) -> None:
+    """Put what an annotation file holds into the tables of `load_detections`."""
     for kind, item in stream_json(path, "{"):
         if kind not in ("images", "annotations", "categories"):
             continue
@@ -164,10 +177,6 @@ def load_detections(path: Path) -> sqlite3.Connection:
         good = good and is_whole(number)
         if not good or not base.execute(query, (number, *values)).rowcount:
             base.execute("insert into malformed values (?)", [kind])
-    for table in ("images", "boxes", "categories"):
-        if not base.execute(f"select 1 from {table} limit 1").fetchone():
-            raise ValueError(f"{path}: no {table} in it: not an annotation file in COCO's form")
-    return base
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -19,6 +19,7 @@ from files import new_file
 
 SPEAKERS = ("human", "gpt")
 NOT_XYXY = "a box is not x1, y1, x2, y2: is it x, y, width, height?"
+NOT_XYWH = "a box is not x, y, width, height: is it x1, y1, x2, y2?"
 SNIFFED = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"RIFF": "webp"}
 
 

@@ -224,7 +224,8 @@ def box_verdict(record: Record) -> dict[str, bool]:
     for place, piece in enumerate(record["answer"].split("; ")):
         try:
             hit = iou(official_box(piece, *size), truth) >= 0.5
-        except (ValueError, TypeError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
+        except (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, MemoryError,
+                RecursionError):
             verdict["malformed"] = True
             break
         if hit:

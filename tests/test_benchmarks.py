@@ -198,6 +198,7 @@ def test_mmmu(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"options": "__import__('os').getcwd()"}, "malformed"), ({"image_1": None}, "no picture"),
     ({"answer": "D"}, "3 options, of which the answer is 'D'"), ({"options": "['a'"}, "never clos"),
+    ({"options": "-" * 100_000 + "1"}, "validation-1.parquet: "),
 ])
 def test_mmmu_damaged(tmp_path, change, message):
     """Nothing is executed; one line names the file."""
@@ -249,6 +250,11 @@ def test_refcoco(expressions):
     assert official.key == "refcoco+/testA/34" and official.workflow == "grounding"
     assert official.text == GROUNDING_PROMPT.format("left mug")
     assert ours.text == GROUNDING_PROMPT.format("mug") and ours.key == OURS["id"]
+    (expressions / "mine.jsonl").unlink()
+    path, = expressions.glob("*.jsonl")
+    path.write_text("\n" + json.dumps({k: v for k, v in OFFICIAL.items() if k != "sent_id"}))
+    unnumbered, = read("refcoco", path, expressions / "images")
+    assert unnumbered.key == "refcoco+/testA/2"  # by its line
     assert ours.facts == {"set": "refcocog", "split": "test", "box": [0, 0, 9, 9], "width": 40,
                           "height": 20}
 

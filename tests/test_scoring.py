@@ -143,6 +143,10 @@ def test_mmmu_score_draws_what_is_unresolved():
     table = score_mmmu(lines)
     assert table["all"] == {"score": 75.0, "asked": 4, "drawn": 2} and table == score_mmmu(lines)
     assert table["Art"] == table["Art & Design"] == {"score": 75.0, "asked": 4}
+    many = [line(str(number), "?", OPTIONS, ["A"]) for number in range(400)]
+    table = score_mmmu(many)
+    assert table["all"]["drawn"] == 400 and 15 < table["all"]["score"] < 35  # a quarter, by chance
+    assert table == score_mmmu(many) == score_mmmu(many[::-1])
 
 
 TRUTH = {"box": [100, 50, 300, 250], "width": 640, "height": 480}
@@ -157,6 +161,7 @@ HIT, MISS = "[0.16, 0.2, 0.47, 0.52]", "[0.0, 0.12, 0.1, 0.3]"
     (f"what?; {HIT}", 0, 0, 1, 1),  # a malformed piece ahead of it ends the reading
     (f"The box is {HIT}", 0, 0, 1, 1), (f"{HIT}.", 0, 0, 1, 1), (f"{HIT}; ", 1, 1, 0, 1),
     (f"{MISS}; ", 0, 0, 1, 0), (f"{MISS};{HIT}", 0, 0, 1, 0),  # joined without a space: one piece
+    ('{"bbox": [0.16, 0.2, 0.47, 0.52]}', 0, 0, 1, 1), ("{}", 0, 0, 1, 0),
     ("", 0, 0, 1, 0), ("[0.16, 0.2, 0.47]", 0, 0, 1, 0), ("[a, b, c, d]", 0, 0, 1, 0),
     ("0.16, 0.2, 0.47, 0.52", 1, 1, 0, 0), ("[0.16, 0.2, 0.47, 0.52, 9]", 1, 1, 0, 0),
     ("[0.47, 0.52, 0.16, 0.2]", 0, 0, 0, 0), ("__import__('os')", 0, 0, 1, 0),
