@@ -387,6 +387,17 @@ def open_hf(folder: Path) -> Checkpoint:
     return Checkpoint(source, parts, tokenizer)
 
 
+def gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
+    """The tokenizer in a GGUF's metadata; a sentencepiece one, as `tokenizer.model` beside it."""
+    if fields.get("tokenizer.ggml.model") != "llama":
+        return Tokenizer.from_gguf(fields)
+    beside = path.with_name("tokenizer.model")
+    if not beside.is_file():
+        raise FileNotFoundError(f"{beside}: no such file; take the model's own from its Hugging "
+                                "Face folder, as a GGUF of Llama 2 or Vicuna lacks it")
+    return Tokenizer.from_sentencepiece(beside)
+
+
 def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
     """What `path` holds. Raises ValueError that lists what is known; image_px is for DINOv2."""
     if not path.exists():
@@ -397,8 +408,8 @@ def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
         return open_hf(path)
     if path.suffix == ".gguf":
         source = Gguf(path)
-        return Checkpoint(source, {"": llama_recipe(source, GGUF_LLAMA, gguf_config(source))},
-                          Tokenizer.from_gguf(source.fields))
+        recipe = llama_recipe(source, GGUF_LLAMA, gguf_config(source))
+        return Checkpoint(source, {"": recipe}, gguf_tokenizer(path, source.fields))
     if path.suffix == ".pt":
         source = open_pt(path)
         return Checkpoint(source, {"": clip_recipe(source, OPENAI_CLIP)})

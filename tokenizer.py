@@ -206,7 +206,7 @@ class Tokenizer:
         if model != "gpt2" or split not in GGUF_SPLITS:
             raise ValueError(
                 f"GGUF tokenizer {model!r} split as {split!r}: supported is 'gpt2' split as one of"
-                f" {', '.join(GGUF_SPLITS)}; take the tokenizer from the Hugging Face folder"
+                f" {', '.join(GGUF_SPLITS)}; convert the Hugging Face folder instead"
             )
         names = ("tokens", "token_type", "merges")
         tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in names)

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -322,7 +323,18 @@ def test_gguf(tmp_path, llama, kind):
     assert Tokenizer.load(tmp_path / "out").encode("ab") == [67, 68]
 
 
-def save_gguf(path: Path, tensors: dict, kind: str) -> None:
+def test_gguf_of_a_sentencepiece_model(tmp_path, llama, tokenizer_model):
+    """Llama 2's and Vicuna's: `tokenizer.model` lies beside the file, or it is said."""
+    save_gguf(tmp_path / "in.gguf", to_gguf(llama), "F32", "llama")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.model: no such file; .*Hugging Face"):
+        convert(tmp_path / "in.gguf", tmp_path / "out")
+    shutil.copy(tokenizer_model, tmp_path / "tokenizer.model")
+    convert(tmp_path / "in.gguf", tmp_path / "out", "fp32")
+    check(tmp_path / "out", llama, LLAMA)
+    assert Tokenizer.load(tmp_path / "out").kind == "sentencepiece"
+
+
+def save_gguf(path: Path, tensors: dict, kind: str, tokenizer: str = "gpt2") -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(3)
@@ -333,7 +345,7 @@ def save_gguf(path: Path, tensors: dict, kind: str) -> None:
     writer.add_head_count_kv(2)
     writer.add_rope_freq_base(500000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("smollm")
     codes = (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))
     words = [chr(code) for code in codes]
@@ -383,6 +395,29 @@ def test_rotary_factors_of_gguf(tmp_path, llama):
     save_gguf(tmp_path / "b.gguf", to_gguf(llama) | {"rope_freqs.weight": factors * 2}, "F16")
     with pytest.raises(ValueError, match=r"rope_freqs.weight is neither"):
         convert(tmp_path / "b.gguf", tmp_path / "out2")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path, tokenizer_model):
+    """Ten layers more, 168 MB of them, cost next to none: a tensor at a time is in memory."""
+    peaks = []
+    for layers in (1, 11):
+        sizes = {"hidden_size": 512, "num_hidden_layers": layers, "num_attention_heads": 8,
+                 "num_key_value_heads": 8, "intermediate_size": 2048}
+        layer = {f"self_attn.{name}_proj": (512, 512) for name in "qkvo"} | {
+            "mlp.gate_proj": (2048, 512), "mlp.up_proj": (2048, 512), "mlp.down_proj": (512, 2048),
+            "input_layernorm": (512,), "post_attention_layernorm": (512,)}
+        shapes = {"embed_tokens": (320, 512), "norm": (512,)} | {
+            f"layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+        tensors = {f"model.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+        save_hf(tmp_path / f"in{layers}", tensors | {"lm_head.weight": torch.ones(320, 512)},
+                HF_LLAMA | sizes, tokenizer_model)
+        process = subprocess.Popen([sys.executable, convert_weights.__file__,
+                                    tmp_path / f"in{layers}", tmp_path / f"out{layers}"],
+                                   stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss * 1024)
+    assert peaks[1] - peaks[0] < 40e6
 
 
 def test_shards_are_limited(tmp_path, llama, tokenizer_model, monkeypatch):
