@@ -14,7 +14,6 @@
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 
 from bench_cases import KINDS, Bench, timed
 from costs import flops_of_8b
-from files import one_line
+from files import one_line, write_json
 from iaa import DTYPES
 from retention import perplexity
 from tokenizer import Tokenizer
@@ -166,11 +165,14 @@ def main(argv: list[str] | None = None) -> dict:
     print(show(result))
     if not args.no_memory:
         print("\n| what | case | peak memory, MB |\n|---|---|--:|")
-    for row in rows if not args.no_memory else ():
-        row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
-        print(f"| {row['what']} | {row['model']} | {row['peak_bytes'] / 1e6:,.0f} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    try:
+        for row in rows if not args.no_memory else ():
+            row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
+            print(f"| {row['what']} | {row['model']} | {row['peak_bytes'] / 1e6:,.0f} |",
+                  flush=True)
+    finally:  # what took long stays where this fails
+        if args.json:
+            write_json(args.json, result)
     return result
 
 

@@ -28,8 +28,13 @@ packaged() { # packaged PATH: where an installed package keeps the file
 }
 
 ask() { # ask OPTION...: one answer of the demo's model, below its question
+    local word shown=""
+    for word; do
+        [[ $word == *\ * ]] && word="\"$word\""
+        shown+=" $word"
+    done
     echo
-    echo "python sample.py $*"
+    echo "python sample.py$shown"
     python sample.py --model runs/demo "$@"
 }
 
