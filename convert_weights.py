@@ -7,7 +7,8 @@ GGUF file, OpenAI's CLIP `.pt`, or the ONNX file with the demo's DINOv2: which i
   against the shapes of our own model before anything is written: what is missing, left over or
   mis-shaped is an error that names it.
 - Tensor by tensor: sources are read in slabs of 64 MB, straight into place, and each target is
-  written as it is made: memory holds one target tensor and a slab, whatever the checkpoint's size.
+  written as it is made: memory holds one target tensor, its parts while they are put in order, and
+  a slab, whatever the checkpoint's size.
 - A base's SHA-256 runs over its tensors as written, in the order of the model's `state_dict()`.
 
 Files are read by checkpoint_files.py, the tables stand in weight_tables.py.

@@ -55,7 +55,7 @@ demo() {
     ask --workflow grounding --image $picture --boxes runs/demo/box.png \
         --prompt "Please provide the bounding box coordinate of the region this sentence describes: the shape"
     ask --workflow text --prompt "What is the capital of France?"
-    echo "written: $(ls runs/demo/*.png | tr '\n' ' ')"
+    echo written: runs/demo/*.png
 }
 
 case "${1:-}" in

@@ -1,11 +1,11 @@
-"""Writes tests/golden/tokens*.json: ids of Hugging Face's `tokenizers`, to hold chat.py against.
+"""Writes tests/golden/tokens*.json: ids of Hugging Face's `tokenizers`, for tokenizer.py to equal.
 
 Run as `python tests/make_golden_tokens.py`; needs requirements-dev.txt and requirements-demo.txt.
 
 Four tokenizers: SmolLM2's, built from its GGUF metadata, and three small BPEs trained here, one for
-each split that chat.py supports, whose tokenizer.json is committed. Of each the SHA-256 of the ids
-of 1,000 lines is kept, and the ids of one conversation whose text is put together by SmolLM2's own
-chat template, or spelled out for Llama 3.
+each split that tokenizer.py supports, whose tokenizer.json is committed. Of each the SHA-256 of the
+ids of 1,000 lines is kept, and the ids of one conversation whose text is put together by SmolLM2's
+own chat template, or spelled out for Llama 3.
 """
 
 import hashlib

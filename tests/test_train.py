@@ -1,5 +1,6 @@
 """train.py: one-line errors, the schedule, stages from end to end, resume to the bit, two ranks."""
 
+import contextlib
 import json
 import os
 import resource
@@ -368,6 +369,38 @@ def test_a_lost_rank_is_named(world, tmp_path, fault, zero):
         assert str(error) == f"rank 0 stopped in {step}: rank 1 is dead or hangs in {step}"
         started[0].join(10)
         assert not started[0].is_alive()
+
+
+def environments(mark: bytes) -> dict[int, bytes]:
+    """Of the processes that have `mark` in theirs, by process."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found[int(path.parent.name)] = path.read_bytes()
+    return {process: text for process, text in found.items() if mark in text}
+
+
+def test_under_a_launcher_the_line_comes_and_nobody_stays(world, tmp_path):
+    """torchrun ends all, the loaders too, once a rank is dead: the other says first who it was."""
+    mark = f"IAA_TEST={tmp_path}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", ROOT / "train.py", "--config", world / "config.toml"]
+    for setting in ("instruct.start=none", "instruct.steps=99999", "workers=1", f"out={tmp_path}"):
+        command += ["--set", setting]
+    with subprocess.Popen([*command, "--stage", "instruct"], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT,
+                          env=os.environ | dict([mark.split("=", 1)])) as launcher:
+        for line in launcher.stdout:
+            if line.startswith("instruct 5/"):
+                break
+        ranks_, parent = environments(mark.encode()), f"PPid:\t{launcher.pid}\n"
+        dead, = [process for process, text in ranks_.items() if b"\0RANK=1\0" in text
+                 and parent in Path(f"/proc/{process}/status").read_text()]
+        os.kill(dead, signal.SIGKILL)
+        said = launcher.stdout.read()
+    assert "train.py: rank 0 stopped" in said
+    assert "rank 1 is dead or hangs in stage instruct" in said
+    assert not environments(mark.encode())
 
 
 def test_learning_rate_schedule():
