@@ -16,7 +16,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from ask import Asker
 from benchmarks import BENCHMARKS, read_questions
@@ -145,7 +145,7 @@ def table(out: Path, questions: int) -> str:
             columns = {key: [score[key] for score in scores] for key in scores[0]}
             rows.append((name, variant.table, variant.about, str(len(scores)),
                          cell(columns["right"], ".1f"), cell(columns["held_out"], ".3f"),
-                         f"{columns['trained'][0]:.1f}", f"{mean(columns['minutes']):.1f}",
+                         f"{columns['trained'][0]:.1f}", f"{median(columns['minutes']):.1f}",
                          *variant.paper))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{NOTE}\n"
 

@@ -190,16 +190,16 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     On a CPU, forward and backward in bf16 took 5.9 ms this way and 17 ms through
     `scaled_dot_product_attention` (whose backward is the slow part), at B 4, H 9, K 3, T 180, E 64
     with a mask, on 2 cores. Forward alone and causal, that one wins (T 1500: 53 ms against 100).
+    The G queries of a key head stand below each other, as rows of one product: nothing is repeated.
     """
     batch, heads, tokens, size = q.shape
+    rows, seen = batch * k.shape[1], k.shape[2]  # B K, S
     if mask is None:
-        mask = torch.ones(tokens, k.shape[2], dtype=torch.bool).tril()
+        mask = torch.ones(tokens, seen, dtype=torch.bool).tril()
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    bias = bias.expand(batch, heads, -1, -1).flatten(0, 1)  # (B H, T, S)
-    group = heads // k.shape[1]
-    k, v = (x[:, :, None].expand(-1, -1, group, -1, -1) for x in (k, v))  # (B, K, G, S, E)
-    k, v = k.flatten(0, 2), v.flatten(0, 2)  # (B H, S, E)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.mT, alpha=size**-0.5)  # (B H, T, S)
+    bias = bias.expand(batch, heads, -1, -1).reshape(rows, -1, seen)  # (B K, G T, S)
+    q, k, v = q.reshape(rows, -1, size), k.flatten(0, 1), v.flatten(0, 1)  # k, v: (B K, S, E)
+    scores = torch.baddbmm(bias, q, k.mT, alpha=size**-0.5)  # (B K, G T, S)
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, tokens, size)
 
 

@@ -12,7 +12,7 @@ input of a product, only what its nonlinear steps must remember:
     two norms, in fp32       8D + 8              and 4cD where trained: input and output of weights
     attention, by GPU kernel c(3H + 3K)E + 4H    q, k; v, as a view of all three; output; logsumexp
                                                  (of causal rows; a mask repeats k and v to H heads)
-    attention, on a CPU      c(3HE + HT)         q, k, v repeated to H heads; T probabilities
+    attention, on a CPU      c(H + 2K)E + cHT    q, k, v; T probabilities of each head
                                                  (cHE more where trained)
     feed-forward             3cF                 gate and up, silu(gate); cF more where trained
     with `recompute`         cD instead          its input; one layer at a time holds all of this
@@ -158,7 +158,7 @@ def layer_saved(sizes: LlamaConfig, tokens: int, row: int, trained: bool, c: int
     if gpu:
         each += c * 3 * (heads + sizes.kv_heads) * size + 4 * heads
     else:
-        each += c * heads * (3 * size + row)
+        each += c * ((heads + 2 * sizes.kv_heads) * size + heads * row)
     if trained:
         each += c * (4 * width + sizes.ffn + (0 if gpu else heads * size))
     return tokens * each

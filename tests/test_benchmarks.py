@@ -8,8 +8,9 @@ import zipfile
 import pytest
 from PIL import Image
 
-from benchmarks import BENCHMARKS, mmbench_submission, score_or_count
+from benchmarks import BENCHMARKS
 from data import GROUNDING_PROMPT
+from mmbench import mmbench_submission, score_or_count
 from scoring import COGNITION, PERCEPTION
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
