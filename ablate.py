@@ -6,6 +6,7 @@
   gives its steps to the run's first stage. Runs of one seed see the rows in the same order.
 - A run is `train.py` in a folder of its own, `OUT/NAME-SEED`, and `score.json` once it is scored.
   Started again, what is finished is not repeated, and a run that was killed goes on.
+- Started twice at a time, the two share the runs out: what one is at, the other passes over.
 - A run whose first stage is that of a finished one, seed included, takes a copy of its result.
 - The table goes to `OUT/table.md`: mean and spread over the seeds beside the paper's figures.
 """
@@ -22,7 +23,7 @@ from ask import Asker
 from benchmarks import BENCHMARKS, read_questions
 from config import Config, read_config
 from eval import chosen
-from files import new_folder, one_line, read_json, replace_text, write_json
+from files import InUse, lock, new_folder, one_line, read_json, replace_text, write_json
 from storage import load_iaa
 from tokenizer import Tokenizer
 from train import set_memory_use, train
@@ -164,17 +165,28 @@ def ablate(path: str, settings: list[str], names: list[str], seeds: int, questio
     for number, (name, config) in enumerate(runs, 1):
         print(f"\nrun {number} of {len(runs)}: {name}, seed {config.seed}: "
               f"{VARIANTS[name].about}", flush=True)
-        done = Path(config.out, "score.json")
-        if done.is_file() and read_json(done, "questions")["questions"] == questions:
-            print("finished before")
-            continue
         began = time.perf_counter()
-        share_first_stage(config)
-        train(config, None)
-        write_json(done, score(config, questions))
+        try:
+            with lock(Path(config.out), ".ablate-lock"):  # train.py has one of its own
+                done = run_once(config, questions)
+        except InUse:
+            print("another process is at it")
+            continue
         replace_text(out / "table.md", table(out, questions))
-        print(f"done in {(time.perf_counter() - began) / 60:.1f} min", flush=True)
+        print(f"done in {(time.perf_counter() - began) / 60:.1f} min" if done else
+              "finished before", flush=True)
     print(f"\n{table(out, questions)}")
+
+
+def run_once(config: Config, questions: int) -> bool:
+    """Train and score a run; False where that was done before."""
+    done = Path(config.out, "score.json")
+    if done.is_file() and read_json(done, "questions")["questions"] == questions:
+        return False
+    share_first_stage(config)
+    train(config, None)
+    write_json(done, score(config, questions))
+    return True
 
 
 @one_line("ablate.py", "the same command goes on")

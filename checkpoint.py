@@ -87,10 +87,16 @@ def save_state(
             remove(old)
 
 
+def lasting(settings: dict) -> dict:
+    """Settings without what is free, also of those that it began with."""
+    return {key: lasting(value) if key == "beginning" and value else value
+            for key, value in settings.items() if key not in FREE}
+
+
 def check_settings(made: Path, was: dict, settings: dict) -> None:
     """Raise ValueError where what lies at `made` was made with other settings, but for `FREE`."""
-    now = json.loads(json.dumps(settings))
-    changed = [key for key in now if was.get(key) != now[key] and key not in FREE]
+    was, now = lasting(was), lasting(json.loads(json.dumps(settings)))
+    changed = [key for key in now if was.get(key) != now[key]]
     if changed:
         raise ValueError(f"{made} was made with another {', '.join(changed)}: "
                          "restore it, or remove that folder to train the stage again")
@@ -111,7 +117,7 @@ def resume_state(
     if not found:
         return 0
     manifest = read_json(found[-1] / MANIFEST, "step", "updates", "ranks", "settings")
-    check_settings(found[-1], manifest["settings"], settings)
+    check_settings(folder, manifest["settings"], settings)
     pieces = Pieces(found[-1], manifest["ranks"])
     for master in state.masters.values() if manifest["updates"] else ():
         moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}

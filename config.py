@@ -109,10 +109,10 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
-        for stage in self.stage:
-            if stage.start not in ("", "none", *names):
-                raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or one '
-                                 f"of {', '.join(names)}")
+        for place, stage in enumerate(self.stage):
+            if stage.start not in ("", "none", *names[:place]):
+                raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
+                                 f"stage before it ({', '.join(names[:place])})")
         if self.stages is not None:
             unknown = [name for name in self.stages if name not in names]
             if unknown or not self.stages:

@@ -9,7 +9,7 @@
 
 A benchmark's answers go to `eval/<benchmark>/answers-<rank>.jsonl` in the model's folder as they
 come. Started again, it asks what is not answered yet; `--rescore` scores what is there, without
-model or data.
+model or data. Those of `lm` go to `eval/lm/<task>/` once a task is finished.
 """
 
 import argparse
@@ -256,26 +256,30 @@ def run_lm(args: argparse.Namespace) -> None:
         model, info = load_iaa(args.model, None, str(ranks.device))
         adaptor = model.adaptor(args.workflow)  # says so now where there is none of that name
         facts = None if adaptor is None else adaptor_facts(args.model, args.workflow)
+        files = sorted(p for p in args.include.rglob("*") if p.is_file()) if args.include else ()
+        include = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         settings = {"workflow": args.workflow, "base": info["base"], "adaptor": facts,
-                    "limit": args.limit}
+                    "limit": args.limit, "include": include}
         try:
             from harness import evaluate, open_tasks
 
             manager = open_tasks(args.tasks, args.include, args.allow_code_execution)
         except (ImportError, AssertionError) as error:  # how lm-eval's tasks miss a package
             raise ValueError(f"{error}: pip install -r requirements-eval.txt") from None
+        if ranks.rank == 0:
+            for name in args.tasks:
+                (out / name).mkdir(exist_ok=True)
+                check_settings(out / name, settings)
         for name in args.tasks:
             folder = out / name
+            ranks.barrier()  # the one before is written
             finished = (folder / "scores.json").is_file()
             ranks.barrier()  # all have looked
-            if ranks.rank == 0:
-                folder.mkdir(exist_ok=True)
-                check_settings(folder, settings)
             found = None if finished else evaluate(
                 model, Tokenizer.load(info["llm"]), args.workflow, name, manager, args.limit,
                 args.allow_code_execution)
             if found is not None:
-                lines = (json.dumps(sample, ensure_ascii=False, default=str) for sample in found[1])
+                lines = (json.dumps(sample, default=str) for sample in found[1])
                 replace_text(folder / "answers.jsonl", "".join(line + "\n" for line in lines))
                 write_json(folder / "scores.json", found[0])
             if ranks.rank == 0:

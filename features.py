@@ -42,7 +42,7 @@ class Features:
         """Write what the tower made of `images`, where there is none or a broken file.
 
         Returns what is kept now: a picture made anew, in another batch, may round otherwise, and a
-        run that goes on after a stop is to see what it would have seen.
+        process that goes on after a stop is to see what it would have seen.
         """
         rows = []
         for pixels, made in zip(images.cpu(), features.cpu(), strict=True):

@@ -164,16 +164,20 @@ def write_json(path: Path, value: dict) -> None:
     replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
+class InUse(ValueError):
+    """Another process has the folder."""
+
+
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep `folder` for this process. Raises ValueError where another one has it."""
+def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Keep `folder` for this process. Raises InUse where another one has it, by a file `name`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / name, "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{folder} is in use by another run (process {file.read()})") from None
+            raise InUse(f"{folder} is in use by another run (process {file.read()})") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -233,8 +233,10 @@ def open_tasks(names: list[str], include: Path | None, run_code: bool) -> TaskMa
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     elif any(task.startswith("humaneval") for task in tasks):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
-    for task in tasks:
-        manager.load([task])
+    for name, task in zip(names, tasks, strict=True):
+        group = manager.load([task])["groups"].get(task)
+        if group is not None and not group.has_aggregation:
+            raise ValueError(f"lm-eval has no figure for {name} as a whole: name tasks of it")
     return manager
 
 
@@ -257,11 +259,9 @@ def evaluate(
     if found is None:  # not rank 0
         return None
     figures = found.get("groups", {}).get(task) or found["results"][task]
-    metrics = [key for key, value in figures.items()
-               if "," in key and isinstance(value, float) and "stderr" not in key]
-    if not metrics:
-        raise ValueError(f"lm-eval has no figure for {name} as a whole: name tasks of it")
-    metric, asked = metrics[0], found["n-samples"]
+    metric = next(key for key, value in figures.items()
+                  if "," in key and isinstance(value, float) and "stderr" not in key)
+    asked = found["n-samples"]
     value = figures[metric]
     if name in BY_SUBJECT:
         value = mean(found["results"][subject][metric] for subject in asked)

@@ -193,11 +193,14 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     The G queries of a key head stand below each other, as rows of one product: nothing is repeated.
     """
     batch, heads, tokens, size = q.shape
-    rows, seen = batch * k.shape[1], k.shape[2]  # B K, S
+    kv_heads, seen = k.shape[1:3]  # K, S
+    rows = batch * kv_heads
     if mask is None:
-        mask = torch.ones(tokens, seen, dtype=torch.bool).tril()
+        mask = torch.ones(1, 1, tokens, seen, dtype=torch.bool).tril()
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    bias = bias.expand(batch, heads, -1, -1).reshape(rows, -1, seen)  # (B K, G T, S)
+    bias = bias.expand(-1, heads // kv_heads, -1, -1).flatten(1, 2)  # (B or 1, G T, S)
+    if len(bias) > 1:
+        bias = bias.repeat_interleave(kv_heads, 0)  # (B K, G T, S)
     q, k, v = q.reshape(rows, -1, size), k.flatten(0, 1), v.flatten(0, 1)  # k, v: (B K, S, E)
     scores = torch.baddbmm(bias, q, k.mT, alpha=size**-0.5)  # (B K, G T, S)
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, tokens, size)

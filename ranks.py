@@ -77,6 +77,7 @@ class Ranks:
         broken = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
         if isinstance(error, (dist.DistError, Terminated)) or broken:
             told = " on SIGTERM" if isinstance(error, Terminated) else ""
+            told = " as a loader was ended" if "killed by signal" in str(error) else told
             line = f"rank {self.rank} stopped{told} in {self.place}: {self.lost()}"
             raise LostRank(line) from None
         with contextlib.suppress(dist.DistError):

@@ -31,25 +31,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chat import render
-from checkpoint import check_settings, remove, resume_state, save_state
+from checkpoint import resume_state, save_state
 from clip import open_image, preprocess
 from config import Config, StageConfig, adaptor_config, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import lock, new_folder, one_line, read_json, replace_text, write_json, writing
+from files import lock, new_folder, one_line, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import set_recompute
 from parts import parts
-from plan import Machine, build, plan, step_flops
+from plan import Machine, plan, step_flops
 from ranks import Ranks
-from storage import load_base, load_tensors, read_base, read_meta, save_adaptor
+from stages import (
+    adaptor_folder,
+    after_stage,
+    check_ahead,
+    is_finished,
+    settings_of,
+    source_folder,
+)
+from storage import load_base, load_tensors, read_meta, save_adaptor
 from tokenizer import Tokenizer
 from zero import Replicated, Sharded
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MAX_BAD_STEPS = 10  # in a row, then the run stops
-SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that stages depend on
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
@@ -87,14 +93,6 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), base, tokenizer, features)
 
 
-def source_folder(config: Config, stage: StageConfig) -> Path | None:
-    """Where the adaptor lies that the stage starts from; None for the frozen model."""
-    names = [s.name for s in config.stage]
-    before = names.index(stage.name) - 1
-    source = stage.start or (names[before] if before >= 0 else "none")
-    return None if source == "none" else adaptor_folder(config, source)
-
-
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     """The adaptor as the stage begins, in fp32: frozen copies, then all that was trained before."""
     torch.manual_seed(run.config.seed)  # for the projector, the one part that starts random
@@ -104,9 +102,6 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     adaptor.copy_frozen(llama)
     folder = source_folder(run.config, stage)
     if folder is not None:
-        if not folder.is_dir():
-            raise ValueError(f"stage {stage.name} starts from stage {folder.parent.name!r}, "
-                             f"which is not finished in {run.config.out}")
         was = read_meta(folder, run.base)["adaptor"]
         if was.insertion and (was.insertion, was.structure) != (
                 settings.insertion, settings.structure):
@@ -114,46 +109,6 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
                              f"{list(was.insertion)}, stage {stage.name} another")
         load_tensors(adaptor, [folder / "adaptor.safetensors"], torch.float32, "cpu", partly=True)
     return adaptor
-
-
-def settings_of(config: Config, stage: StageConfig) -> dict:
-    """All that the stage's result depends on, but for the data themselves.
-
-    What it starts from, by that one's settings; nothing of it where that is no longer there.
-    """
-    (sizes, llama), (_, clip) = read_base(config.llm), read_base(config.vision)
-    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
-             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
-             "base model": {"llama": llama, "clip": clip}}
-    source = source_folder(config, stage)
-    if source is not None and source.is_dir():
-        found["beginning"] = read_json(source / "config.json").get("settings")
-    return found
-
-
-def check_finished(config: Config, stage: StageConfig) -> None:
-    """Raise ValueError where a finished stage was trained with other settings than these."""
-    folder = adaptor_folder(config, stage.name)
-    was = read_json(folder / "config.json").get("settings")
-    if was is not None:  # not of this trainer
-        check_settings(folder.parent, was, settings_of(config, stage))
-
-
-def check_ahead(config: Config, stages: list[StageConfig]) -> None:
-    """Raise ValueError or FileNotFoundError now for what a later stage would stumble over."""
-    for folder in (config.llm, config.vision):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; convert_weights.py makes it")
-    tokenizer = Tokenizer.load(config.llm)
-    for stage in stages:
-        if is_finished(config, stage):
-            check_finished(config, stage)
-            continue
-        build(config, stage)  # sizes, places, structure
-        render(tokenizer, [("user", "?"), ("assistant", "!")], stage.template or None)
-        for path in (*stage.data, *stage.held_out):
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"{path}: no such data file")
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
@@ -264,7 +219,10 @@ class Log:
     def step(
         self, step: int, values: dict, batches: list[Batch], wait_s: float
     ) -> None:
-        """Write a step's line; tokens and FLOPs of all ranks are reckoned from this one's share."""
+        """Write a step's line; tokens and FLOPs of all ranks are reckoned from this one's share.
+
+        Rows cut at `max_tokens` are counted of this rank, since its start.
+        """
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         run, tokens = self.run, sum(int(b.lengths.sum()) for b in batches)
@@ -291,7 +249,7 @@ class Log:
                 file.write(json.dumps(row) + "\n")
         left = (self.stage.steps - step - 1) * seconds
         more = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
-        more += f"  {self.cut} rows cut at max_tokens" if self.cut else ""
+        more += f"  {self.cut} rows cut" if self.cut else ""
         run.ranks.say(f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}  "
                 f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  "
                 f"{row['tokens_per_s']:.0f} tok/s  {row['tflops']:.3f} TFLOP/s  "
@@ -369,33 +327,6 @@ def finish_stage(
     run.ranks.barrier()
 
 
-def after_stage(config: Config, stage: StageConfig) -> None:
-    """Note the finished adaptors in `iaa.json`, drop the stage's checkpoints."""
-    out, path = Path(config.out), Path(config.out, "iaa.json")
-    noted = read_json(path, adaptors=dict[str, str])["adaptors"] if path.is_file() else {}
-    noted = {name: place for name, place in noted.items() if (out / place).is_dir()}
-    finished = [s for s in config.stage if is_finished(config, s)]
-    index = {
-        "llm": os.path.relpath(config.llm, out),
-        "vision": os.path.relpath(config.vision, out),
-        "image_token": Tokenizer.load(config.llm).image_id,
-        "adaptors": noted | {s.adaptor: f"{s.name}/adaptor" for s in finished},  # a name's last
-    }
-    write_json(path, index)
-    for old in (out / stage.name).glob("step-*"):
-        remove(old)
-
-
-def adaptor_folder(config: Config, stage: str) -> Path:
-    """Where the finished adaptor of the stage of that name lies."""
-    return Path(config.out, stage, "adaptor")
-
-
-def is_finished(config: Config, stage: StageConfig) -> bool:
-    """Whether the stage has been trained to its end in this run."""
-    return (adaptor_folder(config, stage.name) / "config.json").is_file()
-
-
 def train(config: Config, only: str | None) -> None:
     """Run the named stage, or all stages that are not finished."""
     if only is not None and only not in [s.name for s in config.stage]:
@@ -411,8 +342,6 @@ def train(config: Config, only: str | None) -> None:
             write_json(Path(config.out, "config.json"), asdict(config))
         for stage in stages:
             began, finished = time.perf_counter(), is_finished(config, stage)
-            if finished:  # once more: what it started from may have been trained anew
-                check_finished(config, stage)
             ranks.barrier()  # all have looked
             if not finished:
                 run_stage(open_run(config, ranks, stage), stage)

@@ -4,13 +4,18 @@ import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
+
+from files import lock
 
 
 def free_port() -> int:
@@ -61,3 +66,22 @@ def processes(world: int, function: Callable, *arguments) -> Iterator[tuple[list
         for process in started:
             process.kill()
             process.join()
+
+
+def hold(folder: Path, name: str, ready: Path) -> None:
+    """In a process of its own: keep the lock of a folder."""
+    with lock(folder, name):
+        ready.touch()
+        signal.pause()
+
+
+@contextlib.contextmanager
+def held(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Inside, another process has the lock of a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        ready = Path(place, "ready")
+        with processes(1, hold, folder, name, ready) as (started, _):
+            while not ready.exists():
+                started[0].join(0.05)
+                assert started[0].is_alive()
+            yield

@@ -7,6 +7,7 @@ from statistics import stdev
 
 import pytest
 from PIL import Image
+from processes import held
 from safetensors.torch import load_file
 
 import ablate
@@ -129,6 +130,16 @@ def test_what_is_shared_is_the_same_seed_s_and_budget_s(lab, done, capsys):
     taken = [line for line in capsys.readouterr().out.splitlines() if "taken from" in line]
     names = [line.rpartition("/")[2] for line in taken]
     assert names == ["iaa-0", "without-stage2-0"]  # b-0, llava-0; b-1 trained its own
+
+
+def test_two_processes_share_the_runs(lab, done, capsys):
+    """What another process is at is passed over, and is not in the table yet."""
+    place = lab / "two"
+    with held(place / "iaa-0", ".ablate-lock"):
+        run(lab, "iaa", "a", settings=[f"out={place}"])
+    assert capsys.readouterr().out.count("another process is at it") == 1
+    assert [path.parent.name for path in place.glob("*/score.json")] == ["a-0"]
+    assert "| a |" in (place / "table.md").read_text()
 
 
 def test_other_settings_do_not_mix(lab, done):

@@ -154,7 +154,7 @@ def test_local_task_files(parts, tasks, monkeypatch):
     row, _ = evaluate(*parts, "text", "both", manager)
     assert row["score"] == pytest.approx(100 * (sum(sums) / 6 + sum(more) / 2) / 2)
     with pytest.raises(ValueError, match="no figure for bare as a whole"):
-        evaluate(*parts, "text", "bare", open_tasks(["bare"], folder, False))
+        open_tasks(["bare"], folder, False)
 
 
 def test_what_cannot_be_asked_is_said_first(tasks):

@@ -21,8 +21,9 @@ IMPORTS = {  # of ours, by file: the design
     "data": {"chat", "tokenizer"},
     "config": {"files", "iaa"},  # for TEXT
     "train": {
-        "chat", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama",
-        "parts", "plan", "ranks", "storage", "tokenizer", "zero"},
+        "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama", "parts",
+        "plan", "ranks", "stages", "storage", "tokenizer", "zero"},
+    "stages": {"chat", "checkpoint", "config", "files", "plan", "storage", "tokenizer"},
     "features": {"files"},
     "packing": {"llama"},
     "sample": {"clip", "data", "dialogue", "files", "iaa"},
@@ -62,7 +63,7 @@ IMPORTS = {  # of ours, by file: the design
 }
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "tokenizer",
         "chat", "data", "config", "parts", "ranks", "zero", "checkpoint", "plan", "features",
-        "train", "dialogue", "sample")  # the core
+        "stages", "train", "dialogue", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]

@@ -1,0 +1,108 @@
+"""The stages of a run: where their adaptors lie, what each starts from, which are finished.
+
+A finished adaptor keeps the settings that made it, and those of the one it began with. A run that
+finds it there goes on from it where they are still the same, and says which are not.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from chat import render
+from checkpoint import check_settings, remove
+from config import Config, StageConfig, adaptor_config
+from files import read_json, write_json
+from plan import build
+from storage import read_base
+from tokenizer import Tokenizer
+
+SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that stages depend on
+
+
+def adaptor_folder(config: Config, stage: str) -> Path:
+    """Where the finished adaptor of the stage of that name lies."""
+    return Path(config.out, stage, "adaptor")
+
+
+def is_finished(config: Config, stage: StageConfig) -> bool:
+    """Whether the stage has been trained to its end in this run."""
+    return (adaptor_folder(config, stage.name) / "config.json").is_file()
+
+
+def source_folder(config: Config, stage: StageConfig) -> Path | None:
+    """Where the adaptor lies that the stage starts from; None for the frozen model."""
+    names = [s.name for s in config.stage]
+    before = names.index(stage.name) - 1
+    source = stage.start or (names[before] if before >= 0 else "none")
+    return None if source == "none" else adaptor_folder(config, source)
+
+
+def settings_of(config: Config, stage: StageConfig) -> dict:
+    """All that the stage's result depends on, but for the data themselves.
+
+    What it starts from, by that one's settings: those it was trained with, or will be.
+    """
+    (sizes, llama), (_, clip) = read_base(config.llm), read_base(config.vision)
+    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
+             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
+             "base model": {"llama": llama, "clip": clip}}
+    source = source_folder(config, stage)
+    before = next((s for s in config.stage if adaptor_folder(config, s.name) == source), None)
+    if source is not None and source.is_dir():
+        found["beginning"] = read_json(source / "config.json").get("settings")
+    elif before is not None:
+        found["beginning"] = settings_of(config, before)
+    return found
+
+
+def check_finished(config: Config, stage: StageConfig) -> None:
+    """Raise ValueError where a finished stage was trained with other settings than these."""
+    folder = adaptor_folder(config, stage.name)
+    was = read_json(folder / "config.json").get("settings")
+    if was is not None:  # not of this trainer
+        check_settings(folder.parent, was, settings_of(config, stage))
+
+
+def check_ahead(config: Config, stages: list[StageConfig]) -> None:
+    """Raise ValueError or FileNotFoundError now for what a later stage would stumble over."""
+    for folder in (config.llm, config.vision):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; convert_weights.py makes it")
+    tokenizer, ready = Tokenizer.load(config.llm), []
+    for stage in stages:
+        ready.append(adaptor_folder(config, stage.name))
+        if is_finished(config, stage):
+            check_finished(config, stage)
+            continue
+        source = source_folder(config, stage)
+        if source not in (None, *ready) and not source.is_dir():
+            raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
+                             f"which is not finished in {config.out}")
+        build(config, stage)  # sizes, places, structure
+        render(tokenizer, [("user", "?"), ("assistant", "!")], stage.template or None)
+        for path in (*stage.data, *stage.held_out):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path}: no such data file")
+
+
+def after_stage(config: Config, stage: StageConfig) -> None:
+    """Note the finished adaptors in `iaa.json`, drop the stage's checkpoints.
+
+    Of those of one name the newest counts, also of stages that this run leaves out.
+    """
+    out, path = Path(config.out), Path(config.out, "iaa.json")
+    noted = read_json(path, adaptors=dict[str, str])["adaptors"] if path.is_file() else {}
+    places = {place: name for name, place in noted.items()}
+    places |= {f"{s.name}/adaptor": s.adaptor for s in config.stage}
+    files = [out / place / "config.json" for place in places]
+    files = sorted((file for file in files if file.is_file()), key=lambda f: f.stat().st_mtime_ns)
+    found = [str(file.parent.relative_to(out)) for file in files]
+    index = {
+        "llm": os.path.relpath(config.llm, out),
+        "vision": os.path.relpath(config.vision, out),
+        "image_token": Tokenizer.load(config.llm).image_id,
+        "adaptors": {places[place]: place for place in found},
+    }
+    write_json(path, index)
+    for old in (out / stage.name).glob("step-*"):
+        remove(old)
