@@ -47,7 +47,7 @@ def make_llama(folder: Path) -> None:
         "num_key_value_heads": KV_HEADS, "head_dim": HEAD, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.repeat(" ".join(WORDS), 50), minloglevel=2, vocab_size=290,
+        sentence_iterator=itertools.repeat(" ".join(WORDS), 50), minloglevel=2, vocab_size=280,
         model_prefix=str(folder / "tokenizer"), byte_fallback=True)
 
 
