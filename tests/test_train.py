@@ -359,13 +359,10 @@ def test_killed_ranks_end_with_the_same_bits(world, tmp_path):
     assert left == {"adaptor", "log.jsonl"}
 
 
-@pytest.mark.parametrize("fault, zero", [(signal.SIGKILL, 3), (signal.SIGSTOP, 0)])
-def test_a_lost_rank_is_named(world, tmp_path, fault, zero):
-    """A rank that dies or hangs: the other stops within the timeout, naming it and the step."""
-    timeout = 30 if fault == signal.SIGKILL else 6  # a broken connection needs none
-    settings = [f"out={tmp_path}", f"timeout_s={timeout}", f"stage.zero={zero}"]
-    config = str(world / "config.toml")
-    with processes(2, instruct, config, settings, (1, fault)) as (started, result):
+def test_a_rank_that_hangs_is_named(world, tmp_path):
+    """The other stops within the timeout, naming it and the step."""
+    settings, config = [f"out={tmp_path}", "timeout_s=6"], str(world / "config.toml")
+    with processes(2, instruct, config, settings, (1, signal.SIGSTOP)) as (started, result):
         rank, error = result(60)
         assert rank == 0 and isinstance(error, LostRank), error
         step = "stage instruct, step 4"
@@ -388,7 +385,8 @@ def test_under_a_launcher_the_line_comes_and_nobody_stays(world, tmp_path):
     mark = f"IAA_TEST={tmp_path}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node", "2", ROOT / "train.py", "--config", world / "config.toml"]
-    for setting in ("instruct.start=none", "instruct.steps=99999", "workers=1", f"out={tmp_path}"):
+    for setting in ("instruct.start=none", "instruct.steps=99999", "instruct.zero=3", "workers=1",
+                    f"out={tmp_path}"):
         command += ["--set", setting]
     with subprocess.Popen([*command, "--stage", "instruct"], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT,
