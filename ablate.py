@@ -172,9 +172,11 @@ def ablate(path: str, settings: list[str], names: list[str], seeds: int, questio
         except InUse:
             print("another process is at it")
             continue
+        if not done:
+            print("finished before")
+            continue
         replace_text(out / "table.md", table(out, questions))
-        print(f"done in {(time.perf_counter() - began) / 60:.1f} min" if done else
-              "finished before", flush=True)
+        print(f"done in {(time.perf_counter() - began) / 60:.1f} min", flush=True)
     print(f"\n{table(out, questions)}")
 
 

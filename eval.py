@@ -270,13 +270,13 @@ def run_lm(args: argparse.Namespace) -> None:
             for name in args.tasks:
                 (out / name).mkdir(exist_ok=True)
                 check_settings(out / name, settings)
+        finished = [name for name in args.tasks if (out / name / "scores.json").is_file()]
+        ranks.barrier()  # all have looked
+        tokenizer = Tokenizer.load(info["llm"])
         for name in args.tasks:
             folder = out / name
-            ranks.barrier()  # the one before is written
-            finished = (folder / "scores.json").is_file()
-            ranks.barrier()  # all have looked
-            found = None if finished else evaluate(
-                model, Tokenizer.load(info["llm"]), args.workflow, name, manager, args.limit,
+            found = None if name in finished else evaluate(
+                model, tokenizer, args.workflow, name, manager, args.limit,
                 args.allow_code_execution)
             if found is not None:
                 lines = (json.dumps(sample, default=str) for sample in found[1])
