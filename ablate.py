@@ -23,7 +23,16 @@ from ask import Asker
 from benchmarks import BENCHMARKS, read_questions
 from config import Config, read_config
 from eval import chosen
-from files import InUse, lock, new_folder, one_line, read_json, replace_text, write_json
+from files import (
+    InUse,
+    check_same,
+    lock,
+    new_folder,
+    one_line,
+    read_json,
+    replace_text,
+    write_json,
+)
 from storage import load_iaa
 from tokenizer import Tokenizer
 from train import set_memory_use, train
@@ -68,11 +77,6 @@ OF_THE_ADAPTOR = ("out", "insertion", "structure", "own_embedding", "own_head", 
                   "stages")  # what a bare projector's training does not depend on
 
 
-def plain(config: Config) -> dict:
-    """The configuration as JSON gives it back."""
-    return json.loads(json.dumps(asdict(config)))
-
-
 def run_config(path: str, settings: list[str], name: str, seed: int) -> Config:
     """The run's configuration: the variant's, in its own folder, with the whole budget of steps."""
     whole = read_config(path, settings)
@@ -86,18 +90,14 @@ def run_config(path: str, settings: list[str], name: str, seed: int) -> Config:
 def check_settings(config: Config) -> None:
     """Raise ValueError where the run's folder holds a run of other settings."""
     path = Path(config.out, "config.json")
-    if not path.is_file():
-        return
-    before, now = read_json(path), plain(config)
-    other = [key for key in now if before.get(key) != now[key]]
-    if other:
-        raise ValueError(f"{config.out} is a run of other settings ({', '.join(other)}): "
-                         "remove it, or --set out=... for another folder")
+    if path.is_file():
+        check_same(config.out, read_json(path), asdict(config),
+                   "remove it, or --set out=... for another folder")
 
 
 def share_first_stage(config: Config) -> None:
     """Copy the finished first stage of a run beside this one that trained the same projector."""
-    first, own = config.stage[0], plain(config)
+    first, own = config.stage[0], json.loads(json.dumps(asdict(config)))  # as read back
     target = Path(config.out, first.name)
     if first.trains != "projector" or target.exists():
         return

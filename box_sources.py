@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from data import padded_square
 from data_files import is_whole, load_detections, read_plain_pickle
-from data_sources import NOT_XYWH, Drop, Item, Note, each, field, grounding_row, text
+from data_rows import NOT_XYWH, Drop, Item, Note, each, field, grounding_row, text
 
 MIN_SIDE = 0.02  # of the padded square: two decimals cannot say where a smaller box is
 REFER_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # folder -> partition

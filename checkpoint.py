@@ -9,7 +9,6 @@ resumes takes the pieces that it needs from all files, so the number of ranks an
 change in between. On several machines the folder must be one that all of them see.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import flush, read_json, write_json, writing
+from files import check_same, flush, read_json, write_json, writing
 from ranks import Ranks
 from zero import Replicated, Sharded
 
@@ -95,11 +94,8 @@ def lasting(settings: dict) -> dict:
 
 def check_settings(made: Path, was: dict, settings: dict) -> None:
     """Raise ValueError where what lies at `made` was made with other settings, but for `FREE`."""
-    was, now = lasting(was), lasting(json.loads(json.dumps(settings)))
-    changed = [key for key in now if was.get(key) != now[key]]
-    if changed:
-        raise ValueError(f"{made} was made with another {', '.join(changed)}: "
-                         "restore it, or remove that folder to train the stage again")
+    check_same(made, lasting(was), lasting(settings),
+               "restore it, or remove that folder to train the stage again")
 
 
 def resume_state(

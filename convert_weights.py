@@ -33,6 +33,7 @@ from clip import Clip, ClipConfig
 from files import build, checked, new_folder, one_line, read_json, write_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from storage import read_base
 from tokenizer import Tokenizer, read_bytes
 from weight_tables import (
     DINOV2,
@@ -424,10 +425,10 @@ def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
 
 def tower_digest(folder: Path, width: int) -> str:
     """SHA-256 of a converted vision tower. Raises ValueError where it is none of that width."""
-    meta = read_json(folder / "config.json", kind=str, sha256=str, config=dict)
-    if meta["kind"] != "clip" or meta["config"].get("width") != width:
+    config, sha = read_base(folder)
+    if not isinstance(config, ClipConfig) or config.width != width:
         raise ValueError(f"{folder} is no vision tower of width {width}, which the adaptor takes")
-    return meta["sha256"]
+    return sha
 
 
 def convert(

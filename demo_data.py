@@ -14,7 +14,7 @@ import numpy as np
 
 from clip import open_image
 from data import GROUNDING_PROMPT, boxes_to_text
-from data_sources import conversation
+from data_rows import conversation
 from files import new_folder
 
 COLOURS = {

@@ -26,7 +26,7 @@ import torch
 
 from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
-from files import lock, one_line, read_json, replace_text, write_json
+from files import check_same, lock, one_line, read_json, replace_text, write_json
 from iaa import DTYPES, TEXT
 from packing import pack
 from ranks import Ranks
@@ -114,11 +114,8 @@ def check_settings(folder: Path, settings: dict) -> None:
     if not path.is_file():
         write_json(path, settings)
         return
-    before = read_json(path)
-    other = [key for key in settings if before.get(key) != settings[key]]
-    if other:
-        raise ValueError(f"{folder} holds answers of another run ({', '.join(other)} differ); "
-                         "name another folder with --out, or remove this one")
+    check_same(folder, read_json(path), settings,
+               "name another folder with --out, or remove this one")
 
 
 class Progress:

@@ -150,6 +150,17 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_same(made: str | Path, was: dict, now: dict, remedy: str) -> None:
+    """Raise ValueError where what lies at `made`, of settings `was`, would be made of others `now`.
+
+    was: as JSON gives them back. Settings that only it has do not count.
+    """
+    now = json.loads(json.dumps(now))
+    changed = [key for key in now if was.get(key) != now[key]]
+    if changed:
+        raise ValueError(f"{made} was made with another {', '.join(changed)}: {remedy}")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file, or replace it, in one step: the old one stays where that fails."""
     with writing(path):

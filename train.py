@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from budget import Machine, step_flops
 from checkpoint import resume_state, save_state
 from clip import open_image, preprocess
 from config import Config, StageConfig, adaptor_config, read_config
@@ -40,7 +41,7 @@ from files import lock, new_folder, one_line, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import set_recompute
 from parts import parts
-from plan import Machine, plan, step_flops
+from plan import plan
 from ranks import Ranks
 from stages import (
     adaptor_folder,

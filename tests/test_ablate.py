@@ -144,6 +144,6 @@ def test_two_processes_share_the_runs(lab, done, capsys):
 
 def test_other_settings_do_not_mix(lab, done):
     """A folder of runs made with another budget is refused before anything is trained."""
-    with pytest.raises(ValueError, match=r"iaa-0 is a run of other settings \(stage\): remove it"):
+    with pytest.raises(ValueError, match=r"iaa-0 was made with another stage: remove it"):
         run(lab, "n0", "iaa", settings=["instruct.steps=3"])
     assert not (done / "n0-0").exists()

@@ -12,10 +12,11 @@ from PIL import Image
 
 import convert_data
 import data_files
-import data_sources
+import data_rows
+import data_writing
 from data import check_row
 from data_files import stream_json
-from data_sources import make_row
+from data_rows import make_row
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -487,7 +488,7 @@ def test_flickr30k(tmp_path, run):
 
 def test_the_full_stop_comes_and_goes():
     """About half of the grounding prompts end in one, the same ones each time."""
-    made = [data_sources.grounding_row("s", "t", key, "a.jpg", (640, 480), "a mug.",
+    made = [data_rows.grounding_row("s", "t", key, "a.jpg", (640, 480), "a mug.",
                                        [[0, 0, 64, 64]]) for key in range(400)]
     stops = [row["conversations"][0]["value"].endswith(" a mug.") for row in made]
     assert 150 < sum(stops) < 250
@@ -535,16 +536,16 @@ def test_boxes_that_are_xywh_stop_the_run(tmp_path, fails):
 def test_one_odd_box_in_a_thousand_is_let_pass():
     """More are a wrong format, whatever --max-faults says; other faults keep what was written."""
     counts = {"read": 2000, "written": 1990, "dropped": {}, "notes": {},
-              "faults": {data_sources.NOT_XYXY: 2}}
-    progress = convert_data.Progress({}, report={"s": counts})
-    convert_data.check_report(progress, None, 0.01)
+              "faults": {data_rows.NOT_XYXY: 2}}
+    progress = data_writing.Progress({}, report={"s": counts})
+    data_writing.check_report(progress, None, 0.01)
     counts["faults"]["other"] = 19
     with pytest.raises(ValueError, match="21 of 2000 rows are not as published") as error:
-        convert_data.check_report(progress, None, 0.01)
+        data_writing.check_report(progress, None, 0.01)
     assert type(error.value) is ValueError
-    counts["faults"][data_sources.NOT_XYXY] = 3
-    with pytest.raises(convert_data.Misformed, match="3 of 2000 rows: "):
-        convert_data.check_report(progress, None, 1)
+    counts["faults"][data_rows.NOT_XYXY] = 3
+    with pytest.raises(data_writing.Misformed, match="3 of 2000 rows: "):
+        data_writing.check_report(progress, None, 1)
 
 
 def test_the_stamp_of_a_folder(tmp_path):
@@ -569,7 +570,7 @@ def test_a_changed_input_is_not_resumed(tmp_path, fails):
     source, out = write(tmp_path / "m.json", MIX), tmp_path / "out.jsonl"
     assert "what was written is kept" in fails("llava-mix665k", source, out)
     write(source, MIX + MIX[:1])
-    assert "begun with another inputs" in fails("llava-mix665k", source, out)
+    assert "made with another inputs" in fails("llava-mix665k", source, out)
 
 
 def test_coco_boxes_that_are_xyxy_stop_the_run(tmp_path, fails):
@@ -660,9 +661,9 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, run, fails, monkeypat
     """Killed between two rows, twice; the last bytes and the report are those of one run."""
     source, out = mix_file(tmp_path / "m.json", 50), tmp_path / "out.jsonl"
     run("llava-mix665k", source, tmp_path / "whole.jsonl")
-    monkeypatch.setattr(convert_data, "BLOCK", 4)
-    monkeypatch.setattr(convert_data, "SAVE_SECONDS", 0)
-    judge = convert_data.judge
+    monkeypatch.setattr(data_writing, "BLOCK", 4)
+    monkeypatch.setattr(data_writing, "SAVE_SECONDS", 0)
+    judge = data_writing.judge
     for last in (23, 41):
 
         def judge_until(item, excluded, last=last):
@@ -673,7 +674,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, run, fails, monkeypat
         child = os.fork()
         if not child:
             try:
-                monkeypatch.setattr(convert_data, "judge", judge_until)
+                monkeypatch.setattr(data_writing, "judge", judge_until)
                 run("llava-mix665k", source, out)
             finally:
                 os._exit(0)
@@ -682,7 +683,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, run, fails, monkeypat
         assert 0 < noted["bytes"] <= Path(f"{out}.part").stat().st_size and not out.exists()
         with open(f"{out}.part", "ab") as part:
             part.write(b'{"id": "half a ro')  # as a kill within a write leaves it
-    assert "begun with another limit" in fails("llava-mix665k", source, out, "--limit", 3)
+    assert "made with another limit" in fails("llava-mix665k", source, out, "--limit", 3)
     run("llava-mix665k", source, out)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert report(out, "m") == report(tmp_path / "whole.jsonl", "m")
@@ -693,7 +694,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, run, fails, monkeypat
 def test_one_process_a_file(tmp_path, fails):
     """A second process that would write the same file is told so."""
     source, out = mix_file(tmp_path / "m.json", 3), tmp_path / "out.jsonl"
-    with convert_data.half_written(out, {}):
+    with data_writing.half_written(out, {}):
         assert "another process" in fails("llava-mix665k", source, out)
 
 

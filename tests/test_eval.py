@@ -147,7 +147,7 @@ def test_answers_of_another_run_are_not_mixed(world, monkeypatch):
     """Another model or other questions in the same folder: one line, nothing written."""
     go(monkeypatch, *easy(world))
     before = (world / "out" / "answers-0.jsonl").read_text()
-    with pytest.raises(SystemExit, match=r"holds answers of another run \(questions, asked differ"):
+    with pytest.raises(SystemExit, match=r"was made with another questions, asked: name"):
         go(monkeypatch, *easy(world, "--limit", 1))
     weights = world / "run" / "mm" / "adaptor.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

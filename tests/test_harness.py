@@ -186,5 +186,5 @@ def test_a_finished_task_is_not_asked_again(parts, tasks, tmp_path, monkeypatch,
         {"metric": "acc", "score": 50.0, "asked": 2}, []))
     said = go("sums", "more")
     assert seen == ["more"] and "sums" in said and "50.0" in said
-    with pytest.raises(SystemExit, match="answers of another run"):
+    with pytest.raises(SystemExit, match="was made with another"):
         go("sums", "--limit", "2")

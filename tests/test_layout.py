@@ -21,8 +21,8 @@ IMPORTS = {  # of ours, by file: the design
     "data": {"chat", "tokenizer"},
     "config": {"files", "iaa"},  # for TEXT
     "train": {
-        "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama", "parts",
-        "plan", "ranks", "stages", "storage", "tokenizer", "zero"},
+        "budget", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama",
+        "parts", "plan", "ranks", "stages", "storage", "tokenizer", "zero"},
     "stages": {"chat", "checkpoint", "config", "files", "plan", "storage", "tokenizer"},
     "features": {"files"},
     "packing": {"llama"},
@@ -41,7 +41,8 @@ IMPORTS = {  # of ours, by file: the design
     "ranks": set(),
     "zero": set(),
     "checkpoint": {"files", "ranks", "zero"},
-    "plan": {"clip", "config", "data", "iaa", "llama", "parts", "storage", "tokenizer", "zero"},
+    "budget": {"config", "iaa", "llama", "parts", "zero"},
+    "plan": {"budget", "clip", "config", "data", "iaa", "llama", "storage", "tokenizer"},
     "ablate": {"ask", "benchmarks", "config", "eval", "files", "storage", "tokenizer", "train"},
     "memory": {"clip", "files", "iaa", "llama"},
     "plot": {"files"},
@@ -54,16 +55,19 @@ IMPORTS = {  # of ours, by file: the design
     "checkpoint_files": set(),
     "weight_tables": {"clip", "llama"},
     "convert_weights": {
-        "checkpoint_files", "clip", "files", "iaa", "llama", "tokenizer", "weight_tables"},
+        "checkpoint_files", "clip", "files", "iaa", "llama", "storage", "tokenizer",
+        "weight_tables"},
     "data_files": set(),
-    "data_sources": {"chat", "data", "data_files", "files"},
-    "box_sources": {"data", "data_files", "data_sources"},
-    "demo_data": {"clip", "data", "data_sources", "files"},
-    "convert_data": {"box_sources", "clip", "data", "data_sources", "demo_data", "files"},
+    "data_rows": {"chat", "data", "data_files"},
+    "data_writing": {"clip", "data", "data_rows", "files"},
+    "data_sources": {"chat", "data", "data_files", "data_rows", "files"},
+    "box_sources": {"data", "data_files", "data_rows"},
+    "demo_data": {"clip", "data", "data_rows", "files"},
+    "convert_data": {"box_sources", "data", "data_sources", "data_writing", "demo_data", "files"},
 }
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "tokenizer",
-        "chat", "data", "config", "parts", "ranks", "zero", "checkpoint", "plan", "features",
-        "stages", "train", "dialogue", "sample")  # the core
+        "chat", "data", "config", "parts", "ranks", "zero", "checkpoint", "budget", "plan",
+        "features", "stages", "train", "dialogue", "sample")  # the core
 READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]

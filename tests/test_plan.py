@@ -1,4 +1,4 @@
-"""plan.py against what autograd keeps, what the allocator gave, and what products were done."""
+"""plan.py and budget.py against what autograd keeps, the allocator gave, and products did."""
 
 import json
 import re
@@ -16,21 +16,12 @@ import clip
 import llama
 import train
 from bench_zero import allocations, make_batch, make_model
+from budget import Machine, Rows, Step, layer_saved, step_flops
 from clip import ClipConfig
 from config import DTYPES, Config, StageConfig, read_config
 from files import write_json
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
-from plan import (
-    Machine,
-    Rows,
-    Step,
-    build,
-    frozen_config,
-    layer_saved,
-    plan,
-    sample_rows,
-    step_flops,
-)
+from plan import build, frozen_config, plan, sample_rows
 from ranks import Ranks
 from train import Run, make_optimizer, share_out, train_step
 
@@ -240,7 +231,7 @@ def test_hours_are_those_of_the_rank_that_has_most(base):
 def test_logits_in_pieces_are_not_held_at_once(base, monkeypatch):
     """Beyond LOSS_ROWS scored positions: what autograd keeps, and the fullest moment, within 5 %.
     """
-    monkeypatch.setattr("plan.LOSS_ROWS", 50)
+    monkeypatch.setattr("budget.LOSS_ROWS", 50)
     monkeypatch.setattr("iaa.LOSS_ROWS", 50)
     for settings in ({}, {"dtype": "bf16"}):
         config, stage = run_of(base, **settings)
