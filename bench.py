@@ -11,6 +11,7 @@
   allocator counted.
 
     python bench.py --llm weights/smollm2 --vision weights/dinov2 [--runs 5] [--json bench.json]
+    python bench.py --profile --only decode          where the time goes, in place of all this
 """
 
 import argparse
@@ -29,6 +30,11 @@ from iaa import DTYPES
 from retention import perplexity
 from tokenizer import Tokenizer
 
+PARTS = {  # of a pass: its operators, by what their names hold; all others are "the rest"
+    "matrices": ("::mm", "::addmm", "_linear_pointwise", "int8pack_mm", "::convolution"),
+    "attention": ("bmm", "softmax", "dot_product"),
+    "optimizer": ("adamw",),
+}
 
 def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     """The machine: matrix products in the dtype and in fp32, reading memory; the best of 5."""
@@ -112,6 +118,37 @@ def show(result: dict) -> str:
     return "\n".join([*lines, flops_of_8b()])
 
 
+def profile(work: Callable[[], float], device: str) -> dict[str, float]:
+    """Shares of a call's time by `PARTS`; "Python": what is left, the profiler's own work too.
+
+    Of a decoding call the prompt is a part. On a GPU: shares of the time that its kernels take.
+    """
+    work()
+    with torch.profiler.profile(acc_events=True) as seen:
+        wall = timed(work, device) * 1e6
+    which = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    found = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in seen.key_averages():
+        part = next((part for part, names in PARTS.items() if any(n in event.key for n in names)),
+                    "the rest")
+        found[part] += getattr(event, which)
+    whole = max(wall, sum(found.values())) if device == "cpu" else sum(found.values())
+    return {part: time / whole for part, time in found.items()} | {
+        "Python": 1 - sum(found.values()) / whole}
+
+
+def show_profile(bench: Bench, kinds: list[str]) -> None:
+    """Print where the time of every case goes."""
+    names = [*PARTS, "the rest", "Python"]
+    print("\n".join(f"| {' | '.join(row)} |" for row in (
+        ("what", "case", *names), ("---", "---", *["--:"] * len(names)))))
+    for kind in kinds:
+        for name in bench.cases(kind):
+            shares = profile(bench.build(kind, name), bench.device)
+            print(f"| {kind} | {name} | {' | '.join(f'{shares[n]:.0%}' for n in names)} |",
+                  flush=True)
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -125,6 +162,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [%(default)s]")
     add("--only", choices=KINDS, action="append", help="leave the others out (may be repeated)")
+    add("--profile", action="store_true", help="where the time of each case goes, nothing else")
     add("--no-memory", action="store_true", help="leave peak memory out: a process a row")
     add("--text", type=Path, help="a text: its perplexity too, packed and int8")
     add("--json", type=Path, help="write the result here too")
@@ -145,6 +183,9 @@ def main(argv: list[str] | None = None) -> dict:
     bench = Bench(args)
     if args.memory_of:
         print(peak_memory(bench.build(*args.memory_of), args.device))
+        return {}
+    if args.profile:
+        show_profile(bench, args.only or KINDS)
         return {}
     looks, times = [], {}
     for kind in args.only or KINDS:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench_peer import Peer, peer_llama
 from costs import decode_bytes, forward_flops, training_flops
-from data import UNSCORED
+from data import UNSCORED, Batch
 from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
@@ -38,6 +38,19 @@ def timed(work: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def make_batch(model: IAA, rows: int, text: int, scored: int, seed: int) -> Batch:
+    """Random rows of an image and `text` tokens, of which the last `scored` count."""
+    generator = torch.Generator().manual_seed(seed)
+    clip, words = model.clip.config, model.image_token
+    tokens = torch.randint(0, words, (rows, clip.patches + text), generator=generator)
+    targets = torch.full_like(tokens, UNSCORED)
+    targets[:, -scored:] = tokens.roll(-1, 1)[:, -scored:]
+    tokens[:, : clip.patches] = words
+    images = torch.randn(rows, 3, clip.image_px, clip.image_px, generator=generator)
+    lengths = torch.full((rows,), tokens.shape[1])
+    return Batch(tokens, targets, images, None, None, lengths, [])
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,8 @@ class Bench:
         self.row = max(ROW, clip.patches + 100)  # tokens of a training row
         self.packed: dict[str, IAA] = {}  # form -> model with the adaptor "mm"
         self.generator = torch.Generator().manual_seed(0)
-        tokens = self.random_tokens(ROWS, self.row)
-        targets = torch.full_like(tokens, UNSCORED)
-        targets[:, -SCORED:] = tokens.roll(-1, 1)[:, -SCORED:]
-        tokens[:, 1 : 1 + clip.patches] = self.model.image_token
-        side = clip.image_px
-        images = torch.randn(ROWS, 3, side, side, generator=self.generator)
-        self.batch = [t.to(self.device) for t in (tokens, targets, images)]
+        text = self.row - clip.patches
+        self.batch = make_batch(self.model, ROWS, text, SCORED, 0).to(self.device)
 
     def frozen(self, dtype: torch.dtype) -> IAA:
         """LLM and tower from their files."""
@@ -161,7 +169,7 @@ class Bench:
 
     def build_answer(self, model: IAA, workflow: str, prompts: list) -> Callable[[], float]:
         """A picture through the tower and an answer of two tokens, the end's included."""
-        image = self.batch[2][:1]
+        image = self.batch.images[:1]
         patches = model.clip.config.patches
         prompts[0][1 : 1 + patches] = [model.image_token] * patches
 
@@ -208,7 +216,7 @@ class Bench:
     def build_training(self, inserted: int, peer: nn.Module | None) -> Callable[[], float]:
         """Forward, backward and AdamW on one batch with images, memory kept as in train.py."""
         set_memory_use()
-        tokens, targets, images = self.batch
+        b = self.batch
         adaptor, frozen = self.adaptor(inserted), self.model
         if peer is None:
             model = IAA(frozen.llama, frozen.clip, frozen.image_token)
@@ -219,7 +227,7 @@ class Bench:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
         def work():
-            loss = model.loss(tokens, targets, "mm", images) / (ROWS * SCORED)
+            loss = model.loss(b.tokens, b.targets, "mm", b.images) / (ROWS * SCORED)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -33,9 +33,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from bench_cases import make_batch
 from clip import Clip, ClipLayer
 from config import DTYPES, Config, StageConfig, adaptor_config
-from data import UNSCORED, Batch
+from data import Batch
 from files import one_line
 from iaa import IAA, Adaptor
 from llama import DecoderLayer, Llama
@@ -104,19 +105,6 @@ def make_model(config: Config, stage: StageConfig, device: torch.device) -> IAA:
     adaptor.copy_frozen(model.llama)
     model.adaptors[WORKFLOW] = adaptor
     return model.to(device)
-
-
-def make_batch(model: IAA, rows: int, text: int, scored: int, rank: int) -> Batch:
-    """Random rows of an image and `text` tokens, of which the last `scored` count."""
-    generator = torch.Generator().manual_seed(rank)
-    clip, words = model.clip.config, model.image_token
-    tokens = torch.randint(0, words, (rows, clip.patches + text), generator=generator)
-    targets = torch.full_like(tokens, UNSCORED)
-    targets[:, -scored:] = tokens.roll(-1, 1)[:, -scored:]
-    tokens[:, : clip.patches] = words
-    images = torch.randn(rows, 3, clip.image_px, clip.image_px, generator=generator)
-    lengths = torch.full((rows,), tokens.shape[1])
-    return Batch(tokens, targets, images, None, None, lengths, [])
 
 
 class Whole(nn.Module):

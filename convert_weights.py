@@ -56,6 +56,7 @@ KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with co
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' names
 SHARD_BYTES = 512 * 2**20
+SLAB_ROWS = 4096  # of two tensors that are compared
 IAA_PROMPT = {"template": "llama3", "system": None}  # the template's own is the official one
 
 
@@ -286,13 +287,13 @@ def gguf_config(source: Gguf) -> LlamaConfig:
     raise ValueError("rope_freqs.weight is neither Llama 3.1's (factor 8) nor 3.2's (factor 32)")
 
 
-def same_tensor(source: Source, one: str, other: str, slab: int = 4096) -> bool:
+def same_tensor(source: Source, one: str, other: str) -> bool:
     """Whether two tensors of the source are equal, some rows at a time."""
     shape = source.shapes[one]
     return shape == source.shapes[other] and all(
-        torch.equal(*(source.rows(name, first, min(first + slab, shape[0])).float()
+        torch.equal(*(source.rows(name, first, min(first + SLAB_ROWS, shape[0])).float()
                       for name in (one, other)))
-        for first in range(0, shape[0], slab))
+        for first in range(0, shape[0], SLAB_ROWS))
 
 
 def llama_recipe(source: Source, table: list[Row], config: LlamaConfig) -> Recipe:

@@ -30,11 +30,10 @@ SPEAKERS = ("human", "gpt")
 SNIFFED = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
-def text_workflow(text_rows: str) -> str:
-    """The workflow of a row without a picture: `mm`, as LLaVA trains it, unless it is dropped."""
-    if text_rows == "drop":
+def check_text(image: str | None, text_rows: str) -> None:
+    """Drop where a row has no picture and such rows are not to train `mm`, as LLaVA's do."""
+    if image is None and text_rows == "drop":
         raise Drop("text only", fault=False)
-    return "mm"
 
 
 # ---------------------------------------------------------------------------------- LLaVA's form
@@ -72,12 +71,12 @@ def llava_record(number: int, record, source: str, folder: str, text_rows: str) 
     if image is not None and not (type(image) is str and image):
         raise Drop("'image' is no path")
     turns, notes = llava_turns(turns, image is not None)
-    workflow = text_workflow(text_rows) if image is None else "mm"
+    check_text(image, text_rows)
     if source.endswith("_chinese") and not re.search("[\u4e00-\u9fff]", turns[1]["value"]):
         raise Drop("not translated", fault=False)
     yield from notes
     key = f"{record.get('id', record.get('idx'))}#{number}"
-    yield make_row(source, "train", key, image and folder + image, turns, workflow)
+    yield make_row(source, "train", key, image and folder + image, turns)
 
 
 def llava_pretrain(path: Path, folder: str) -> Iterator[Item]:
@@ -173,12 +172,8 @@ def docvqa(path: Path, folder: str) -> Iterator[Item]:
     return each(records, docvqa_question, folder)
 
 
-def vsr_statement(number: int, line: bytes, split: str, root: Path | None) -> Iterator[Item]:
+def vsr_statement(number: int, record, split: str, root: Path | None) -> Iterator[Item]:
     """A statement about a COCO picture, true or false."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise Drop("not a line of JSON") from None
     name, label = text(record, "image"), field(record, "label", int)
     caption, link = text(record, "caption"), field(record, "image_link", str)
     if not re.fullmatch(r"\d{12}\.jpg", name) or label not in (0, 1):
@@ -201,12 +196,7 @@ def vsr(path: Path, root: Path | None, with_test: bool) -> Iterator[Item]:
     split = "all" if path.stem.startswith("all_") else path.stem
     if split not in ("train", "dev") and not with_test:
         raise ValueError(f"{path}: holds VSR's test rows; --with-test trains on them all the same")
-
-    def lines() -> Iterator[bytes]:
-        with open(path, "rb") as file:
-            yield from file
-
-    return each(lines(), vsr_statement, split, root)
+    return each(table_records(path), vsr_statement, split, root)
 
 
 def scienceqa_problem(
@@ -224,10 +214,10 @@ def scienceqa_problem(
     lines = [f"Context: {hint}"] * bool(hint) + [text(record, "question")]
     lines += [f"{chr(65 + place)}. {choice.strip()}" for place, choice in enumerate(choices)]
     pair = "\n".join(lines) + ONE_LETTER, chr(65 + answer)
-    workflow = "mm" if image else text_workflow(text_rows)
     name = f"{folder}{split}/{key}/{image}" if image else None
+    check_text(name, text_rows)
     turns = conversation([pair], name is not None)
-    yield make_row("scienceqa", split, key, name, turns, workflow)
+    yield make_row("scienceqa", split, key, name, turns)
 
 
 def scienceqa(path: Path, folder: str, text_rows: str, splits: list[str]) -> Iterator[Item]:
@@ -290,14 +280,14 @@ def own_record(
             raise Drop("boxes need 'image', 'width' and 'height' in pixels")
         yield grounding_row(source, split, key, image, size, text(record, "expression"), boxes)
         return
-    workflow = text_workflow(text_rows) if image is None else "mm"
+    check_text(image, text_rows)
     if "conversations" in record:
         turns, notes = llava_turns(field(record, "conversations", list), image is not None)
         yield from notes
     else:
         pair = text(record, "question"), text(record, "answer")
         turns = conversation([pair], image is not None)
-    yield make_row(source, split, key, image, turns, workflow)
+    yield make_row(source, split, key, image, turns)
 
 
 def own(path: Path, folder: str, text_rows: str, split: str) -> Iterator[Item]:

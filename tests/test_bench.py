@@ -120,8 +120,8 @@ def test_peer_computes_the_same(tmp_path):
     adaptor = run.adaptor(2)
     run.model.adaptors["mm"] = adaptor
     theirs = Peer(peer, run.model.clip, adaptor, run.model.image_token)
-    tokens, targets, images = run.batch
-    wanted, got = (model.loss(tokens, targets, "mm", images) for model in (run.model, theirs))
+    b = run.batch
+    wanted, got = (model.loss(b.tokens, b.targets, "mm", b.images) for model in (run.model, theirs))
     torch.testing.assert_close(got, wanted, atol=1e-2, rtol=1e-5)
 
 
@@ -133,6 +133,18 @@ def test_peak_memory_sees_what_is_allocated():
         return int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
 
     assert 40e6 < peak("torch.ones(2**24).sum()") - peak("None") < 150e6
+
+
+def test_profile_names_what_takes_the_time(tmp_path, capsys):
+    """Large products are "matrices", a softmax "attention"; the shares of a case add up."""
+    matrix = torch.randn(500, 500)
+    products = bench.profile(lambda: [matrix @ matrix for _ in range(9)], "cpu")
+    assert max(products, key=products.get) == "matrices"
+    softmax = bench.profile(lambda: [matrix.softmax(-1) for _ in range(99)], "cpu")
+    assert softmax["attention"] > softmax["matrices"] == 0
+    assert sum(softmax.values()) == pytest.approx(1)
+    bench.main([*bases(tmp_path), "--profile", "--only", "prefill", "--device", "cpu"])
+    assert "| prefill | ours, 3 inserted |" in capsys.readouterr().out
 
 
 def test_flops_of_8b_literal():

@@ -51,7 +51,9 @@ IMPORTS = {  # of ours, by file: the design
     "bench": {"bench_cases", "costs", "files", "iaa", "retention", "tokenizer"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
-    "bench_zero": {"clip", "config", "data", "files", "iaa", "llama", "plan", "ranks", "train"},
+    "bench_zero": {
+        "bench_cases", "clip", "config", "data", "files", "iaa", "llama", "plan", "ranks",
+        "train"},
     "checkpoint_files": set(),
     "weight_tables": {"clip", "llama"},
     "convert_weights": {

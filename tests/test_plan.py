@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import llama
 import train
-from bench_zero import allocations, make_batch, make_model
+from bench_cases import make_batch
+from bench_zero import allocations, make_model
 from budget import Machine, Rows, Step, layer_saved, step_flops
 from clip import ClipConfig
 from config import DTYPES, Config, StageConfig, read_config
