@@ -146,7 +146,7 @@ def add_adaptor(
     if name in model.adaptors or not is_workflow(name):
         raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
                          "not in use, and no name of torch's, as 'train'")
-    device = str(model.llama.embedding.weight.device)
+    device = str(model.llama.device)
     width = model.clip.config.width
     adaptor, meta = load_adaptor(folder, model.llama.config, width, base, dtype, device)
     model.adaptors[name] = adaptor.requires_grad_(False).eval()

@@ -31,7 +31,7 @@ IMPORTS = {  # of ours, by file: the design
     "eval": {
         "ask", "benchmarks", "files", "harness", "iaa", "packing", "ranks", "retention",
         "scoring", "storage", "tokenizer"},
-    "ask": {"chat", "clip", "iaa", "tokenizer"},
+    "ask": {"chat", "clip", "iaa", "llama", "tokenizer"},
     "scoring": {"data"},
     "benchmarks": {"ask", "chat", "data", "data_files", "mmbench", "scoring"},
     "mmbench": {"ask", "data", "files", "scoring"},
