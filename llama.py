@@ -237,6 +237,18 @@ class KVCache:
         part.data = self.data[:, :, rows]
         return part
 
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens, and nothing of a pass that was broken off."""
+        self.length, self.slot = length, 0
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens; where there is less, what is stored moves."""
+        *outer, room, size = self.data.shape
+        if room < length:
+            data = self.data.new_empty(*outer, length, size)
+            data[..., : self.length, :] = self.data[..., : self.length, :]
+            self.data = data
+
     def advance(self, tokens: int) -> None:
         """Close a forward pass of `tokens` tokens. Raises ValueError where a slot was left out."""
         if self.slot != len(self.data):

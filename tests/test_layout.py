@@ -27,7 +27,8 @@ IMPORTS = {  # of ours, by file: the design
     "features": {"files"},
     "packing": {"llama"},
     "sample": {"clip", "data", "dialogue", "files", "iaa"},
-    "dialogue": {"chat", "clip", "data", "generate", "iaa", "packing", "storage", "tokenizer"},
+    "dialogue": {
+        "chat", "clip", "data", "generate", "iaa", "llama", "packing", "storage", "tokenizer"},
     "eval": {
         "ask", "benchmarks", "files", "harness", "iaa", "packing", "ranks", "retention",
         "scoring", "storage", "tokenizer"},
