@@ -57,6 +57,11 @@ class Stream:
             self.on_text(new)
 
 
+def workflow_of(chosen: str | None, image: Image.Image | None) -> str:
+    """The workflow of an answer: the chosen one, else "mm" with a picture and "text" without."""
+    return chosen or (TEXT if image is None else "mm")
+
+
 @dataclass
 class Memory:
     """The cache of the last turn, and whose it is."""
@@ -80,7 +85,7 @@ class Chat:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    chosen: str | None = None  # workflow; None: "mm" with a picture, "text" without
+    chosen: str | None = None  # workflow, see `workflow_of`
     image: Image.Image | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
     seen: tuple[bytes, Tensor] | None = None  # digest of the last picture, and its features
@@ -88,13 +93,19 @@ class Chat:
 
     @classmethod
     def load(
-        cls, folder: str | Path, dtype: torch.dtype | None = None, int8: bool = False, **sampling
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
+        workflows: list[str] | None = None,  # whose adaptors are loaded; None: all
+        **sampling,
     ) -> "Chat":
         """Open what train.py left in `folder`, on the GPU where there is one, packed for speed."""
         if not Path(folder, "iaa.json").is_file():
             raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
                                     "python train.py --config configs/demo.toml, or see README")
-        model, info = load_iaa(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, info = load_iaa(folder, dtype, device, workflows)
         pack(model, int8)
         tokenizer = Tokenizer.load(info["llm"])
         return cls(model, tokenizer, info["prompts"], info["base"], int8, **sampling)
@@ -116,7 +127,7 @@ class Chat:
     @property
     def workflow(self) -> str:
         """The workflow of the next answer."""
-        return self.chosen or (TEXT if self.image is None else "mm")
+        return workflow_of(self.chosen, self.image)
 
     @torch.inference_mode()
     def features(self, image: Image.Image) -> Tensor:

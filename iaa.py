@@ -19,7 +19,7 @@
 Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +161,13 @@ def is_workflow(name: str) -> bool:
     return name.isidentifier() and name != TEXT and not hasattr(nn.ModuleDict(), name)
 
 
+def check_workflow(name: str, adaptors: Iterable[str]) -> None:
+    """ValueError that lists the known names, unless `name` is "text" or one of `adaptors`."""
+    known = [TEXT, *adaptors]
+    if name not in known:
+        raise ValueError(f"no adaptor named {name!r}; there are: {', '.join(known)}")
+
+
 class IAA(nn.Module):
     """One frozen Llama, one frozen CLIP; `self.adaptors["mm"] = adaptor` adds a workflow."""
 
@@ -184,9 +191,7 @@ class IAA(nn.Module):
         if not isinstance(workflow, str):
             parts = [(self.adaptor(name), rows) for name, rows in rows_by_name(workflow)]
             return Mixed(parts, self.llama)
-        if workflow not in self.adaptors:
-            known = ", ".join([TEXT, *self.adaptors])
-            raise ValueError(f"no adaptor named {workflow!r}; there are: {known}")
+        check_workflow(workflow, self.adaptors)
         return self.adaptors[workflow]
 
     def llm(self, adaptor: Adaptor | Mixed | None) -> Llama:

@@ -659,6 +659,11 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     assert about["llm"] == tmp_path / "llm"
     assert about["prompts"]["mm"] == {"template": "plain", "system": "Hi."}
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
+    for workflows in (["grounding"], ["text"], ["text", "mm"]):
+        part, about = load_iaa(tmp_path, workflows=workflows)
+        assert {*part.adaptors} == about["prompts"].keys() == {*workflows} - {"text"}
+    with pytest.raises(ValueError, match="no adaptor named 'x'; there are: text, mm, grounding"):
+        load_iaa(tmp_path, workflows=["mm", "x"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

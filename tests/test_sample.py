@@ -208,6 +208,7 @@ def test_int8_answers(run, picture, capsys, monkeypatch):
                  "--quantize", "int8", "--max-tokens", "4", "--temperature", "2"])
     assert json.loads(capsys.readouterr().out)["tokens"] <= 4
     assert any(type(m).__name__ == "Int8Linear" for m in loaded[0].llama.modules())
+    assert [*loaded[0].adaptors] == ["mm"]  # no other answers this one question
 
 
 def test_a_start_builds_nothing_at_random(run):
