@@ -74,8 +74,7 @@ def generate(
     temperature: float = 0.0,  # 0 = greedy
     top_p: float = 1.0,
     seed: int = 0,  # row r draws from its own stream, seeded with seed + r
-    on_token: Callable[[int, int], bool | None] | None = None,  # called with each (row, token) in
-    # turn; True ends the row's answer
+    on_token: Callable[[int, int], bool | None] | None = None,  # each (row, token); True: row ends
     cache: KVCache | None = None,  # holds the beginning of the one prompt, has room for the rest
 ) -> list[list[int]]:
     """The new tokens of each prompt. Raises ValueError where they would exceed the context."""
@@ -122,7 +121,7 @@ def choose(
     """One token a row: logits (B, V) -> (B,); temperature 0 is greedy, others draw from `top_p`."""
     if temperature == 0:
         return logits.argmax(-1)
-    sharpened = logits / max(temperature, 1e-30)  # finite in fp32; as greedy as less
+    sharpened = logits / max(temperature, 1e-30)  # less would overflow fp32, and is as greedy
     probs, order = sharpened.softmax(-1).sort(-1, descending=True)
     probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely one always stays
     rows = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)]
