@@ -24,9 +24,8 @@ from torch import Tensor
 from chat import exchange, opening, template_of
 from clip import open_image, preprocess
 from iaa import IAA
+from llama import attention_mask
 from tokenizer import Tokenizer
-
-Column = tuple[int, int, int]  # token, segment, position
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,12 @@ class Question:
 
     def picture(self) -> Image.Image:
         """The picture as RGB. ValueError names the question."""
+        file = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
         try:
-            inside = isinstance(self.image, bytes)
-            return open_image(io.BytesIO(self.image) if inside else self.image)
+            return open_image(file)
         except (ValueError, OSError) as error:
-            raise ValueError(f"question {self.key}: {error}") from None
+            said = str(error).replace(repr(file), "<embedded picture>")
+            raise ValueError(f"question {self.key}: {said}") from None
 
 
 @dataclass
@@ -61,17 +61,6 @@ class Row:
         return len(self.prefix) + sum(map(len, self.questions))
 
 
-def visible(new: Tensor, seen: Tensor) -> Tensor:
-    """Who sees whom: segments (B, T) of new columns and (B, S) of all -> bool (B, 1, T, S).
-
-    The new columns are the last of all. Segment 0 is seen by its whole row, others by themselves.
-    """
-    columns = torch.arange(seen.shape[1], device=seen.device)
-    past = columns <= columns[-new.shape[1] :, None]  # (T, S)
-    own = new[:, :, None] == seen[:, None]  # (B, T, S)
-    return ((own | (seen[:, None] == 0)) & past)[:, None]
-
-
 @torch.inference_mode()
 def answer_rows(
     model: IAA,
@@ -83,7 +72,8 @@ def answer_rows(
     pad_id: int,  # any but the image's
 ) -> list[list[list[int]]]:
     """The greedy answer, as token ids, of each question of each row."""
-    table, open_questions = [], []  # columns of each row; (row, question, its last column)
+    table = []  # of each row, its columns: (token, segment, position)
+    open_questions = []  # (row, question, its last column)
     for r, row in enumerate(rows):
         start = len(row.prefix)
         columns = [(token, 0, i) for i, token in enumerate(row.prefix)]
@@ -92,17 +82,18 @@ def answer_rows(
             open_questions.append((r, q, len(columns) - 1))
         table.append(columns)
     answers = [[[] for _ in row.questions] for row in rows]
-    pad = (pad_id, -1, 0)  # seen by no question
+    pad = (pad_id, -1, 0)  # a segment that no question sees
     most = max(len(row.questions) for row in rows)
     cache = model.new_cache(len(rows), max(map(len, table)) + most * (max_tokens - 1), workflow)
-    device = model.llama.embedding.weight.device
-    seen = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
+    device = model.llama.device
+    segments = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     for _ in range(max_tokens):
         longest = max(map(len, table))
         padded = [columns + [pad] * (longest - len(columns)) for columns in table]
-        tokens, segments, positions = torch.tensor(padded, device=device).unbind(-1)  # (B, T)
-        seen = torch.cat((seen, segments), 1)  # (B, S)
-        x = model(tokens, workflow, images, positions, visible(segments, seen), cache)  # (B, T, D)
+        tokens, new, positions = torch.tensor(padded, device=device).unbind(-1)  # (B, T)
+        segments = torch.cat((segments, new), 1)  # (B, S)
+        mask = attention_mask(longest, cache.length, segments, device)  # (B, 1, T, S)
+        x = model(tokens, workflow, images, positions, mask, cache)  # (B, T, D)
         images = None  # they stand in the cache now
         of_row, of_question, column = zip(*open_questions, strict=True)
         logits = model.logits(x[list(of_row), list(column)], workflow)  # (open, V)
@@ -154,7 +145,7 @@ class Asker:
     ) -> Iterator[tuple[int, str]]:
         """(index of a question, its answer), a batch at a time; all are asked, in any order."""
         rows, clip = self.rows(questions, workflow, max_tokens), self.model.clip.config
-        device = self.model.llama.embedding.weight.device
+        device = self.model.llama.device
         while rows:
             fitting = max(1, self.batch_tokens // len(rows[-1]))
             batch = [rows.pop() for _ in rows[-fitting:]]  # the longest

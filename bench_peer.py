@@ -55,7 +55,7 @@ def peer_llama(llama) -> nn.Module:
     )
     peer = LlamaForCausalLM(config).to(llama.dtype)
     peer.load_state_dict(unfused(llama.state_dict(), c), strict=True)
-    return peer.to(llama.embedding.weight.device).eval().requires_grad_(False)
+    return peer.to(llama.device).eval().requires_grad_(False)
 
 
 class Peer(nn.Module):

@@ -76,7 +76,7 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
     but for its last product. The vision tower and the projector are left out.
     """
     adaptor = model.adaptors[workflow]
-    llm = model.llama if adaptor.llm is None else adaptor.llm
+    llm = model.llm(adaptor)
     sizes, number = llm.config, llm.config.layers + len(adaptor.layers)
     inserted = count([*adaptor.layers.parameters(), *adaptor.gates.parameters()])
     matrices = count(llm.layers.parameters()) + inserted

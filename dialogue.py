@@ -1,7 +1,8 @@
 """A dialogue with a model: history, picture and workflow; adaptors come and go while it runs.
 
 It may change workflow between turns: the picture's placeholder stands in the first user turn under
-an adaptor and leaves it under "text", as in the official interleaved script.
+an adaptor and leaves it under "text", as in the official interleaved script. A turn reads only what
+the one before has not read, or said, under the same workflow about the same picture.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from clip import preprocess
 from data import Box, text_to_boxes
 from generate import generate
 from iaa import IAA, TEXT
+from llama import KVCache
 from packing import pack
 from storage import add_adaptor, load_iaa
 from tokenizer import Tokenizer
@@ -55,6 +57,21 @@ class Stream:
             self.on_text(new)
 
 
+def workflow_of(chosen: str | None, image: Image.Image | None) -> str:
+    """The workflow of an answer: the chosen one, else "mm" with a picture and "text" without."""
+    return chosen or (TEXT if image is None else "mm")
+
+
+@dataclass
+class Memory:
+    """The cache of the last turn, and whose it is."""
+
+    workflow: str
+    images: Tensor | None  # the very tensor that `Chat.features` returned
+    cache: KVCache
+    ids: list[int] = field(default_factory=list)  # of the cache's tokens, and maybe more behind
+
+
 @dataclass
 class Chat:
     """A dialogue with a model: its history, picture and workflow, and how answers are drawn."""
@@ -68,20 +85,27 @@ class Chat:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    chosen: str | None = None  # workflow; None: "mm" with a picture, "text" without
+    chosen: str | None = None  # workflow, see `workflow_of`
     image: Image.Image | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
-    seen: dict[bytes, Tensor] = field(default_factory=dict)  # digest of a picture -> its features
+    seen: tuple[bytes, Tensor] | None = None  # digest of the last picture, and its features
+    memory: Memory | None = None
 
     @classmethod
     def load(
-        cls, folder: str | Path, dtype: torch.dtype | None = None, int8: bool = False, **sampling
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
+        workflows: list[str] | None = None,  # whose adaptors are loaded; None: all
+        **sampling,
     ) -> "Chat":
         """Open what train.py left in `folder`, on the GPU where there is one, packed for speed."""
         if not Path(folder, "iaa.json").is_file():
             raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
                                     "python train.py --config configs/demo.toml, or see README")
-        model, info = load_iaa(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, info = load_iaa(folder, dtype, device, workflows)
         pack(model, int8)
         tokenizer = Tokenizer.load(info["llm"])
         return cls(model, tokenizer, info["prompts"], info["base"], int8, **sampling)
@@ -98,21 +122,36 @@ class Chat:
             raise ValueError(f"{name} is the frozen LLM: it stays")
         del self.model.adaptors[name], self.prompts[name]
         self.chosen = None if self.chosen == name else self.chosen
+        self.memory = None  # another adaptor may get this name
 
     @property
     def workflow(self) -> str:
         """The workflow of the next answer."""
-        return self.chosen or (TEXT if self.image is None else "mm")
+        return workflow_of(self.chosen, self.image)
 
     @torch.inference_mode()
     def features(self, image: Image.Image) -> Tensor:
-        """What the vision tower makes of a picture, once for equal pixels: (1, P, D_vision)."""
+        """What the vision tower makes of a picture, once while it stays: (1, P, D_vision)."""
         key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        if key not in self.seen:
-            device = self.model.llama.embedding.weight.device
-            images = preprocess(image, self.model.clip.config)[None].to(device)  # (1, 3, S, S)
-            self.seen[key] = self.model.clip(images)
-        return self.seen[key]
+        if self.seen is None or self.seen[0] != key:
+            images = preprocess(image, self.model.clip.config)[None]  # (1, 3, S, S)
+            self.seen = key, self.model.clip(images.to(self.model.llama.device))
+        return self.seen[1]
+
+    def recall(self, workflow: str, images: Tensor | None, ids: list[int]) -> Memory:
+        """The last turn's memory, cut to what it shares with the prompt `ids`, or a new one.
+
+        Left to be read: the last token, whose logits begin the answer; a picture as a whole.
+        """
+        last, shared = self.memory, 0
+        if last is None or last.workflow != workflow or last.images is not images:
+            last = self.memory = Memory(workflow, images, self.model.new_cache(1, 0, workflow))
+        most = min(last.cache.length, len(ids) - 1)
+        while shared < most and last.ids[shared] == ids[shared]:
+            shared += 1
+        last.cache.cut(0 if self.model.image_token in ids[shared:] else shared)
+        last.ids = list(ids)
+        return last
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
         """Answer `text`, piece by piece to `on_text`; both join the history once a token is there.
@@ -131,12 +170,19 @@ class Chat:
         if room < 1:
             raise ValueError(f"the prompt, with history and picture, takes {len(ids)} tokens: "
                              f"the context of {room + len(ids)} leaves no room for an answer")
+        new, stream = min(room, self.max_tokens), Stream(self.tokenizer, on_text)
         images = self.features(image) if image else None
-        stream = Stream(self.tokenizer, on_text)
+        memory = self.recall(workflow, images, ids)
+        memory.cache.reserve(len(ids) + new)
+
+        def heard(row: int, token: int) -> None:
+            memory.ids.append(token)
+            stream.add(token)
+
         try:
-            generate(self.model, [ids], images, workflow, min(room, self.max_tokens),
+            generate(self.model, [ids], None if memory.cache.length else images, workflow, new,
                      self.tokenizer.stop_ids, self.temperature, self.top_p,
-                     self.seed + len(self.turns), lambda row, token: stream.add(token))
+                     self.seed + len(self.turns), heard, cache=memory.cache)
         finally:
             self.turns = [*turns, ("assistant", stream.shown)] if stream.times else self.turns
         times = stream.times or [time.perf_counter()]

@@ -142,11 +142,11 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
     benchmark, folder = BENCHMARKS[name], args.out
     questions = chosen(benchmark.read(args.data, args.images), args.limit, args.seed)
     dtype = DTYPES["bf16"] if args.quantize else None  # as sample.py
-    model, info = load_iaa(args.model, dtype, str(ranks.device))
+    there = read_json(args.model / "iaa.json", adaptors=dict[str, str])["adaptors"]
+    workflows = [workflow for workflow in benchmark.tokens if workflow in there]
+    wanted = workflows or [*benchmark.tokens]  # of which there is none: `load_iaa` says so
+    model, info = load_iaa(args.model, dtype, str(ranks.device), wanted)
     pack(model, args.quantize == "int8")
-    workflows = [workflow for workflow in benchmark.tokens if workflow in model.adaptors]
-    if not workflows:
-        model.adaptor(next(iter(benchmark.tokens)))  # says what there is
     questions = [question for question in questions if question.workflow in workflows]
     if ranks.rank == 0:
         settings = {"benchmark": name, "quantize": args.quantize}
@@ -235,7 +235,8 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
 def run_retention(args: argparse.Namespace) -> None:
     """The text workflow, and each adaptor's without a picture, against the LLM loaded afresh."""
     texts = [read_text(path) for path in args.data]
-    model, info = load_iaa(args.model, None, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, info = load_iaa(args.model, None, device, args.workflow)
     workflows = args.workflow or [TEXT, *model.adaptors]
     table = compare(model, info["llm"], workflows, texts, args.limit)
     print_table("text", table, ".4g")
@@ -250,9 +251,9 @@ def run_lm(args: argparse.Namespace) -> None:
     out, table = args.out or args.model / "eval" / "lm", {}
     with (one_line("eval.py", "the same command goes on"), Ranks(PATIENCE_S, "gloo") as ranks,
           lock(out) if ranks.rank == 0 else contextlib.nullcontext()):
-        model, info = load_iaa(args.model, None, str(ranks.device))
-        adaptor = model.adaptor(args.workflow)  # says so now where there is none of that name
-        facts = None if adaptor is None else adaptor_facts(args.model, args.workflow)
+        model, info = load_iaa(args.model, None, str(ranks.device), [args.workflow])
+        own = args.workflow != TEXT
+        facts = adaptor_facts(args.model, args.workflow) if own else None
         files = sorted(p for p in args.include.rglob("*") if p.is_file()) if args.include else ()
         include = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         settings = {"workflow": args.workflow, "base": info["base"], "adaptor": facts,

@@ -4,7 +4,6 @@ Only imported by `eval.py lm`: lm-eval is in requirements-eval.txt. Data sets ar
 finds; where no model hub is reachable, task files of one's own (`--include`) can name local files.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -42,10 +41,6 @@ BATCH_TOKENS = 8192
 MAX_ANSWER = 256  # where a task sets no limit
 
 
-class AllEnded(Exception):
-    """Every answer of a batch holds one of its stop texts: no more tokens are needed."""
-
-
 class WorkflowLM(TemplateLM):
     """A workflow of an IAA model, without pictures, as lm-eval calls a model."""
 
@@ -53,7 +48,7 @@ class WorkflowLM(TemplateLM):
         super().__init__()
         self.model, self.workflow, self.words = model, workflow, tokenizer
         self.specials = re.compile("(" + "|".join(map(re.escape, tokenizer.special_tokens)) + ")")
-        self._device = model.llama.embedding.weight.device
+        self._device = model.llama.device
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
@@ -173,19 +168,14 @@ class WorkflowLM(TemplateLM):
         return results
 
     def answers(self, prompts: list[list[int]], new: int, until: tuple[str, ...]) -> list[str]:
-        """One batch; it ends as soon as each answer ended or holds a stop text."""
-        said, open_rows = [[] for _ in prompts], set(range(len(prompts)))
+        """One batch; an answer ends as soon as it holds a stop text."""
+        said = [[] for _ in prompts]
 
-        def heard(row: int, token: int) -> None:
+        def ended(row: int, token: int) -> bool:
             said[row].append(token)
-            if row in open_rows and any(stop in self.words.decode(said[row]) for stop in until):
-                open_rows.discard(row)
-                if not open_rows:
-                    raise AllEnded
+            return any(stop in self.words.decode(said[row]) for stop in until)
 
-        with contextlib.suppress(AllEnded):
-            generate(self.model, prompts, None, self.workflow, new, self.words.stop_ids,
-                     on_token=heard)
+        generate(self.model, prompts, None, self.workflow, new, self.words.stop_ids, on_token=ended)
         texts = [self.words.decode(ids) for ids in said]
         for stop in until:
             texts = [text.split(stop)[0] if stop else text for text in texts]

@@ -19,7 +19,7 @@
 Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,10 +131,6 @@ class Adaptor(nn.Module):
         if self.llm is not None:
             self.llm.load_state_dict(llama.state_dict())
 
-    def place(self, x: Tensor, slots: Tensor, features: Tensor) -> Tensor:
-        """x (B, T, D) with the projected features (N, P, D_vision) in its `slots` (B, T) bool."""
-        return x.masked_scatter(slots[..., None], self.projector(features))
-
     def after_layer(
         self, rope: Rope, mask: Tensor | None, cache: KVCache | None, last_only: bool = False
     ) -> AfterLayer:
@@ -165,6 +161,13 @@ def is_workflow(name: str) -> bool:
     return name.isidentifier() and name != TEXT and not hasattr(nn.ModuleDict(), name)
 
 
+def check_workflow(name: str, adaptors: Iterable[str]) -> None:
+    """ValueError that lists the known names, unless `name` is "text" or one of `adaptors`."""
+    known = [TEXT, *adaptors]
+    if name not in known:
+        raise ValueError(f"no adaptor named {name!r}; there are: {', '.join(known)}")
+
+
 class IAA(nn.Module):
     """One frozen Llama, one frozen CLIP; `self.adaptors["mm"] = adaptor` adds a workflow."""
 
@@ -188,10 +191,12 @@ class IAA(nn.Module):
         if not isinstance(workflow, str):
             parts = [(self.adaptor(name), rows) for name, rows in rows_by_name(workflow)]
             return Mixed(parts, self.llama)
-        if workflow not in self.adaptors:
-            known = ", ".join([TEXT, *self.adaptors])
-            raise ValueError(f"no adaptor named {workflow!r}; there are: {known}")
+        check_workflow(workflow, self.adaptors)
         return self.adaptors[workflow]
+
+    def llm(self, adaptor: Adaptor | Mixed | None) -> Llama:
+        """The LLM that runs under an adaptor, or None: the frozen one, unless it brings its own."""
+        return self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
 
     def forward(
         self,
@@ -206,12 +211,12 @@ class IAA(nn.Module):
     ) -> Tensor:  # (B, T, D), last_only: (B, 1, D) hidden states for `logits`
         """The workflow's hidden states (Fig. 2). Raises ValueError for images that do not fit."""
         adaptor = self.adaptor(workflow)
-        llama = self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
+        llama = self.llm(adaptor)
         own_embedding = None if adaptor is None else adaptor.embedding
         embedding = llama.embedding if own_embedding is None else own_embedding
         x = embedding(tokens).to(self.llama.dtype)  # (B, T, D)
-        if images is not None and adaptor is None:
-            raise ValueError('the workflow "text" takes no image')
+        if images is not None and not isinstance(adaptor, Adaptor):
+            raise ValueError('the workflow "text" takes no image, nor do several in one batch')
         if images is not None:
             x = self.place_images(x, tokens, images, adaptor)
         past, new = 0 if cache is None else cache.length, tokens.shape[1]
@@ -236,7 +241,7 @@ class IAA(nn.Module):
         if images.ndim == 4:
             with torch.no_grad():
                 images = self.clip(images)  # (N, P, D_vision)
-        return adaptor.place(x, slots, images.to(x.dtype))
+        return x.masked_scatter(slots[..., None], adaptor.projector(images.to(x.dtype)))
 
     def logits(self, x: Tensor, workflow: str | Sequence[str] = TEXT) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) by the workflow's norm and head."""
@@ -250,7 +255,7 @@ class IAA(nn.Module):
         adaptor = self.adaptor(workflow)
         if adaptor is not None and adaptor.head is not None:
             return adaptor.norm, adaptor.head
-        llama = self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
+        llama = self.llm(adaptor)
         return llama.norm, llama.words
 
     def loss(
@@ -289,6 +294,6 @@ class IAA(nn.Module):
         self, batch: int, length: int, workflow: str | Sequence[str] = TEXT
     ) -> KVCache:
         """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
-        slots = self.llama.config.layers + len(self.places(workflow))
-        device = self.llama.embedding.weight.device
-        return KVCache(self.llama.config, slots, batch, length, self.llama.dtype, device)
+        llama = self.llama
+        slots = llama.config.layers + len(self.places(workflow))
+        return KVCache(llama.config, slots, batch, length, llama.dtype, llama.device)

@@ -14,6 +14,7 @@ GQA (arXiv 2305.13245).
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,22 +117,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
-def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """Rotation per token of each pair of dimensions, in radians: (E/2,) fp32.
+@functools.cache  # one copy to the device, not one a pass
+def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Rotation per token of each pair of dimensions, in radians: (E/2,) fp32, on `device`.
 
     With Llama 3.1's scaling, waves longer than the original context / low_freq_factor are slowed
     down by `factor`, waves shorter than the original context / high_freq_factor stay, and those
     between are blended.
     """
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    exponents = torch.arange(0, config.head_size, 2, device="cpu").float() / config.head_size
     freqs = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
-        return freqs
+        return freqs.to(device)
     turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within that context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
-    return keep * freqs + (1 - keep) * freqs / scaling.factor
+    return (keep * freqs + (1 - keep) * freqs / scaling.factor).to(device)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -143,27 +145,22 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def attention_mask(
     tokens: int,
     past: int = 0,
-    starts: Tensor | None = None,
     segments: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor | None:
     """Who sees whom: bool (B or 1, 1, T, S) with S = past + T, True = visible; None: plain causal.
 
-    starts (B,): columns before a row's start are padding (prompts are padded on the left), seen by
-    nobody but themselves. segments (B, T): segment 0 is seen by the whole row, segment k > 0 sees
-    only 0 and itself.
+    segments (B, S), the cache's columns included: segment 0 is seen by the whole row, any other by
+    itself alone. Padding is a segment, -1, so that it sees itself: a row of a mask that sees
+    nothing would have a softmax of 0 / 0, and NaN spreads.
     """
-    if starts is None and segments is None and (past == 0 or tokens == 1):
+    if segments is None and (past == 0 or tokens == 1):
         return None
-    rows = torch.arange(past, past + tokens, device=device)[:, None]  # (T, 1)
-    columns = torch.arange(past + tokens, device=device)[None]  # (1, S)
-    mask = (columns <= rows)[None]  # (1, T, S)
-    if starts is not None:
-        # A padding row sees itself: seeing nothing, its softmax would be 0 / 0, and NaN spreads.
-        mask = (mask & (columns >= starts[:, None, None])) | (columns == rows)
+    columns = torch.arange(past + tokens, device=device)  # (S,)
+    mask = (columns <= columns[past:, None])[None]  # (1, T, S)
     if segments is not None:
-        seen = segments[:, None, :]  # (B, 1, T)
-        mask = mask & ((seen == 0) | (seen == segments[:, :, None]))
+        seen, own = segments[:, None], segments[:, past:, None]  # (B, 1, S), (B, T, 1)
+        mask = mask & ((seen == 0) | (seen == own))
     return mask[:, None]
 
 
@@ -237,6 +234,18 @@ class KVCache:
         part = copy.copy(self)
         part.data = self.data[:, :, rows]
         return part
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens, and nothing of a pass that was broken off."""
+        self.length, self.slot = length, 0
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens; where there is less, what is stored moves."""
+        *outer, room, size = self.data.shape
+        if room < length:
+            data = self.data.new_empty(*outer, length, size)
+            data[..., : self.length, :] = self.data[..., : self.length, :]
+            self.data = data
 
     def advance(self, tokens: int) -> None:
         """Close a forward pass of `tokens` tokens. Raises ValueError where a slot was left out."""
@@ -347,9 +356,14 @@ class Llama(nn.Module):
         """The dtype of the residual stream."""
         return self.embedding.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         """cos and signed sin of positions (B, T): two (B, 1, T, E) in `dtype`, by way of fp32."""
-        freqs = rope_frequencies(self.config).to(positions.device)  # (E/2,)
+        freqs = rope_frequencies(self.config, positions.device)  # (E/2,)
         angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)

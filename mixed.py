@@ -1,8 +1,9 @@
 """Rows of several workflows in one batch: frozen layers run once, adaptors on their own rows.
 
-`Mixed` is to `IAA` one more adaptor, made of others, each in charge of some rows side by side.
+`Mixed` is to `IAA` one more adaptor, made of others, each in charge of some rows side by side; but
+it places no image: `generate.prefill` reads the prompts of each workflow by themselves.
 
-Letters: B batch, T tokens, S tokens so far, D width, V vocabulary, N images, P image tokens.
+Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -45,16 +46,6 @@ class Mixed:
         own = [a.embedding if a and a.embedding else self.llama.embedding for a, _ in self.parts]
         return torch.cat([e(tokens[rows]) for e, (_, rows) in zip(own, self.parts, strict=True)])
 
-    def place(self, x: Tensor, slots: Tensor, features: Tensor) -> Tensor:
-        """As `Adaptor.place`. Raises ValueError for an image in a row of text."""
-        counts = [int(slots[rows].sum()) // features.shape[1] for _, rows in self.parts]
-        y = []
-        for (adaptor, rows), own in zip(self.parts, features.split(counts), strict=True):
-            if adaptor is None and len(own):
-                raise ValueError('the workflow "text" takes no image')
-            y.append(adaptor.place(x[rows], slots[rows], own) if len(own) else x[rows])
-        return torch.cat(y)
-
     def after_layer(
         self, rope: Rope, mask: Tensor | None, cache: KVCache | None, last_only: bool = False
     ) -> AfterLayer:
@@ -63,8 +54,7 @@ class Mixed:
         for adaptor, rows in self.parts:
             cos, sin, seen = (t if t is None or len(t) == 1 else t[rows] for t in (*rope, mask))
             own = None if cache is None else cache.rows(rows)
-            last = last_only and adaptor is not None and self.places[-1:] == adaptor.places[-1:]
-            hook = None if adaptor is None else adaptor.after_layer((cos, sin), seen, own, last)
+            hook = None if adaptor is None else adaptor.after_layer((cos, sin), seen, own)
             hooks.append((rows, own, hook))
 
         def hook(i: int, x_in: Tensor, x_out: Tensor) -> Tensor:
@@ -74,11 +64,11 @@ class Mixed:
             for rows, own, inner in hooks:
                 if own is not None:
                     own.slot = cache.slot
-                out = inner(i, x_in[rows], x_out[rows]) if inner else x_out[rows]
-                y.append(out[:, -1:] if last_only and i == self.places[-1] else out)
+                y.append(inner(i, x_in[rows], x_out[rows]) if inner else x_out[rows])
             if cache is not None:
                 cache.slot += 1
-            return torch.cat(y)
+            x = torch.cat(y)  # (B, T, D)
+            return x[:, -1:] if last_only and i == self.places[-1] else x
 
         return hook
 

@@ -34,7 +34,7 @@ def parts(model: IAA, workflow: str) -> list[Part]:
     Weights that come up twice (a tied head is the embedding) stand in two parts.
     """
     adaptor, clip = model.adaptors[workflow], model.clip
-    llama = model.llama if adaptor.llm is None else adaptor.llm
+    llama = model.llm(adaptor)
     found = [part(llama.embedding if adaptor.embedding is None else adaptor.embedding, again=False)]
     stem = [w for name, w in clip.named_parameters() if not name.startswith("layers.")]
     found.append(Part(clip, clip, stem, again=False))

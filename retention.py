@@ -42,7 +42,7 @@ def greedy(model: IAA, workflow: str, prompts: list[list[int]]) -> list[list[int
 @torch.inference_mode()
 def logits_of(model: IAA, workflow: str, ids: list[int]) -> Tensor:
     """(T, V) fp32."""
-    tokens = torch.tensor([ids], device=model.llama.embedding.weight.device)
+    tokens = torch.tensor([ids], device=model.llama.device)
     return model.logits(model(tokens, workflow), workflow)[0].float()
 
 
@@ -74,7 +74,7 @@ def compare(
     pieces = windows(Tokenizer.load(llm), texts)
     if not pieces:
         raise ValueError("the text files hold no text")
-    frozen, _ = load_base(llm, model.llama.dtype, str(model.llama.embedding.weight.device))
+    frozen, _ = load_base(llm, model.llama.dtype, str(model.llama.device))
     base = IAA(frozen, model.clip, model.image_token)
     difference = dict.fromkeys(workflows, 0.0)
     loss = dict.fromkeys(["base", *workflows], 0.0)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from clip import open_image
 from data import GROUNDING_PROMPT, Box
-from dialogue import Chat
+from dialogue import Chat, workflow_of
 from files import new_file, one_line
 from iaa import DTYPES
 
@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     image = None if args.image is None else open_image(args.image)
     dtype = "bf16" if args.quantize else args.dtype
-    chat = Chat.load(args.model, DTYPES.get(dtype), args.quantize == "int8",
+    only = None if args.prompt is None else [workflow_of(args.workflow, image)]
+    chat = Chat.load(args.model, DTYPES.get(dtype), args.quantize == "int8", only,
                      max_tokens=args.max_tokens, temperature=args.temperature,
                      top_p=args.top_p, seed=args.seed)
     chat.image, chat.chosen = image, args.workflow

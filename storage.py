@@ -5,6 +5,7 @@ SHA-256, and loads onto no other.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from clip import Clip, ClipConfig
 from files import build, read_json
-from iaa import IAA, Adaptor, AdaptorConfig, is_workflow
+from iaa import IAA, Adaptor, AdaptorConfig, check_workflow, is_workflow
 from llama import Llama, LlamaConfig
 
 
@@ -117,21 +118,28 @@ def load_adaptor(
 
 
 def load_iaa(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    workflows: Sequence[str] | None = None,  # None: all
 ) -> tuple[IAA, dict]:
-    """A whole model by its `iaa.json`: base, and every adaptor that it names.
+    """A whole model by its `iaa.json`: base, and the adaptors of `workflows`.
 
     Returns the model and {"llm": folder of LLM and tokenizer, "prompts": {workflow: prompt},
-    "base": SHA-256 of "llama" and "clip"}.
+    "base": SHA-256 of "llama" and "clip"}. Raises ValueError, before anything is loaded, for a
+    workflow that `iaa.json` lacks.
     """
     folder = Path(folder)
     index = read_json(folder / "iaa.json", llm=str, vision=str, image_token=int,
                       adaptors=dict[str, str])
+    for name in workflows or ():
+        check_workflow(name, index["adaptors"])
     llama, llama_sha = load_base(folder / index["llm"], dtype, device)
     clip, clip_sha = load_base(folder / index["vision"], dtype, device)
     model, base = IAA(llama, clip, index["image_token"]), {"llama": llama_sha, "clip": clip_sha}
     prompts = {name: add_adaptor(model, name, folder / place, base, dtype or llama.dtype)
-               for name, place in index["adaptors"].items()}
+               for name, place in index["adaptors"].items()
+               if workflows is None or name in workflows}
     return model.eval(), {"llm": folder / index["llm"], "prompts": prompts, "base": base}
 
 
@@ -146,7 +154,7 @@ def add_adaptor(
     if name in model.adaptors or not is_workflow(name):
         raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
                          "not in use, and no name of torch's, as 'train'")
-    device = str(model.llama.embedding.weight.device)
+    device = str(model.llama.device)
     width = model.clip.config.width
     adaptor, meta = load_adaptor(folder, model.llama.config, width, base, dtype, device)
     model.adaptors[name] = adaptor.requires_grad_(False).eval()

@@ -15,7 +15,7 @@ from clip import Clip, ClipConfig
 from files import new_folder
 from generate import choose, generate
 from iaa import IAA, OFFICIAL_14_OF_32, Adaptor, AdaptorConfig, spread
-from llama import Llama, LlamaConfig, attention_mask, set_recompute
+from llama import Llama, LlamaConfig, set_recompute
 from storage import add_adaptor, load_adaptor, load_base, load_iaa, load_tensors, save_adaptor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -461,6 +461,8 @@ def test_stop_tokens_and_callback():
                        on_token=lambda row, token: seen[row].append(token))
     assert got == wanted == seen
     assert len(wanted[0]) <= 4 and free[0] != free[1]
+    ended = generate(iaa, prompts, None, "c", 12, on_token=lambda row, token: row == 1)
+    assert ended == [free[0], free[1][:1]]  # the callback may end a row
 
 
 def test_context_overflow_raises():
@@ -486,6 +488,7 @@ def test_choose_top_p_and_temperature():
     kept = torch.tensor([0, 2 / 3, 0, 1 / 3])
     torch.testing.assert_close(counts(1.0, 0.7), kept, atol=0.03, rtol=0)
     assert counts(1.0, 0.4)[1] == 1 and counts(1.0, 1e-9)[1] == 1
+    assert counts(1e-38, 1.0)[1] == 1 and counts(5e-324, 0.5)[1] == 1  # greedy, not 0 / 0
     sharp = probs[0] ** 2 / (probs[0] ** 2).sum()
     torch.testing.assert_close(counts(0.5, 1.0), sharp, atol=0.03, rtol=0)
 
@@ -656,6 +659,11 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
     assert about["llm"] == tmp_path / "llm"
     assert about["prompts"]["mm"] == {"template": "plain", "system": "Hi."}
     assert not loaded.training and not [p for p in loaded.parameters() if p.requires_grad]
+    for workflows in (["grounding"], ["text"], ["text", "mm"]):
+        part, about = load_iaa(tmp_path, workflows=workflows)
+        assert {*part.adaptors} == about["prompts"].keys() == {*workflows} - {"text"}
+    with pytest.raises(ValueError, match="no adaptor named 'x'; there are: text, mm, grounding"):
+        load_iaa(tmp_path, workflows=["mm", "x"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -698,9 +706,3 @@ def test_real_weights_keep_their_bits_and_their_sense():
     iaa.adaptors["mm"].copy_frozen(llama)
     assert torch.equal(iaa.logits(iaa(tokens)), wanted)
     assert 7042 in generate(iaa, [prompt], max_tokens=4)[0]  # " Paris"
-
-
-def test_mask_of_a_padded_decode_hides_the_padding():
-    """One new token after a padded prefix sees its own row's tokens alone."""
-    mask = attention_mask(1, past=4, starts=torch.tensor([0, 2]))
-    assert mask[:, 0, 0].int().tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]

@@ -27,11 +27,12 @@ IMPORTS = {  # of ours, by file: the design
     "features": {"files"},
     "packing": {"llama"},
     "sample": {"clip", "data", "dialogue", "files", "iaa"},
-    "dialogue": {"chat", "clip", "data", "generate", "iaa", "packing", "storage", "tokenizer"},
+    "dialogue": {
+        "chat", "clip", "data", "generate", "iaa", "llama", "packing", "storage", "tokenizer"},
     "eval": {
         "ask", "benchmarks", "files", "harness", "iaa", "packing", "ranks", "retention",
         "scoring", "storage", "tokenizer"},
-    "ask": {"chat", "clip", "iaa", "tokenizer"},
+    "ask": {"chat", "clip", "iaa", "llama", "tokenizer"},
     "scoring": {"data"},
     "benchmarks": {"ask", "chat", "data", "data_files", "mmbench", "scoring"},
     "mmbench": {"ask", "data", "files", "scoring"},

@@ -95,10 +95,10 @@ def test_logits_equal_transformers(case):
 def test_left_padded_batch_equals_transformers(case):
     """Padded on the left, a row keeps transformers' logits within 1e-4; padding stays finite."""
     model, wanted = golden(case)
-    starts = torch.tensor([0, PADDING])
     tokens = wanted["tokens"].shape[1]
-    positions = (torch.arange(tokens) - starts[:, None]).clamp(min=0)
-    logits = run(model, wanted["tokens"], positions, attention_mask(tokens, starts=starts))
+    positions = torch.arange(tokens) - torch.tensor([[0], [PADDING]])
+    mask = attention_mask(tokens, segments=positions.clamp(-1, 0))
+    logits = run(model, wanted["tokens"], positions.clamp(min=0), mask)
     torch.testing.assert_close(logits[0], wanted["padded"][0], atol=1e-4, rtol=0)
     own = slice(PADDING, None)
     torch.testing.assert_close(logits[1, own], wanted["padded"][1, own], atol=1e-4, rtol=0)
@@ -139,14 +139,14 @@ def test_cache_equals_no_cache(pieces):
 def test_left_padding_with_cache_equals_each_row_alone():
     """Rows of 13, 9 and 4 tokens, padded, in three cached passes, equal each row alone."""
     model, tokens = small()
-    starts = torch.tensor([0, 4, 9])
+    positions = torch.arange(13) - torch.tensor([[0], [4], [9]])  # below 0: padding
     cache, parts = KVCache(model.config, model.config.layers, 3, 13), []
     for piece in tokens.split((10, 2, 1), 1):
-        columns = torch.arange(cache.length, cache.length + piece.shape[1])
-        mask = attention_mask(piece.shape[1], cache.length, starts)
-        parts.append(run(model, piece, (columns - starts[:, None]).clamp(min=0), mask, cache))
+        past, end = cache.length, cache.length + piece.shape[1]
+        mask = attention_mask(piece.shape[1], past, positions[:, :end].clamp(-1, 0))
+        parts.append(run(model, piece, positions[:, past:end].clamp(min=0), mask, cache))
     logits = torch.cat(parts, 1)
-    for row, start in enumerate(starts.tolist()):
+    for row, start in enumerate((0, 4, 9)):
         alone = run(model, tokens[row : row + 1, start:])
         torch.testing.assert_close(logits[row : row + 1, start:], alone, atol=1e-5, rtol=1e-5)
 
@@ -165,14 +165,19 @@ def test_segments_equal_each_question_alone():
 
 
 def test_attention_mask_literals():
-    """Causal after a past, padding that sees itself, segments; None where causal is enough."""
+    """Causal after a past, padding that sees itself, segments; None where causal is enough.
+
+    Last, ask.py's: prefix 0 0, questions 1 1 and 2, padding, then a new column of each question.
+    """
     assert attention_mask(5) is None and attention_mask(1, past=7) is None
     assert attention_mask(2, past=1)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
-    padded = attention_mask(3, starts=torch.tensor([2, 0]))
-    assert padded[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    padded = attention_mask(3, segments=torch.tensor([[-1, -1, 0], [0, 0, 0]]))
+    assert padded[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     assert padded[1, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     blind = attention_mask(4, segments=torch.tensor([[0, 1, 2, 2]]))
     assert blind[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+    asked = attention_mask(2, 6, torch.tensor([[0, 0, 1, 1, 2, -1, 1, 2]]))
+    assert asked.int().tolist() == [[[[1, 1, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 0, 0, 1]]]]
 
 
 def test_the_hook_sees_every_layer_in_order():

@@ -14,6 +14,7 @@ import clip
 import dialogue
 import sample
 from files import new_folder
+from generate import prefill
 from iaa import Adaptor, AdaptorConfig
 from storage import save_adaptor
 from tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def script(monkeypatch):
     def install(*answers):
         calls, left = [], list(answers)
 
-        def generate(model, prompts, images, workflow, *settings):
+        def generate(model, prompts, images, workflow, *settings, cache):
             calls.append({"ids": prompts[0], "images": images, "workflow": workflow})
             answer = left.pop(0) if len(left) > 1 else left[0]
             for token in answer.encode() if isinstance(answer, str) else answer:
@@ -133,6 +134,72 @@ def test_the_tower_runs_once_a_picture(run, picture):
     assert len(seen) == 2
 
 
+def test_a_turn_reads_only_what_is_new(run, picture, tmp_path):
+    """The answers are those of a chat without memory, and the cache holds what its ids say.
+
+    Turns under two workflows, about two pictures, after a reset, after answers that were stopped
+    between tokens and within a pass, and under another adaptor by a forgotten one's name.
+    """
+    kept, fresh = (sample.Chat.load(run, max_tokens=4, temperature=1.0, seed=1) for _ in range(2))
+    passes, stops, patches = [], [], clip.SIZES["tiny"].patches
+
+    def layer(_, args):
+        passes.append(args[0].shape[1])
+        if len(passes) in stops:
+            raise KeyboardInterrupt
+
+    kept.model.llama.layers[1].register_forward_pre_hook(layer)
+
+    def known(text):
+        """Tokens of its prompt that the chat did not read again."""
+        passes.clear(), stops.clear()
+        fresh.image, fresh.chosen, fresh.turns = kept.image, kept.chosen, list(kept.turns)
+        fresh.memory, answer = None, kept.ask(text)
+        assert answer.answer == fresh.ask(text).answer
+        memory, length, first = kept.memory, kept.memory.cache.length, passes[0]
+        cache = kept.model.new_cache(1, length, memory.workflow)
+        with torch.inference_mode():
+            prefill(kept.model, [memory.ids[:length]], memory.images, memory.workflow, cache)
+        torch.testing.assert_close(memory.cache.data[..., :length, :], cache.data)
+        return len(memory.ids) - answer.tokens - first
+
+    def stopped(text, on_text=lambda piece: None):
+        with pytest.raises(KeyboardInterrupt):
+            kept.ask(text, on_text)
+
+    def stop(piece):
+        raise KeyboardInterrupt
+
+    kept.image = Image.open(picture).convert("RGB")
+    assert known("one") == 0
+    prompt = kept.memory.cache.length - 3
+    assert known("two") >= prompt
+    kept.chosen = "grounding"
+    assert known("three") == 0 and known("four") > patches
+    kept.turns, kept.chosen = [], "text"  # as /reset and /workflow do
+    assert known("five") == 0 and known("six") > 0
+    kept.chosen = None
+    stopped("seven", stop)
+    assert known("eight") > patches
+    kept.turns, kept.image = [], Image.new("RGB", (40, 30), "red")
+    assert known("nine") == 0
+    kept.turns = []
+    assert known("ten") > patches  # the picture stays read
+    for stops[:] in ([1], [3]):  # in a prompt, in an answer
+        passes.clear()
+        stopped("eleven")
+        kept.turns = kept.turns[:2]
+        assert known("twelve") > patches
+    other = Adaptor(AdaptorConfig((0, 2)), kept.model.llama.config, kept.model.clip.config.width)
+    with new_folder(tmp_path / "other") as folder:
+        prompt = {"prompt": {"template": "chatml", "system": None}}
+        save_adaptor(other, folder, {"llama": "llama", "clip": "clip"}, prompt, torch.float32)
+    for chat in (kept, fresh):
+        chat.drop_adaptor("mm")
+        chat.load_adaptor("mm", tmp_path / "other")
+    assert known("thirteen") == 0
+
+
 def test_int8_answers(run, picture, capsys, monkeypatch):
     """`--quantize int8` stores the matrices so, and answers."""
     loaded, pack = [], dialogue.pack
@@ -141,6 +208,7 @@ def test_int8_answers(run, picture, capsys, monkeypatch):
                  "--quantize", "int8", "--max-tokens", "4", "--temperature", "2"])
     assert json.loads(capsys.readouterr().out)["tokens"] <= 4
     assert any(type(m).__name__ == "Int8Linear" for m in loaded[0].llama.modules())
+    assert [*loaded[0].adaptors] == ["mm"]  # no other answers this one question
 
 
 def test_a_start_builds_nothing_at_random(run):
