@@ -14,10 +14,13 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from files import lock
 
 # In errors that gloo's threads raise, and where the launcher ended a process that loads data.
 BROKEN = ("gloo", "pair closure", "Connection closed", "killed by signal: Terminated")
@@ -125,6 +128,10 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum(0.0)
+
+    def alone(self, folder: Path) -> contextlib.AbstractContextManager:
+        """Keep `folder` for these ranks: rank 0 takes its lock (InUse where others have it)."""
+        return lock(folder) if self.rank == 0 else contextlib.nullcontext()
 
     def say(self, text: str) -> None:
         """Print once for all ranks."""

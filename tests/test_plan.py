@@ -159,7 +159,6 @@ def test_memory_of_a_step_is_as_planned(base, world, settings):
         measured = peak(base, settings) if world == 1 else fullest(world, base, settings)
         if planned == pytest.approx(measured, rel=0.05):
             break
-    print(world, settings, measured, planned, planned / measured, step.fullest())
     assert planned == pytest.approx(measured, rel=0.05)
 
 
@@ -191,7 +190,6 @@ def test_the_papers_run_is_planned_in_seconds(tmp_path, monkeypatch, capsys):
     train.main()
     assert time.process_time() - start < 10
     shown = capsys.readouterr().out
-    print(shown)
     projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     vocab = 128256 * 4096
@@ -258,16 +256,17 @@ def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
     config, stage = run_of(tmp_path)
     config = replace(config, llm=str(tmp_path / "llama"))
     stage = replace(stage, data=[str(tmp_path / "rows.jsonl")], template="plain")
-    assert sample_rows(config, stage, 16, None) == Rows(116, 50)
+    assert sample_rows(config, stage, 16, 400, None) == Rows(116, 50)
     tiny_base(tmp_path)
     row = {"id": "1", "image": "1.png", "workflow": "mm", "conversations": [
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
     rows = [json.dumps(row), "broken", json.dumps(row).replace("cat", "crocodile")]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    found = sample_rows(config, stage, 16, None)
+    found = sample_rows(config, stage, 16, 400, None)
     assert found.source == "mean of 2 rows of the data"
     assert 16 + len("A cat.") <= found.tokens <= 16 + len("A crocodile.") + 4
     assert len("A cat.") <= found.scored <= len("A crocodile.") + 2
-    assert sample_rows(config, stage, 16, 30) == Rows(46, 15)
+    assert sample_rows(config, stage, 16, 18, None).tokens == 18  # cut as in training
+    assert sample_rows(config, stage, 16, 400, 30) == Rows(46, 15)
     with pytest.raises(ValueError, match="--world 1 or more"):
         Machine(world=0)

@@ -169,14 +169,15 @@ def test_a_finished_stage_of_other_settings_is_named(world, trained, tmp_path, c
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
     for setting, said in (("insertion=1", "instruct was made with another adaptor's configuration"),
                           ("grounding.lr=1", "grounding was made with another lr"),
+                          ('stages=["instruct"]', "instruct was made with another beginning"),
                           ("seed=3", "pretrain_projector was made with another seed")):
         with pytest.raises(ValueError, match=said):
             go(world, tmp_path / "run", setting)
     assert {path: path.read_bytes() for path in before} == before
     go(world, tmp_path / "run", "stage.micro_batch=2", "stage.zero=3")
     assert capsys.readouterr().out.count("finished before") >= 3
-    for left in ("pretrain_projector", "instruct"):
-        go(world, tmp_path / "run", f'stages=["{left}"]')
+    for left in ('stages=["pretrain_projector"]', 'stages=["pretrain_projector", "instruct"]'):
+        go(world, tmp_path / "run", left)
         index = json.loads((tmp_path / "run" / "iaa.json").read_text())
         assert index["adaptors"] == {"mm": "instruct/adaptor", "grounding": "grounding/adaptor"}
     shutil.rmtree(tmp_path / "run" / "instruct")
@@ -438,10 +439,12 @@ def test_config_errors_are_one_line(world, setting, message):
 
 
 def test_stages_that_are_no_tables(tmp_path):
-    """What is no [[stage]] is said before an override looks into it."""
-    (tmp_path / "c.toml").write_text("stage = [1]")
-    with pytest.raises(ValueError, match=r"write \[\[stage\]\]"):
-        read_config(str(tmp_path / "c.toml"), ["stage.steps=3"])
+    """What is no [[stage]], or has no text as its name, is said where an override looks into it."""
+    for text, said in (("stage = [1]", r"write \[\[stage\]\]"),
+                       ("[[stage]]\nname = 3", "no stage 'wrong'; there are: 3")):
+        (tmp_path / "c.toml").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_config(str(tmp_path / "c.toml"), ["wrong.steps=3"])
 
 
 def test_bad_input_is_one_line_without_a_traceback(world, fails, tmp_path):
