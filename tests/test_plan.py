@@ -146,7 +146,8 @@ def fullest(world: int, base: Path, settings: dict) -> int:
 @pytest.mark.parametrize("world, settings", [
     (1, {}), (1, {"dtype": "bf16"}), (1, {"dtype": "bf16", "recompute": True, "batch": 8}),
     (1, {"batch": 8}), (1, {"trains": "projector", "dtype": "bf16"}),
-    (2, {"batch": 8}), (2, {"zero": 1, "batch": 8}), (2, {"zero": 1, "batch": 16}),
+    (2, {"batch": 8}), (2, {"zero": 1, "batch": 8}),
+    (2, {"zero": 1, "batch": 16, "dtype": "bf16", "insertion": 6}),
     (2, {"zero": 2, "batch": 16, "dtype": "bf16"}), (2, {"zero": 3, "batch": 8}),
     (2, {"zero": 3, "batch": 16, "dtype": "bf16", "recompute": True, "reduce_fp32": True}),
     (3, {"zero": 3, "batch": 12, "shard_frozen": False})])

@@ -226,10 +226,10 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int) -> dict:
             gradients=sum(gradients.values()),
             frozen=sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0)
 
-    def reduce(unit: Unit) -> tuple:
+    def reduce(unit: Unit, dtype: torch.dtype) -> tuple:
         waiting = [u.gradient.nbytes for u in state.units if u.gradient is not None]
         found["waiting"] = max(found.get("waiting", 0), sum(waiting))
-        return reduce_unit(unit)
+        return reduce_unit(unit, dtype)
 
     reduce_unit = Unit.reduce
     if zero:
@@ -250,8 +250,8 @@ def test_bytes_held_are_the_formula(kind, zero, world):
     units, stops, _ = timetable(listed, zero, True)
     if zero == 3:
         used = {w for part in listed for w in part.weights}
-        units.append(Unit([w for w in model.parameters() if w not in used]))
-    expected = bytes_held(units, zero, world, 2, 4, 4)
+        units += [Unit([w]) for w in model.parameters() if w not in used]
+    expected = bytes_held(units, zero, world, 2, 4)
     if zero == 0:  # DDP's buckets are not seen from here
         expected["gradients"] //= 2
     largest = max(4 * unit.padded(world) for unit in units if unit.trained)
