@@ -358,12 +358,16 @@ def loader(
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Takes nothing from the global random state. Workers end with the iterator.
+    Takes nothing from the global random state. Workers end with the iterator. One that dies is a
+    RuntimeError "DataLoader worker ...", here or, by SIGCHLD, wherever the process is.
     """
     own_random = torch.Generator()
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                              collate_fn=dataset.collate, generator=own_random)
+                              collate_fn=dataset.collate, generator=own_random,
+                              multiprocessing_context="fork" if workers else None)
+    except (EOFError, ConnectionError):  # it died as it handed over a batch: torch's own words
+        raise RuntimeError("DataLoader worker exited unexpectedly") from None
     except (ValueError, OSError) as error:  # a worker's comes with its traceback, as text
         told = str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
         raise type(error)(told) from None

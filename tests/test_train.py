@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -316,14 +317,15 @@ def test_kept_features_change_nothing(world, trained, monkeypatch):
 def instruct(config: str, settings: list[str], fault: tuple | None = None) -> None:
     """On a rank: the second stage alone, from the frozen model.
 
-    fault: (rank, signal), which that rank sends itself as step 4 begins.
+    fault: (rank, signal), which that rank sends itself, or its loader, as step 4 begins.
     """
     ranks.GRACE_S, begin = 1, Ranks.begin
 
     def begin_or_fail(self, place):
         begin(self, place)
         if fault and self.rank == fault[0] and place.endswith("step 4"):
-            os.kill(os.getpid(), fault[1])
+            loaders = [child.pid for child in multiprocessing.active_children()]
+            os.kill((*loaders, os.getpid())[0], fault[1])
 
     Ranks.begin = begin_or_fail
     train(read_config(config, ["instruct.start=none", *settings]), "instruct")
@@ -371,6 +373,15 @@ def test_a_rank_that_hangs_is_named(world, tmp_path):
         assert str(error) == f"rank 0 stopped in {step}: rank 1 is dead or hangs in {step}"
         started[0].join(10)
         assert not started[0].is_alive()
+
+
+def test_a_loader_that_dies_is_named(world, tmp_path):
+    """As where memory ran out: the run ends with one line, not with torch's traceback."""
+    settings, config = [f"out={tmp_path}", "workers=1"], str(world / "config.toml")
+    with processes(1, instruct, config, settings, (0, signal.SIGKILL)) as (_, result):
+        _, error = result(60)
+    assert isinstance(error, ChildProcessError) and "\n" not in str(error)
+    assert str(error).startswith("rank 0 stopped in stage instruct, step 4: DataLoader worker")
 
 
 def environments(mark: bytes) -> dict[int, bytes]:
