@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,8 @@ import llama
 import train
 from bench_zero import allocations, make_batch, make_model
 from budget import Machine, Rows, Step, layer_saved, step_flops
-from clip import ClipConfig
+from clip import Clip, ClipConfig
 from config import DTYPES, Config, StageConfig, read_config
-from files import write_json
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
 from plan import build, frozen_config, plan, sample_rows
 from ranks import Ranks
@@ -49,13 +48,11 @@ zero = {zero}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """Sizes of the frozen models, in folders without weights."""
+def base(tmp_path_factory, write_base) -> Path:
+    """The frozen models' folders."""
     folder = tmp_path_factory.mktemp("base")
-    for kind, sizes in (("llama", LLAMA), ("clip", CLIP)):
-        (folder / kind).mkdir()
-        meta = {"kind": kind, "config": asdict(sizes), "sha256": kind}
-        write_json(folder / kind / "config.json", meta)
+    write_base(folder / "llama", Llama(LLAMA))
+    write_base(folder / "clip", Clip(CLIP))
     return folder
 
 
