@@ -176,13 +176,13 @@ class Step:
         """What stays from step to step, in bytes by kind."""
         units, _, _ = self.timetable
         shared = self.stage.zero == 3 and self.config.shard_frozen
-        found = bytes_held(units, self.stage.zero, self.machine.world, self.rounds, self.c, self.r)
+        found = bytes_held(units, self.stage.zero, self.machine.world, self.rounds, self.c)
         used = {w for part in self.parts for w in part.weights}
         frozen = {w for m in (self.model.llama, self.model.clip) for w in m.parameters()}
         if not shared:
             found["frozen"] = self.c * count(frozen)
-        elif frozen - used:
-            unused = Unit(list(frozen - used)).padded(self.machine.world)
+        else:
+            unused = sum(Unit([w]).padded(self.machine.world) for w in frozen - used)
             found["frozen"] += self.c * unused // self.machine.world
         return found
 
@@ -215,7 +215,8 @@ class Step:
                    "gradients": gradients + flying + own}
             if stop.reduce and zero > 0:
                 flat = self.r * unit.padded(world)
-                copy = 0 if zero == 1 and not growing else flat
+                summed = zero == 1 and not growing  # in fp32 by now: sent as it is, or a copy
+                copy = 0 if summed and self.r == MASTER else flat
                 freed = 0 if not stop.gather else c * unit.padded(world)
                 yield {"activations": until[i], "gathered": gathered - freed,
                        "gradients": gradients + own + copy}

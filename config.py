@@ -2,6 +2,8 @@
 
 - `base = "iaa8.toml"` in a file: what it says goes over what that file says (relative to it), key
   by key; a `[[stage]]` goes over the base's stage of the same name.
+- `stages = [...]` takes the other stages out: one without `start` then starts from the one before
+  it that is left, else from the frozen model. `train.py --stage` trains one of a run that has all.
 - Every value is checked: an unknown key, a wrong type or an impossible value is one line that says
   what is accepted.
 """
@@ -79,7 +81,7 @@ class Config:
     vision: str  # folder of the frozen vision tower
     images: str  # root of the pictures that rows name
     stage: list[StageConfig]
-    stages: list[str] | None = None  # names of those to run; left out: all
+    stages: list[str] | None = None  # names of those that the run has; left out: all
     features: str = ""  # folder that keeps what the vision tower made of pictures; "": it runs anew
     insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
     structure: str = "c"
@@ -131,6 +133,11 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
                          config.own_llm)
 
 
+def longest_row(config: Config, context: int) -> int:
+    """Tokens that are left of a longer row; context: the LLM's."""
+    return min(config.max_tokens, context)
+
+
 def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """The TOML file's values over those of its `base`. `above`: the files that lead here."""
     try:
@@ -172,7 +179,7 @@ def read_config(path: str, settings: list[str]) -> Config:
         name, dot, key = key.rpartition(".")
         tables = [s for s in stages if name in ("stage", s.get("name"))] if dot else [values]
         if not tables:
-            known = ", ".join(s.get("name", "?") for s in stages)
+            known = ", ".join(str(s.get("name", "?")) for s in stages)
             raise ValueError(f"--set {setting}: no stage {name!r}; there are: {known}")
         for table in tables:
             table[key] = value

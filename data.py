@@ -24,6 +24,7 @@ from chat import IMAGE, exchange, opening, render, template_of
 from tokenizer import Tokenizer
 
 UNSCORED = -100
+MAX_SKIPPED = 100  # rows in a row
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (
@@ -199,14 +200,18 @@ class JsonlDataset(Dataset):
             raise RowError(f"{self.where(index)}: {error}") from None
 
     def fetch(self, index: int) -> tuple[Example, Tensor | None, list[str]]:
-        """A row, or the next that can be used; what was skipped, and why. ValueError: none can."""
+        """A row, or the next that can be used; what was skipped, and why.
+
+        Raises ValueError where none of `MAX_SKIPPED` in a row can: more likely a wrong root, or a
+        whole folder that is missing, than broken rows.
+        """
         skipped = []
-        for offset in range(len(self)):
+        for offset in range(min(MAX_SKIPPED, len(self))):
             try:
                 return *self.example((index + offset) % len(self)), skipped
             except RowError as error:
                 skipped.append(str(error))
-        raise ValueError(f"none of {len(self)} rows can be used: {skipped[0]}")
+        raise ValueError(f"none of {len(skipped)} rows in a row can be used: {skipped[0]}")
 
     __getitem__ = fetch
 
@@ -353,12 +358,16 @@ def loader(
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Takes nothing from the global random state. Workers end with the iterator.
+    Takes nothing from the global random state. Workers end with the iterator. One that dies is a
+    RuntimeError "DataLoader worker ...", here or, by SIGCHLD, wherever the process is.
     """
     own_random = torch.Generator()
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                              collate_fn=dataset.collate, generator=own_random)
+                              collate_fn=dataset.collate, generator=own_random,
+                              multiprocessing_context="fork" if workers else None)
+    except (EOFError, ConnectionError):  # it died as it handed over a batch: torch's own words
+        raise RuntimeError("DataLoader worker exited unexpectedly") from None
     except (ValueError, OSError) as error:  # a worker's comes with its traceback, as text
         told = str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
         raise type(error)(told) from None

@@ -13,7 +13,6 @@ model or data. Those of `lm` go to `eval/lm/<task>/` once a task is finished.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 
 from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
-from files import check_same, lock, one_line, read_json, replace_text, write_json
+from files import check_same, one_line, read_json, replace_text, write_json
 from iaa import DTYPES, TEXT
 from packing import pack
 from ranks import Ranks
@@ -223,7 +222,7 @@ def run_benchmark(name: str, args: argparse.Namespace) -> None:
     if not args.data.exists():
         raise FileNotFoundError(f"{args.data}: no such file or folder")
     with (one_line("eval.py", "the same command goes on"), Ranks(PATIENCE_S, "gloo") as ranks,
-          lock(args.out) if ranks.rank == 0 else contextlib.nullcontext()):
+          ranks.alone(args.out)):
         answer_all(name, args, ranks)
         if ranks.rank == 0:
             score(name, args.out)
@@ -250,7 +249,7 @@ def run_lm(args: argparse.Namespace) -> None:
     """Text benchmarks through lm-eval; one that is finished is not asked again."""
     out, table = args.out or args.model / "eval" / "lm", {}
     with (one_line("eval.py", "the same command goes on"), Ranks(PATIENCE_S, "gloo") as ranks,
-          lock(out) if ranks.rank == 0 else contextlib.nullcontext()):
+          ranks.alone(out)):
         model, info = load_iaa(args.model, None, str(ranks.device), [args.workflow])
         own = args.workflow != TEXT
         facts = adaptor_facts(args.model, args.workflow) if own else None

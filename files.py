@@ -153,10 +153,10 @@ def new_file(path: Path) -> Iterator[Path]:
 def check_same(made: str | Path, was: dict, now: dict, remedy: str) -> None:
     """Raise ValueError where what lies at `made`, of settings `was`, would be made of others `now`.
 
-    was: as JSON gives them back. Settings that only it has do not count.
+    was: as JSON gives them back. A setting that only one of the two has counts as another.
     """
-    now = json.loads(json.dumps(now))
-    changed = [key for key in now if was.get(key) != now[key]]
+    now, missing = json.loads(json.dumps(now)), object()
+    changed = [key for key in now | was if was.get(key, missing) != now.get(key, missing)]
     if changed:
         raise ValueError(f"{made} was made with another {', '.join(changed)}: {remedy}")
 

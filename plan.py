@@ -19,7 +19,7 @@ import clip
 import llama
 from budget import Machine, Rows, Step, count
 from clip import Clip, ClipConfig
-from config import DTYPES, Config, StageConfig, adaptor_config
+from config import DTYPES, Config, StageConfig, adaptor_config, longest_row
 from data import UNSCORED, JsonlDataset, RowError, encode_row
 from iaa import IAA, Adaptor
 from llama import Llama, LlamaConfig
@@ -75,19 +75,24 @@ def weights_of(model: IAA, workflow: str) -> dict[str, int]:
             for name, modules in found.items()}
 
 
-def sample_rows(config: Config, stage: StageConfig, patches: int, text: int | None) -> Rows:
-    """Tokens of an average row: `text` and an image, or a mean over the data where it is there."""
+def sample_rows(
+    config: Config, stage: StageConfig, patches: int, context: int, text: int | None
+) -> Rows:
+    """Tokens of an average row: `text` and an image, or a mean over the data where it is there.
+
+    patches, context: tokens of an image, and those that the LLM takes.
+    """
     there = all(Path(path).is_file() for path in [config.llm + "/config.json", *stage.data])
     if text is not None or not there:
         text = TEXT_TOKENS if text is None else text
         return Rows(patches + text, text // 2)
     tokenizer = Tokenizer.load(config.llm)
     dataset = JsonlDataset(stage.data, config.images)
-    examples = []
+    template, longest, examples = stage.template or None, longest_row(config, context), []
     for index in range(0, len(dataset), -(-len(dataset) // SAMPLE)):
         with contextlib.suppress(RowError):
-            examples.append(encode_row(dataset.row(index), tokenizer, patches,
-                                       stage.template or None, config.system, config.max_tokens))
+            examples.append(encode_row(dataset.row(index), tokenizer, patches, template,
+                                       config.system, longest))
     if not examples:
         raise ValueError(f"{stage.data[0]}: none of {SAMPLE} rows can be used")
     tokens = sum(len(e.tokens) for e in examples) / len(examples)
@@ -115,7 +120,7 @@ def variants(step: Step) -> Iterator[tuple[str, Step]]:
 def table(step: Step) -> list[str]:
     """Memory of a rank and bytes sent at each ZeRO stage; also for rows of `max_tokens`."""
     limit = step.machine.memory_gb
-    longest = min(step.config.max_tokens, step.model.llama.config.context)
+    longest = longest_row(step.config, step.model.llama.config.context)
     scored = math.ceil(longest * step.rows.scored / step.rows.tokens)
     columns = [["GB on a rank", *KINDS.values(), "in all", f"in all, rows of {longest}",
                 "sent in a step", f"fits {limit:g} GB"]]
@@ -153,7 +158,8 @@ def plan(config: Config, machine: Machine, text: int | None) -> str:
     lines, hours = [], 0.0
     for stage in config.stage:
         model = build(config, stage)
-        rows = sample_rows(config, stage, model.clip.config.patches, text)
+        patches, context = model.clip.config.patches, model.llama.config.context
+        rows = sample_rows(config, stage, patches, context, text)
         step = Step(model, config, stage, rows, machine)
         lines += plan_stage(step)
         hours += step.cost()[1]

@@ -7,6 +7,7 @@ A rank that dies or hangs leaves the others waiting in a collective, which fails
 connection broke, and after `timeout_s` where nobody answers. Each rank that fails so, or by an
 error of its own, leaves a note in the group's key-value store: the ranks without a note are the
 lost ones. A step begins with a word to the store, so that no rank outlives its launcher.
+A process that loads data and dies stops its rank, too, with a line that says so.
 """
 
 import contextlib
@@ -14,10 +15,13 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from files import lock
 
 # In errors that gloo's threads raise, and where the launcher ended a process that loads data.
 BROKEN = ("gloo", "pair closure", "Connection closed", "killed by signal: Terminated")
@@ -67,13 +71,20 @@ class Ranks:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.world == 1:
-            return
         if error is None:
-            dist.destroy_process_group()
+            if self.world > 1:
+                dist.destroy_process_group()
             return
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of a loader's end, which is to be expected
+        if self.world > 1:
+            self.explain(kind, error)
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            line = f"rank {self.rank} stopped in {self.place}: {error}".strip()
+            raise ChildProcessError(line) from None
+
+    def explain(self, kind, error) -> None:
+        """Raise LostRank where the error is of another rank's loss, else leave it as a note."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
         broken = isinstance(error, RuntimeError) and any(word in str(error) for word in BROKEN)
         if isinstance(error, (dist.DistError, Terminated)) or broken:
             told = " on SIGTERM" if isinstance(error, Terminated) else ""
@@ -125,6 +136,10 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum(0.0)
+
+    def alone(self, folder: Path) -> contextlib.AbstractContextManager:
+        """Keep `folder` for these ranks: rank 0 takes its lock (InUse where others have it)."""
+        return lock(folder) if self.rank == 0 else contextlib.nullcontext()
 
     def say(self, text: str) -> None:
         """Print once for all ranks."""

@@ -85,23 +85,34 @@ def check_ahead(config: Config, stages: list[StageConfig]) -> None:
                 raise FileNotFoundError(f"{path}: no such data file")
 
 
+def stages_behind(settings: dict | None) -> int:
+    """How many stages an adaptor has been through before its last, from its last one's settings.
+
+    Unlike the age of its files, this outlives a copy of the run.
+    """
+    if settings is None or "beginning" not in settings:  # not of this trainer, or its first
+        return 0
+    return 1 + stages_behind(settings["beginning"])
+
+
 def after_stage(config: Config, stage: StageConfig) -> None:
     """Note the finished adaptors in `iaa.json`, drop the stage's checkpoints.
 
-    Of those of one name the newest counts, also of stages that this run leaves out.
+    Of those of one name the one with most stages behind it counts, of several such the newest;
+    also where this run leaves their stages out.
     """
     out, path = Path(config.out), Path(config.out, "iaa.json")
     noted = read_json(path, adaptors=dict[str, str])["adaptors"] if path.is_file() else {}
     places = {place: name for name, place in noted.items()}
     places |= {f"{s.name}/adaptor": s.adaptor for s in config.stage}
-    files = [out / place / "config.json" for place in places]
-    files = sorted((file for file in files if file.is_file()), key=lambda f: f.stat().st_mtime_ns)
-    found = [str(file.parent.relative_to(out)) for file in files]
+    files = {place: out / place / "config.json" for place in places}
+    order = {place: (stages_behind(read_json(file).get("settings")), file.stat().st_mtime_ns)
+             for place, file in files.items() if file.is_file()}
     index = {
         "llm": os.path.relpath(config.llm, out),
         "vision": os.path.relpath(config.vision, out),
         "image_token": Tokenizer.load(config.llm).image_id,
-        "adaptors": {places[place]: place for place in found},
+        "adaptors": {places[place]: place for place in sorted(order, key=order.get)},
     }
     write_json(path, index)
     for old in (out / stage.name).glob("step-*"):

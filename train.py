@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from budget import Machine, step_flops
 from checkpoint import resume_state, save_state
 from clip import open_image, preprocess
-from config import Config, StageConfig, adaptor_config, read_config
+from config import Config, StageConfig, adaptor_config, longest_row, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import lock, new_folder, one_line, replace_text, write_json, writing
+from files import new_folder, one_line, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from llama import set_recompute
 from parts import parts
@@ -194,7 +194,7 @@ def micro_batches(stage: StageConfig, sampler: Sampler, ranks: Ranks, first: int
 def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
     config, clip = run.config, run.model.clip.config
-    longest = min(config.max_tokens, run.model.llama.config.context)
+    longest = longest_row(config, run.model.llama.config.context)
 
     def pixels(path: Path) -> Tensor:
         return preprocess(open_image(path), clip)
@@ -335,9 +335,8 @@ def train(config: Config, only: str | None) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     ranks = Ranks(config.timeout_s)
-    alone = lock(Path(config.out)) if ranks.rank == 0 else contextlib.nullcontext()
     stages = [stage for stage in config.stage if only in (None, stage.name)]
-    with ranks, alone:
+    with ranks, ranks.alone(Path(config.out)):
         check_ahead(config, stages)
         if ranks.rank == 0:
             write_json(Path(config.out, "config.json"), asdict(config))

@@ -9,14 +9,15 @@ takes c bytes (2 in bf16, 4 in fp32), a gradient on its way r (c, or 4 with `red
 
     stage                      computes   master   moments   gradients        frozen
     0  torch's DDP                 -         4P        8P    4P + 4P buckets    cF
-    1  optimizer shared out       cP       4P/N      8P/N    4P/N (or rP*)      cF
+    1  optimizer shared out       cP       4P/N      8P/N    4P/N (or 4P*)      cF
     2  gradients too              cP       4P/N      8P/N    4P/N               cF
     3  weights too                 -       4P/N      8P/N    4P/N               cF/N (or cF)
 
-At stage 0 the fp32 weights are their own masters. (*) the larger, with gradient accumulation. While
-a pass runs, stages 2 and 3 also hold the gradients of two units, r bytes a weight (one on its way,
-one being filled), and stage 3 the weights of two units, c bytes each (one in use, the next on its
-way). A *unit* is what is gathered together: a decoder layer, an embedding, a head with its norm.
+At stage 0 the fp32 weights are their own masters. (*) with gradient accumulation: at every stage
+micro-batches are added up in fp32, at this one before anything is sent. While a pass runs, stages
+2 and 3 also hold the gradients of two units, r bytes a weight (one on its way, one being filled),
+and stage 3 the weights of two units, c bytes each (one in use, the next on its way). A *unit* is
+what is gathered together: a decoder layer, an embedding, a head with its norm.
 
 What a rank sends in a step, with A micro-batches, each term times (N - 1)/N:
 
@@ -137,7 +138,8 @@ class Unit:
         self.flat.untyped_storage().resize_(0)
 
     def collect(self, dtype: torch.dtype) -> None:
-        """Add the weights' gradients to the flat gradient (made where there is none), drop them."""
+        """Add the weights' gradients to the flat one, made in dtype where there is none; drop them.
+        """
         if self.gradient is None:
             self.gradient = torch.zeros(len(self.flat), dtype=dtype, device=self.flat.device)
         for weight, start in zip(self.weights, self.starts(), strict=True):
@@ -145,14 +147,14 @@ class Unit:
                 self.gradient[start : start + weight.numel()] += weight.grad.flatten()
                 weight.grad = None
 
-    def reduce(self) -> tuple[list[dist.Work], list[Tensor]]:
-        """Start the sum of all ranks' flat gradients, of which each rank receives its shard.
+    def reduce(self, dtype: torch.dtype) -> tuple[list[dist.Work], list[Tensor]]:
+        """Start the sum of all ranks' flat gradients, sent in dtype; each rank receives its shard.
 
         Returns the works, and the pieces that make the shard once they are added up. gloo has no
         reduce-scatter of its own (it sends the whole sum to all, twice the bytes): there each rank
         receives its piece from every other and adds them up, in fp32.
         """
-        gradient, self.gradient = self.gradient, None
+        gradient, self.gradient = self.gradient.to(dtype), None
         if dist.get_backend() != "gloo":
             received = gradient.new_empty(self.size)
             return [dist.reduce_scatter_single(received, gradient, async_op=True)], [received]
@@ -244,8 +246,8 @@ class Sharded:
         self.loss, self.names, self.stage, self.device = loss, names, stage, device
         self.reduce_dtype = torch.float32 if reduce_fp32 else dtype
         self.units, self.stops, self.turn = timetable(parts, stage, shard_frozen)
-        if unused and stage == 3 and shard_frozen:
-            self.units.append(Unit(unused))
+        if stage == 3 and shard_frozen:
+            self.units += [Unit([weight]) for weight in unused]  # opened one by one: never whole
         for unit in self.units:
             unit.open(dtype if unit.trained else unit.weights[0].dtype, device, whole=stage < 3)
         trained = [unit for unit in self.units if unit.trained]
@@ -293,9 +295,10 @@ class Sharded:
             stop.unit.free()
         if stop.reduce:  # memory is given back first: `collect` takes as much again
             self.arrive()
-            stop.unit.collect(self.reduce_dtype)
-            if self.stage > 1 or self.last:
-                self.coming = (stop.unit, *stop.unit.reduce())
+            more = self.stage == 1 and not self.last  # micro-batches will add to it
+            stop.unit.collect(torch.float32 if more else self.reduce_dtype)
+            if not more:
+                self.coming = (stop.unit, *stop.unit.reduce(self.reduce_dtype))
 
     def arrive(self) -> None:
         """Wait for the gradients that are on their way, if any."""
@@ -433,7 +436,7 @@ class Replicated:
 
 
 def bytes_held(
-    units: list[Unit], stage: int, world: int, accumulation: int, c: int = 2, r: int = 2
+    units: list[Unit], stage: int, world: int, accumulation: int, c: int = 2
 ) -> dict[str, int]:
     """What a rank holds from step to step (the head's table), by kind, in bytes.
 
@@ -447,7 +450,7 @@ def bytes_held(
         return {"computes": 0, "master": MASTER * trained, "moments": 2 * MASTER * trained,
                 "gradients": MASTER * trained + buckets, "frozen": 0}
     shard = MASTER * padded // world
-    whole = r * padded if stage == 1 and accumulation > 1 else 0  # until the last micro-batch
+    whole = MASTER * padded if stage == 1 and accumulation > 1 else 0  # until the last micro-batch
     return {"computes": c * padded if stage < 3 else 0, "master": shard, "moments": 2 * shard,
             "gradients": max(whole, shard), "frozen": frozen // world}
 

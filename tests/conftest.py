@@ -1,6 +1,5 @@
 """What the tests share: the path, one thread, no GPU, and a tiny model of each kind."""
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -14,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import clip
 from clip import Clip
-from files import new_folder
+from files import new_folder, write_json
+from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
+from storage import save_adaptor
 from tokenizer import Tokenizer
 
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -32,22 +33,53 @@ def fixed_seed():
 
 
 @pytest.fixture(scope="session")
-def tiny_base():
+def write_base():
+    """A function that writes a frozen model as convert_weights.py does; sha256: else its kind."""
+
+    def write(path: Path, model: Llama | Clip, sha256: str = "") -> None:
+        kind = type(model).__name__.lower()
+        with new_folder(path) as folder:
+            save_file(model.state_dict(), folder / "model-00001-of-00001.safetensors")
+            write_json(folder / "config.json", {"kind": kind, "config": asdict(model.config),
+                                                "sha256": sha256 or kind})
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_base(write_base):
     """A function that writes a tiny base into a folder: `llama/` (one token a byte) and `clip/`."""
 
     def write(root: Path, layers: int = 3) -> tuple[Llama, Clip]:
         torch.manual_seed(0)
         config = LlamaConfig(260, 48, layers, 6, 2, 8, 64, context=400)
         llama, tower = Llama(config), Clip(clip.SIZES["tiny"])
-        for kind, model, sizes in (("llama", llama, config), ("clip", tower, clip.SIZES["tiny"])):
-            with new_folder(root / kind) as folder:
-                save_file(model.state_dict(), folder / "model-00001-of-00001.safetensors")
-                meta = {"kind": kind, "config": asdict(sizes), "sha256": kind}
-                (folder / "config.json").write_text(json.dumps(meta))
+        write_base(root / "llama", llama)
+        write_base(root / "clip", tower)
         specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258,
                     "<|endoftext|>": 259}
         engine = {bytes([b]): b for b in range(256)}
         Tokenizer(engine, specials, "chatml", "<empty_output>", r"[\s\S]").save(root / "llama")
         return llama, tower
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_base):
+    """A function that writes a run into a folder: a tiny base, random adaptors mm and grounding."""
+
+    def write(root: Path) -> None:
+        llama, tower = tiny_base(root)
+        for name, system in (("mm", None), ("grounding", "Box.")):
+            adaptor = Adaptor(AdaptorConfig((0, 2)), llama.config, tower.config.width)
+            for weight in adaptor.parameters():
+                torch.nn.init.normal_(weight, std=0.2)
+            with new_folder(root / name) as folder:
+                prompt = {"prompt": {"template": "chatml", "system": system}}
+                save_adaptor(adaptor, folder, {"llama": "llama", "clip": "clip"}, prompt,
+                             torch.float32)
+        write_json(root / "iaa.json", {"llm": "llama", "vision": "clip", "image_token": 258,
+                                       "adaptors": {"mm": "mm", "grounding": "grounding"}})
 
     return write

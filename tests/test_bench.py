@@ -1,6 +1,5 @@
 """bench.py and bench_peer.py: counts against literals, un-fusing, a whole run on a tiny model."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import bench
 import bench_cases
@@ -48,20 +46,15 @@ def test_unfused_weights_are_the_fused_ones():
     assert torch.equal(joined, state["layers.1.ffn.gate_up.weight"])
 
 
-def bases(folder: Path) -> list[str]:
-    """--llm and --vision of a tiny random model written to `folder`."""
-    llama = LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0)
-    clip = ClipConfig(20, 2, 4, 28, 4, 8)
-    parts = {"llm": ("llama", Llama(llama)), "vision": ("clip", Clip(clip))}
-    for name, (kind, part) in parts.items():
-        (folder / name).mkdir()
-        save_file(part.state_dict(), folder / name / "model-00001-of-00001.safetensors")
-        meta = {"kind": kind, "config": dataclasses.asdict(part.config), "sha256": "00" * 32}
-        (folder / name / "config.json").write_text(json.dumps(meta))
-    return ["--llm", str(folder / "llm"), "--vision", str(folder / "vision")]
+@pytest.fixture
+def bases(tmp_path, write_base) -> list[str]:
+    """--llm and --vision of a tiny random model."""
+    write_base(tmp_path / "llm", Llama(LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0)))
+    write_base(tmp_path / "vision", Clip(ClipConfig(20, 2, 4, 28, 4, 8)))
+    return ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision")]
 
 
-def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
+def test_a_whole_run_on_a_tiny_model(bases, tmp_path, capsys, monkeypatch):
     """Every kind and variant of ours gets a rate and a share; table and JSON are written."""
     limits = {"matrix product, TFLOP/s": 1.0, "memory, GB/s": 1.0}
     monkeypatch.setattr(bench, "measure_limits", lambda *_: limits)
@@ -70,7 +63,7 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_cases, "set_memory_use", lambda: None)
     monkeypatch.setattr(bench_cases, "NEW", 8)
     path = tmp_path / "bench.json"
-    bench.main([*bases(tmp_path), "--runs", "1", "--inserted", "2", "--dtype", "fp32",
+    bench.main([*bases, "--runs", "1", "--inserted", "2", "--dtype", "fp32",
                 "--no-memory", "--threads", "1", "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     ours = ["ours", "ours, 2 inserted"]
@@ -88,10 +81,10 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
     assert "| decode | ours, 2 inserted |" in capsys.readouterr().out
 
 
-def test_least_seconds_are_the_counts(tmp_path):
+def test_least_seconds_are_the_counts(bases):
     """Weights by their form, the cache never below the run's dtype, 64 steps at mid-answer."""
     options = ["--dtype", "bf16", "--inserted", "2", "--device", "cpu"]
-    run = bench.Bench(bench.arguments([*bases(tmp_path), *options]))
+    run = bench.Bench(bench.arguments([*bases, *options]))
     c, limits = run.config, {"matrix product, TFLOP/s": 1e-12, "memory, GB/s": 1e-9}
 
     def least(kind, name):
@@ -107,11 +100,11 @@ def test_least_seconds_are_the_counts(tmp_path):
     assert run.least_seconds("mixed", "in one batch", limits) == 0
 
 
-def test_peer_computes_the_same(tmp_path):
+def test_peer_computes_the_same(bases):
     """Where transformers is installed: the peer's logits and training loss equal ours."""
     pytest.importorskip("transformers", reason="needs requirements-dev.txt")
     options = ["--dtype", "fp32", "--inserted", "2", "--device", "cpu"]
-    run = bench.Bench(bench.arguments([*bases(tmp_path), *options]))
+    run = bench.Bench(bench.arguments([*bases, *options]))
     peer = peer_llama(run.model.llama)
     tokens = run.random_tokens(1, 40)
     with torch.no_grad():

@@ -471,8 +471,12 @@ def test_bad_rows_are_skipped_and_named(chatml, tmp_path):
     assert image.shape == (3, 4, 4)
     assert dataset.fetch(len(BAD_ROWS))[2] == []
     only_bad = dataset_of(["{...", "[...]"], tmp_path, chatml)
-    with pytest.raises(ValueError, match="none of 2 rows can be used: .*rows.jsonl:2: "):
+    with pytest.raises(ValueError, match="none of 2 rows in a row can be used: .*rows.jsonl:2: "):
         only_bad.fetch(1)
+    mostly_bad = dataset_of(["{..."] * data.MAX_SKIPPED + [good], tmp_path, chatml)
+    with pytest.raises(ValueError, match="none of 100 rows in a row can be used: .*rows.jsonl:1: "):
+        mostly_bad.fetch(0)
+    assert len(mostly_bad.fetch(1)[2]) == 99
 
 
 def test_several_files_are_one_data_set(chatml, tmp_path):
@@ -590,7 +594,7 @@ def test_data_that_stops_a_run_is_one_line(chatml, tmp_path, workers):
     question, answer = "<image>\nWhere?", "Here: [0.1, 0.2, 0.3, 0.4]"
     text = make_row("Sort", "[0.1, 0.2, 0.3, 0.4]", image=None)
     for rows, boxes, message in (
-        (["{broken", "[]"], True, r"none of 2 rows can be used: .*rows.jsonl:1: "),
+        (["{broken", "[]"], True, r"none of 2 rows in a row can be used: .*rows.jsonl:1: "),
         ([text, make_row(question, answer)], False, r"rows.jsonl:2: names a box, and .* crops"),
         ([text, make_row(answer, "A cat.")], False, r"rows.jsonl:2: names a box, and .* crops"),
     ):

@@ -8,36 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from processes import processes
 
 import eval as evaluation
 from ask import Asker, Question
 from eval import chosen, print_table, read_answers, share
-from files import new_folder
-from iaa import Adaptor, AdaptorConfig
-from storage import save_adaptor
 
 ROOT = Path(evaluation.__file__).parent
 
 
 @pytest.fixture
-def world(tmp_path, tiny_base):
+def world(tmp_path, tiny_run):
     """A model in `run` and four pictures with seven questions and a box each in `data`."""
     run, data = tmp_path / "run", tmp_path / "data"
-    run.mkdir(), data.mkdir()
-    llama, tower = tiny_base(run)
-    index = {"llm": "llama", "vision": "clip", "image_token": 258, "adaptors": {}}
-    for name in ("mm", "grounding"):
-        adaptor = Adaptor(AdaptorConfig((0, 2)), llama.config, tower.config.width)
-        for weight in adaptor.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-        with new_folder(run / name) as folder:
-            prompt = {"prompt": {"template": "chatml", "system": ""}}
-            save_adaptor(adaptor, folder, {"llama": "llama", "clip": "clip"}, prompt, torch.float32)
-        index["adaptors"][name] = name
-    (run / "iaa.json").write_text(json.dumps(index))
+    data.mkdir()
+    tiny_run(run)
 
     def row(number, turns, **extra):
         said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
@@ -151,7 +137,7 @@ def test_answers_of_another_run_are_not_mixed(world, monkeypatch):
         go(monkeypatch, *easy(world, "--limit", 1))
     weights = world / "run" / "mm" / "adaptor.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(SystemExit, match="made with another mm: name"):
+    with pytest.raises(SystemExit, match="was made with another mm: name"):
         go(monkeypatch, *easy(world))
     assert (world / "out" / "answers-0.jsonl").read_text() == before
     with pytest.raises(SystemExit, match="answers to easy-vqa, not to mme"):

@@ -606,14 +606,6 @@ def test_new_folder_leaves_nothing_on_failure(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-def write_base(folder: Path, kind: str, part: torch.nn.Module, sha256: str) -> None:
-    """A base folder as convert_weights.py writes it."""
-    folder.mkdir()
-    save_file(part.state_dict(), folder / "model-00001.safetensors")
-    meta = {"kind": kind, "config": dataclasses.asdict(part.config), "sha256": sha256}
-    (folder / "config.json").write_text(json.dumps(meta))
-
-
 def test_a_file_may_hold_a_part(tmp_path):
     """The rest keeps its values and all go on training; strangers and shapes are still errors."""
     adaptor, path = model("c").adaptors["c"], tmp_path / "part.safetensors"
@@ -641,11 +633,11 @@ def test_names_that_no_adaptor_can_have(name, tmp_path):
         add_adaptor(model("c"), name, tmp_path / "nowhere", BASE)
 
 
-def test_load_iaa_reads_a_whole_folder(tmp_path):
+def test_load_iaa_reads_a_whole_folder(tmp_path, write_base):
     """iaa.json names base and adaptors; the model that comes back answers as the saved one."""
     iaa = model("c", "b")
-    write_base(tmp_path / "llm", "llama", iaa.llama, BASE["llama"])
-    write_base(tmp_path / "vision", "clip", iaa.clip, BASE["clip"])
+    write_base(tmp_path / "llm", iaa.llama, BASE["llama"])
+    write_base(tmp_path / "vision", iaa.clip, BASE["clip"])
     for name in ("c", "b"):
         saved(iaa, name, tmp_path / name)
     index = {"llm": "llm", "vision": "vision", "image_token": IMAGE,
@@ -667,12 +659,12 @@ def test_load_iaa_reads_a_whole_folder(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adaptor_is_loaded_in_its_llms_dtype(dtype, tmp_path):
+def test_an_adaptor_is_loaded_in_its_llms_dtype(dtype, tmp_path, write_base):
     """However it was saved: packed matrices multiply what is of their own dtype alone."""
     iaa = model("c")
     saved(iaa, "c", tmp_path / "mm")  # fp32
-    write_base(tmp_path / "llm", "llama", iaa.llama.to(dtype), BASE["llama"])
-    write_base(tmp_path / "vision", "clip", iaa.clip, BASE["clip"])
+    write_base(tmp_path / "llm", iaa.llama.to(dtype), BASE["llama"])
+    write_base(tmp_path / "vision", iaa.clip, BASE["clip"])
     index = {"llm": "llm", "vision": "vision", "image_token": IMAGE, "adaptors": {"mm": "mm"}}
     (tmp_path / "iaa.json").write_text(json.dumps(index))
     loaded, _ = load_iaa(tmp_path)

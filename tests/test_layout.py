@@ -19,7 +19,7 @@ IMPORTS = {  # of ours, by file: the design
     "tokenizer": {"files"},
     "chat": {"tokenizer"},
     "data": {"chat", "tokenizer"},
-    "config": {"files", "iaa"},  # for TEXT
+    "config": {"files", "iaa"},
     "train": {
         "budget", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama",
         "parts", "plan", "ranks", "stages", "storage", "tokenizer", "zero"},
@@ -39,7 +39,7 @@ IMPORTS = {  # of ours, by file: the design
     "retention": {"generate", "iaa", "scoring", "storage", "tokenizer"},
     "harness": {"chat", "generate", "iaa", "tokenizer"},
     "parts": {"iaa"},
-    "ranks": set(),
+    "ranks": {"files"},
     "zero": set(),
     "checkpoint": {"files", "ranks", "zero"},
     "budget": {"config", "iaa", "llama", "parts", "zero"},
@@ -71,7 +71,6 @@ IMPORTS = {  # of ours, by file: the design
 LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "tokenizer",
         "chat", "data", "config", "parts", "ranks", "zero", "checkpoint", "budget", "plan",
         "features", "stages", "train", "dialogue", "sample")  # the core
-READERS = ("convert_weights", "checkpoint_files", "data_files")  # name pickle, never load with it
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
 HARMLESS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
@@ -165,9 +164,12 @@ def test_public_names_have_docstrings(path):
 
 @each_file
 def test_nothing_dangerous(path):
-    """No bare except, no eval or exec, no pickle, and torch.load only with weights_only=True."""
+    """No bare except, no eval or exec, no pickle, and torch.load only with weights_only=True.
+
+    But for data_files.py, whose unpickler looks up no name.
+    """
     pickles = {"pickle", "marshal", "shelve", "dill"}
-    assert path.stem in READERS or not imported(path) & pickles
+    assert path.stem == "data_files" or not imported(path) & pickles
     for node in ast.walk(tree(path)):
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.ExceptHandler):

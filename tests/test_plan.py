@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,8 @@ import train
 from bench_cases import make_batch
 from bench_zero import allocations, make_model
 from budget import Machine, Rows, Step, layer_saved, step_flops
-from clip import ClipConfig
+from clip import Clip, ClipConfig
 from config import DTYPES, Config, StageConfig, read_config
-from files import write_json
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
 from plan import build, frozen_config, plan, sample_rows
 from ranks import Ranks
@@ -50,13 +49,11 @@ zero = {zero}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """Sizes of the frozen models, in folders without weights."""
+def base(tmp_path_factory, write_base) -> Path:
+    """The frozen models' folders."""
     folder = tmp_path_factory.mktemp("base")
-    for kind, sizes in (("llama", LLAMA), ("clip", CLIP)):
-        (folder / kind).mkdir()
-        meta = {"kind": kind, "config": asdict(sizes), "sha256": kind}
-        write_json(folder / kind / "config.json", meta)
+    write_base(folder / "llama", Llama(LLAMA))
+    write_base(folder / "clip", Clip(CLIP))
     return folder
 
 
@@ -147,7 +144,8 @@ def fullest(world: int, base: Path, settings: dict) -> int:
 @pytest.mark.parametrize("world, settings", [
     (1, {}), (1, {"dtype": "bf16"}), (1, {"dtype": "bf16", "recompute": True, "batch": 8}),
     (1, {"batch": 8}), (1, {"trains": "projector", "dtype": "bf16"}),
-    (2, {"batch": 8}), (2, {"zero": 1, "batch": 8}), (2, {"zero": 1, "batch": 16}),
+    (2, {"batch": 8}), (2, {"zero": 1, "batch": 8}),
+    (2, {"zero": 1, "batch": 16, "dtype": "bf16", "insertion": 6}),
     (2, {"zero": 2, "batch": 16, "dtype": "bf16"}), (2, {"zero": 3, "batch": 8}),
     (2, {"zero": 3, "batch": 16, "dtype": "bf16", "recompute": True, "reduce_fp32": True}),
     (3, {"zero": 3, "batch": 12, "shard_frozen": False})])
@@ -160,7 +158,6 @@ def test_memory_of_a_step_is_as_planned(base, world, settings):
         measured = peak(base, settings) if world == 1 else fullest(world, base, settings)
         if planned == pytest.approx(measured, rel=0.05):
             break
-    print(world, settings, measured, planned, planned / measured, step.fullest())
     assert planned == pytest.approx(measured, rel=0.05)
 
 
@@ -192,7 +189,6 @@ def test_the_papers_run_is_planned_in_seconds(tmp_path, monkeypatch, capsys):
     train.main()
     assert time.process_time() - start < 10
     shown = capsys.readouterr().out
-    print(shown)
     projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     vocab = 128256 * 4096
@@ -259,16 +255,17 @@ def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
     config, stage = run_of(tmp_path)
     config = replace(config, llm=str(tmp_path / "llama"))
     stage = replace(stage, data=[str(tmp_path / "rows.jsonl")], template="plain")
-    assert sample_rows(config, stage, 16, None) == Rows(116, 50)
+    assert sample_rows(config, stage, 16, 400, None) == Rows(116, 50)
     tiny_base(tmp_path)
     row = {"id": "1", "image": "1.png", "workflow": "mm", "conversations": [
         {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
     rows = [json.dumps(row), "broken", json.dumps(row).replace("cat", "crocodile")]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    found = sample_rows(config, stage, 16, None)
+    found = sample_rows(config, stage, 16, 400, None)
     assert found.source == "mean of 2 rows of the data"
     assert 16 + len("A cat.") <= found.tokens <= 16 + len("A crocodile.") + 4
     assert len("A cat.") <= found.scored <= len("A crocodile.") + 2
-    assert sample_rows(config, stage, 16, 30) == Rows(46, 15)
+    assert sample_rows(config, stage, 16, 18, None).tokens == 18  # cut as in training
+    assert sample_rows(config, stage, 16, 400, 30) == Rows(46, 15)
     with pytest.raises(ValueError, match="--world 1 or more"):
         Machine(world=0)

@@ -24,19 +24,10 @@ IMAGE_ID = 258  # of the tiny base
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_base):
+def run(tmp_path_factory, tiny_run):
     """The folder of a run with the adaptors mm and grounding, random weights, one token a byte."""
     root = tmp_path_factory.mktemp("run")
-    llama, tower = tiny_base(root)
-    index = {"llm": "llama", "vision": "clip", "image_token": IMAGE_ID, "adaptors": {}}
-    for name, system in (("mm", None), ("grounding", "Box.")):
-        adaptor = Adaptor(AdaptorConfig((0, 2)), llama.config, tower.config.width)
-        adaptor.copy_frozen(llama)
-        with new_folder(root / name) as folder:
-            prompt = {"prompt": {"template": "chatml", "system": system}}
-            save_adaptor(adaptor, folder, {"llama": "llama", "clip": "clip"}, prompt, torch.float32)
-        index["adaptors"][name] = name
-    (root / "iaa.json").write_text(json.dumps(index))
+    tiny_run(root)
     return root
 
 

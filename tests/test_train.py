@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -169,14 +170,16 @@ def test_a_finished_stage_of_other_settings_is_named(world, trained, tmp_path, c
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
     for setting, said in (("insertion=1", "instruct was made with another adaptor's configuration"),
                           ("grounding.lr=1", "grounding was made with another lr"),
+                          ('stages=["instruct"]', "instruct was made with another beginning"),
                           ("seed=3", "pretrain_projector was made with another seed")):
         with pytest.raises(ValueError, match=said):
             go(world, tmp_path / "run", setting)
     assert {path: path.read_bytes() for path in before} == before
     go(world, tmp_path / "run", "stage.micro_batch=2", "stage.zero=3")
     assert capsys.readouterr().out.count("finished before") >= 3
-    for left in ("pretrain_projector", "instruct"):
-        go(world, tmp_path / "run", f'stages=["{left}"]')
+    (tmp_path / "run" / "pretrain_projector" / "adaptor" / "config.json").touch()  # a copy's age
+    for left in ('stages=["pretrain_projector"]', 'stages=["pretrain_projector", "instruct"]'):
+        go(world, tmp_path / "run", left)
         index = json.loads((tmp_path / "run" / "iaa.json").read_text())
         assert index["adaptors"] == {"mm": "instruct/adaptor", "grounding": "grounding/adaptor"}
     shutil.rmtree(tmp_path / "run" / "instruct")
@@ -314,14 +317,15 @@ def test_kept_features_change_nothing(world, trained, monkeypatch):
 def instruct(config: str, settings: list[str], fault: tuple | None = None) -> None:
     """On a rank: the second stage alone, from the frozen model.
 
-    fault: (rank, signal), which that rank sends itself as step 4 begins.
+    fault: (rank, signal), which that rank sends itself, or its loader, as step 4 begins.
     """
     ranks.GRACE_S, begin = 1, Ranks.begin
 
     def begin_or_fail(self, place):
         begin(self, place)
         if fault and self.rank == fault[0] and place.endswith("step 4"):
-            os.kill(os.getpid(), fault[1])
+            loaders = [child.pid for child in multiprocessing.active_children()]
+            os.kill((*loaders, os.getpid())[0], fault[1])
 
     Ranks.begin = begin_or_fail
     train(read_config(config, ["instruct.start=none", *settings]), "instruct")
@@ -369,6 +373,15 @@ def test_a_rank_that_hangs_is_named(world, tmp_path):
         assert str(error) == f"rank 0 stopped in {step}: rank 1 is dead or hangs in {step}"
         started[0].join(10)
         assert not started[0].is_alive()
+
+
+def test_a_loader_that_dies_is_named(world, tmp_path):
+    """As where memory ran out: the run ends with one line, not with torch's traceback."""
+    settings, config = [f"out={tmp_path}", "workers=1"], str(world / "config.toml")
+    with processes(1, instruct, config, settings, (0, signal.SIGKILL)) as (_, result):
+        _, error = result(60)
+    assert isinstance(error, ChildProcessError) and "\n" not in str(error)
+    assert str(error).startswith("rank 0 stopped in stage instruct, step 4: DataLoader worker")
 
 
 def environments(mark: bytes) -> dict[int, bytes]:
@@ -438,10 +451,12 @@ def test_config_errors_are_one_line(world, setting, message):
 
 
 def test_stages_that_are_no_tables(tmp_path):
-    """What is no [[stage]] is said before an override looks into it."""
-    (tmp_path / "c.toml").write_text("stage = [1]")
-    with pytest.raises(ValueError, match=r"write \[\[stage\]\]"):
-        read_config(str(tmp_path / "c.toml"), ["stage.steps=3"])
+    """What is no [[stage]], or has no text as its name, is said where an override looks into it."""
+    for text, said in (("stage = [1]", r"write \[\[stage\]\]"),
+                       ("[[stage]]\nname = 3", "no stage 'wrong'; there are: 3")):
+        (tmp_path / "c.toml").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_config(str(tmp_path / "c.toml"), ["wrong.steps=3"])
 
 
 def test_bad_input_is_one_line_without_a_traceback(world, fails, tmp_path):
