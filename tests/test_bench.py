@@ -128,7 +128,7 @@ def test_peak_memory_sees_what_is_allocated():
     assert 40e6 < peak("torch.ones(2**24).sum()") - peak("None") < 150e6
 
 
-def test_profile_names_what_takes_the_time(tmp_path, capsys):
+def test_profile_names_what_takes_the_time(bases, capsys):
     """Large products are "matrices", a softmax "attention"; the shares of a case add up."""
     matrix = torch.randn(500, 500)
     products = bench.profile(lambda: [matrix @ matrix for _ in range(9)], "cpu")
@@ -136,7 +136,7 @@ def test_profile_names_what_takes_the_time(tmp_path, capsys):
     softmax = bench.profile(lambda: [matrix.softmax(-1) for _ in range(99)], "cpu")
     assert softmax["attention"] > softmax["matrices"] == 0
     assert sum(softmax.values()) == pytest.approx(1)
-    bench.main([*bases(tmp_path), "--profile", "--only", "prefill", "--device", "cpu"])
+    bench.main([*bases, "--profile", "--only", "prefill", "--device", "cpu"])
     assert "| prefill | ours, 3 inserted |" in capsys.readouterr().out
 
 
