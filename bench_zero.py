@@ -139,7 +139,7 @@ def fsdp(model: IAA, ranks: Ranks, dtype: torch.dtype, shard_frozen: bool) -> nn
     return fully_shard(whole, **settings)
 
 
-def build(name: str, config: Config, ranks: Ranks, text: int, scored: int) -> Callable[[], float]:
+def make_step(name: str, config: Config, ranks: Ranks, text: int, scored: int) -> Callable[[], float]:
     """A function that does one step of the named variant and returns the loss."""
     zero = int(name[5]) if name.startswith("ZeRO") else 0
     stage = replace(config.stage[0], zero=zero)
@@ -176,7 +176,7 @@ def compare(pair: tuple[str, str], config: Config, ranks: Ranks, args) -> list[d
     steps, rows = [], []
     for name in pair:
         with allocations(ranks.device) as before:
-            step = build(name, config, ranks, args.text, args.scored)
+            step = make_step(name, config, ranks, args.text, args.scored)
             losses = [step()]  # moments are made here
         with allocations(ranks.device) as during:
             losses.append(step())

@@ -33,7 +33,7 @@ from clip import Clip, ClipConfig
 from files import build, checked, new_folder, one_line, read_json, write_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
-from storage import read_base
+from storage import Index, read_base
 from tokenizer import Tokenizer, read_bytes
 from weight_tables import (
     DINOV2,
@@ -463,9 +463,8 @@ def convert(
             print(f"{out / name}: {len(recipe.shapes)} tensors, {size:.1f} M parameters in {kind}")
         if adaptors:  # a whole model, for sample.py
             vision = "clip" if "clip" in parts else os.path.relpath(clip.resolve(), out.resolve())
-            write_json(new / "iaa.json", {
-                "llm": "llama", "vision": vision, "image_token": tokenizer.image_id,
-                "adaptors": {name: name for name in adaptors}})
+            index = Index("llama", vision, tokenizer.image_id, {name: name for name in adaptors})
+            write_json(new / "iaa.json", asdict(index))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from packing import pack
 from ranks import Ranks
 from retention import compare
 from scoring import Record, Table
-from storage import load_iaa
+from storage import load_iaa, read_index
 from tokenizer import Tokenizer
 
 PROGRESS_SECONDS = 5
@@ -100,7 +100,7 @@ def fingerprint(questions: list[Question], model: Path, workflows: list[str]) ->
 
 def adaptor_facts(model: Path, name: str) -> dict:
     """An adaptor's SHA-256, that of its base, and its prompt."""
-    folder = model / read_json(model / "iaa.json", "adaptors")["adaptors"][name]
+    folder = model / read_index(model).adaptors[name]
     meta = read_json(folder / "config.json", "base", "prompt")
     with open(folder / "adaptor.safetensors", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -141,7 +141,7 @@ def answer_all(name: str, args: argparse.Namespace, ranks: Ranks) -> None:
     benchmark, folder = BENCHMARKS[name], args.out
     questions = chosen(benchmark.read(args.data, args.images), args.limit, args.seed)
     dtype = DTYPES["bf16"] if args.quantize else None  # as sample.py
-    there = read_json(args.model / "iaa.json", adaptors=dict[str, str])["adaptors"]
+    there = read_index(args.model).adaptors
     workflows = [workflow for workflow in benchmark.tokens if workflow in there]
     wanted = workflows or [*benchmark.tokens]  # of which there is none: `load_iaa` says so
     model, info = load_iaa(args.model, dtype, str(ranks.device), wanted)

@@ -51,7 +51,7 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
     return module.SIZES[max(fitting, key=len)]
 
 
-def build(config: Config, stage: StageConfig) -> IAA:
+def meta_model(config: Config, stage: StageConfig) -> IAA:
     """The stage's model on the meta device, its trained weights in fp32."""
     sizes = frozen_config(config.llm, "llama")
     vision = frozen_config(config.vision, "clip")
@@ -157,7 +157,7 @@ def plan(config: Config, machine: Machine, text: int | None) -> str:
     """The plan of every stage; text: tokens of a row beside its image, None: by the data."""
     lines, hours = [], 0.0
     for stage in config.stage:
-        model = build(config, stage)
+        model = meta_model(config, stage)
         patches, context = model.clip.config.patches, model.llama.config.context
         rows = sample_rows(config, stage, patches, context, text)
         step = Step(model, config, stage, rows, machine)

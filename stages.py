@@ -12,8 +12,8 @@ from chat import render
 from checkpoint import check_settings, remove
 from config import Config, StageConfig, adaptor_config
 from files import read_json, write_json
-from plan import build
-from storage import read_base
+from plan import meta_model
+from storage import Index, read_base, read_index
 from tokenizer import Tokenizer
 
 SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that stages depend on
@@ -78,7 +78,7 @@ def check_ahead(config: Config, stages: list[StageConfig]) -> None:
         if source not in (None, *ready) and not source.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
                              f"which is not finished in {config.out}")
-        build(config, stage)  # sizes, places, structure
+        meta_model(config, stage)  # sizes, places, structure
         render(tokenizer, [("user", "?"), ("assistant", "!")], stage.template or None)
         for path in (*stage.data, *stage.held_out):
             if not Path(path).is_file():
@@ -102,18 +102,15 @@ def after_stage(config: Config, stage: StageConfig) -> None:
     also where this run leaves their stages out.
     """
     out, path = Path(config.out), Path(config.out, "iaa.json")
-    noted = read_json(path, adaptors=dict[str, str])["adaptors"] if path.is_file() else {}
+    noted = read_index(out).adaptors if path.is_file() else {}
     places = {place: name for name, place in noted.items()}
     places |= {f"{s.name}/adaptor": s.adaptor for s in config.stage}
     files = {place: out / place / "config.json" for place in places}
     order = {place: (stages_behind(read_json(file).get("settings")), file.stat().st_mtime_ns)
              for place, file in files.items() if file.is_file()}
-    index = {
-        "llm": os.path.relpath(config.llm, out),
-        "vision": os.path.relpath(config.vision, out),
-        "image_token": Tokenizer.load(config.llm).image_id,
-        "adaptors": {places[place]: place for place in sorted(order, key=order.get)},
-    }
-    write_json(path, index)
+    index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
+                  Tokenizer.load(config.llm).image_id,
+                  {places[place]: place for place in sorted(order, key=order.get)})
+    write_json(path, asdict(index))
     for old in (out / stage.name).glob("step-*"):
         remove(old)

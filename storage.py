@@ -6,7 +6,7 @@ SHA-256, and loads onto no other.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -117,6 +117,22 @@ def load_adaptor(
     return adaptor, meta
 
 
+@dataclass(frozen=True)
+class Index:
+    """`iaa.json`: where the parts of a whole model lie, as paths from its folder."""
+
+    llm: str
+    vision: str
+    image_token: int  # the placeholder's id
+    adaptors: dict[str, str]  # workflow -> folder
+
+
+def read_index(folder: str | Path) -> Index:
+    """What `iaa.json` says. Raises FileNotFoundError, ValueError."""
+    path = Path(folder, "iaa.json")
+    return build(Index, read_json(path), str(path))
+
+
 def load_iaa(
     folder: str | Path,
     dtype: torch.dtype | None = None,
@@ -130,17 +146,16 @@ def load_iaa(
     workflow that `iaa.json` lacks.
     """
     folder = Path(folder)
-    index = read_json(folder / "iaa.json", llm=str, vision=str, image_token=int,
-                      adaptors=dict[str, str])
+    index = read_index(folder)
     for name in workflows or ():
-        check_workflow(name, index["adaptors"])
-    llama, llama_sha = load_base(folder / index["llm"], dtype, device)
-    clip, clip_sha = load_base(folder / index["vision"], dtype, device)
-    model, base = IAA(llama, clip, index["image_token"]), {"llama": llama_sha, "clip": clip_sha}
+        check_workflow(name, index.adaptors)
+    llama, llama_sha = load_base(folder / index.llm, dtype, device)
+    clip, clip_sha = load_base(folder / index.vision, dtype, device)
+    model, base = IAA(llama, clip, index.image_token), {"llama": llama_sha, "clip": clip_sha}
     prompts = {name: add_adaptor(model, name, folder / place, base, dtype or llama.dtype)
-               for name, place in index["adaptors"].items()
+               for name, place in index.adaptors.items()
                if workflows is None or name in workflows}
-    return model.eval(), {"llm": folder / index["llm"], "prompts": prompts, "base": base}
+    return model.eval(), {"llm": folder / index.llm, "prompts": prompts, "base": base}
 
 
 def add_adaptor(

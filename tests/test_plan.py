@@ -21,7 +21,7 @@ from budget import Machine, Rows, Step, layer_saved, step_flops
 from clip import Clip, ClipConfig
 from config import DTYPES, Config, StageConfig, read_config
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
-from plan import build, frozen_config, plan, sample_rows
+from plan import frozen_config, meta_model, plan, sample_rows
 from ranks import Ranks
 from train import Run, make_optimizer, share_out, train_step
 
@@ -113,7 +113,7 @@ def test_a_pass_keeps_what_the_formula_says(base, settings):
     found = kept(lambda: model.loss(batch.tokens, batch.targets, "mm", batch.images))
     shared = addresses(model.parameters())
     size = sum(size for address, size in found.items() if address not in shared)
-    step = Step(build(config, stage), config, stage, ROWS, Machine(1, gpu=False))
+    step = Step(meta_model(config, stage), config, stage, ROWS, Machine(1, gpu=False))
     assert size == pytest.approx(sum(step.saved()[0]), rel=0.02)
 
 
@@ -152,7 +152,7 @@ def fullest(world: int, base: Path, settings: dict) -> int:
 def test_memory_of_a_step_is_as_planned(base, world, settings):
     """The fullest moment of the fullest rank, within 5 %."""
     config, stage = run_of(base, **settings)
-    step = Step(build(config, stage), config, stage, ROWS, Machine(world, gpu=False))
+    step = Step(meta_model(config, stage), config, stage, ROWS, Machine(world, gpu=False))
     planned = sum(step.fullest().values())
     for _ in range(3):  # a tensor that gloo's threads let go late counts as held: never too few
         measured = peak(base, settings) if world == 1 else fullest(world, base, settings)
@@ -220,7 +220,7 @@ def test_every_recipe_is_planned(path, monkeypatch, tmp_path):
 def test_hours_are_those_of_the_rank_that_has_most(base):
     """4 micro-batches of a step take 3 ranks as long as 2 ranks, and 64 as long as 4."""
     config, stage = run_of(base, batch=16)
-    hours = {world: Step(build(config, stage), config, stage, ROWS, Machine(world)).cost()[1]
+    hours = {world: Step(meta_model(config, stage), config, stage, ROWS, Machine(world)).cost()[1]
              for world in (1, 2, 3, 4, 64)}
     assert [hours[1] / hours[world] for world in (2, 3, 4, 64)] == pytest.approx([2, 2, 4, 4])
 
@@ -232,7 +232,7 @@ def test_logits_in_pieces_are_not_held_at_once(base, monkeypatch):
     monkeypatch.setattr("iaa.LOSS_ROWS", 50)
     for settings in ({}, {"dtype": "bf16"}):
         config, stage = run_of(base, **settings)
-        step = Step(build(config, stage), config, stage, ROWS, Machine(1, gpu=False))
+        step = Step(meta_model(config, stage), config, stage, ROWS, Machine(1, gpu=False))
         assert step.in_pieces
         assert sum(step.fullest().values()) == pytest.approx(peak(base, settings), rel=0.05)
 
