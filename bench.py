@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.autograd import DeviceType
 
 from bench_cases import KINDS, Bench, timed
 from costs import flops_of_8b
@@ -129,6 +130,8 @@ def profile(work: Callable[[], float], device: str) -> dict[str, float]:
     which = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     found = dict.fromkeys([*PARTS, "the rest"], 0.0)
     for event in seen.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel of its own: the operator that launched it has its time
         part = next((part for part, names in PARTS.items() if any(n in event.key for n in names)),
                     "the rest")
         found[part] += getattr(event, which)
@@ -170,6 +173,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.runs, args.threads) < 1:
         raise ValueError(f"--runs {args.runs}, --threads {args.threads}: 1 or more")
+    if args.profile and (args.json or args.text):
+        raise ValueError("--profile prints its table alone: without --json and --text")
     if args.text and not args.text.read_text().strip():
         raise ValueError(f"{args.text}: no text in it")
     return args

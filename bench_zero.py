@@ -139,7 +139,9 @@ def fsdp(model: IAA, ranks: Ranks, dtype: torch.dtype, shard_frozen: bool) -> nn
     return fully_shard(whole, **settings)
 
 
-def make_step(name: str, config: Config, ranks: Ranks, text: int, scored: int) -> Callable[[], float]:
+def make_step(
+    name: str, config: Config, ranks: Ranks, text: int, scored: int
+) -> Callable[[], float]:
     """A function that does one step of the named variant and returns the loss."""
     zero = int(name[5]) if name.startswith("ZeRO") else 0
     stage = replace(config.stage[0], zero=zero)

@@ -366,9 +366,10 @@ def loader(
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                               collate_fn=dataset.collate, generator=own_random,
                               multiprocessing_context="fork" if workers else None)
-    except (EOFError, ConnectionError):  # it died as it handed over a batch: torch's own words
-        raise RuntimeError("DataLoader worker exited unexpectedly") from None
-    except (ValueError, OSError) as error:  # a worker's comes with its traceback, as text
+    except (EOFError, ValueError, OSError) as error:  # a worker's comes with its traceback, as text
+        broken = workers and isinstance(error, (EOFError, ConnectionError))
+        if broken and "Caught" not in str(error):  # it died as it handed over a batch
+            raise RuntimeError("DataLoader worker exited unexpectedly") from None  # as torch says
         told = str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
         raise type(error)(told) from None
 

@@ -76,7 +76,9 @@ def grounding_row(
 
 def field(record, name: str, *kinds: type):
     """A field of a record; Drop where it is missing or of another type."""
-    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise Drop("not a record")
+    value = record.get(name)
     if type(value) not in kinds or type(value) is int and not is_whole(value):
         raise Drop(f"{name!r} is missing, or no {' or '.join(k.__name__ for k in kinds)}")
     return value

@@ -144,12 +144,15 @@ class Chat:
         Left to be read: the last token, whose logits begin the answer; a picture as a whole.
         """
         last, shared = self.memory, 0
-        if last is None or last.workflow != workflow or last.images is not images:
+        if last is not None and last.workflow == workflow and last.images is images:
+            most = min(last.cache.length, len(ids) - 1)
+            while shared < most and last.ids[shared] == ids[shared]:
+                shared += 1
+        if not shared or self.model.image_token in ids[shared:]:
+            last = self.memory = None  # its memory is free before as much is taken again
             last = self.memory = Memory(workflow, images, self.model.new_cache(1, 0, workflow))
-        most = min(last.cache.length, len(ids) - 1)
-        while shared < most and last.ids[shared] == ids[shared]:
-            shared += 1
-        last.cache.cut(0 if self.model.image_token in ids[shared:] else shared)
+            shared = 0
+        last.cache.cut(shared)
         last.ids = list(ids)
         return last
 
@@ -173,7 +176,7 @@ class Chat:
         new, stream = min(room, self.max_tokens), Stream(self.tokenizer, on_text)
         images = self.features(image) if image else None
         memory = self.recall(workflow, images, ids)
-        memory.cache.reserve(len(ids) + new)
+        memory.cache.reserve(len(ids) + new, self.model.llama.config.context)
 
         def heard(row: int, token: int) -> None:
             memory.ids.append(token)

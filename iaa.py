@@ -216,7 +216,7 @@ class IAA(nn.Module):
         embedding = llama.embedding if own_embedding is None else own_embedding
         x = embedding(tokens).to(self.llama.dtype)  # (B, T, D)
         if images is not None and not isinstance(adaptor, Adaptor):
-            raise ValueError('the workflow "text" takes no image, nor do several in one batch')
+            raise ValueError('the workflow "text" takes no image, nor does a batch of several')
         if images is not None:
             x = self.place_images(x, tokens, images, adaptor)
         past, new = 0 if cache is None else cache.length, tokens.shape[1]

@@ -239,11 +239,14 @@ class KVCache:
         """Keep the first `length` tokens, and nothing of a pass that was broken off."""
         self.length, self.slot = length, 0
 
-    def reserve(self, length: int) -> None:
-        """Have room for `length` tokens; where there is less, what is stored moves."""
+    def reserve(self, length: int, most: int) -> None:
+        """Have room for `length` tokens.
+
+        What is stored moves where there is less: then into twice as much, but for at most `most`.
+        """
         *outer, room, size = self.data.shape
         if room < length:
-            data = self.data.new_empty(*outer, length, size)
+            data = self.data.new_empty(*outer, min(2 * length, most) if room else length, size)
             data[..., : self.length, :] = self.data[..., : self.length, :]
             self.data = data
 

@@ -75,7 +75,8 @@ class Ranks:
             if self.world > 1:
                 dist.destroy_process_group()
             return
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of a loader's end, which is to be expected
+        if self.place != "start":  # there may be loaders, whose end is to be expected
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self.world > 1:
             self.explain(kind, error)
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):

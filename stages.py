@@ -85,32 +85,32 @@ def check_ahead(config: Config, stages: list[StageConfig]) -> None:
                 raise FileNotFoundError(f"{path}: no such data file")
 
 
-def stages_behind(settings: dict | None) -> int:
-    """How many stages an adaptor has been through before its last, from its last one's settings.
-
-    Unlike the age of its files, this outlives a copy of the run.
-    """
-    if settings is None or "beginning" not in settings:  # not of this trainer, or its first
-        return 0
-    return 1 + stages_behind(settings["beginning"])
+def came_from(settings: dict, source: dict) -> bool:
+    """Whether a stage of these settings began, at however many removes, with one of `source`."""
+    before = settings.get("beginning")
+    return bool(before) and (before == source or came_from(before, source))
 
 
 def after_stage(config: Config, stage: StageConfig) -> None:
     """Note the finished adaptors in `iaa.json`, drop the stage's checkpoints.
 
-    Of those of one name the one with most stages behind it counts, of several such the newest;
-    also where this run leaves their stages out.
+    Of those of one name the newest counts, unless it is what another began with (a copied run may
+    have lost the ages of its files); also where this run leaves their stages out.
     """
     out, path = Path(config.out), Path(config.out, "iaa.json")
     noted = read_index(out).adaptors if path.is_file() else {}
     places = {place: name for name, place in noted.items()}
     places |= {f"{s.name}/adaptor": s.adaptor for s in config.stage}
     files = {place: out / place / "config.json" for place in places}
-    order = {place: (stages_behind(read_json(file).get("settings")), file.stat().st_mtime_ns)
-             for place, file in files.items() if file.is_file()}
+    ages = {place: file.stat().st_mtime_ns for place, file in files.items() if file.is_file()}
+    made = {place: read_json(files[place]).get("settings") or {} for place in ages}
+    counts = {}
+    for place in sorted(ages, key=ages.get):
+        before = counts.get(places[place])
+        if before is None or not came_from(made[before], made[place]):
+            counts[places[place]] = place
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
-                  Tokenizer.load(config.llm).image_id,
-                  {places[place]: place for place in sorted(order, key=order.get)})
+                  Tokenizer.load(config.llm).image_id, counts)
     write_json(path, asdict(index))
     for old in (out / stage.name).glob("step-*"):
         remove(old)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,13 +130,13 @@ def test_peak_memory_sees_what_is_allocated():
 
 
 def test_profile_names_what_takes_the_time(bases, capsys):
-    """Large products are "matrices", a softmax "attention"; the shares of a case add up."""
+    """Large products are "matrices", a softmax "attention", a wait "Python"."""
     matrix = torch.randn(500, 500)
     products = bench.profile(lambda: [matrix @ matrix for _ in range(9)], "cpu")
     assert max(products, key=products.get) == "matrices"
     softmax = bench.profile(lambda: [matrix.softmax(-1) for _ in range(99)], "cpu")
     assert softmax["attention"] > softmax["matrices"] == 0
-    assert sum(softmax.values()) == pytest.approx(1)
+    assert bench.profile(lambda: time.sleep(0.05), "cpu")["Python"] > 0.9
     bench.main([*bases, "--profile", "--only", "prefill", "--device", "cpu"])
     assert "| prefill | ours, 3 inserted |" in capsys.readouterr().out
 

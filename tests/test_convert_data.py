@@ -138,7 +138,7 @@ def test_llava_mix665k(tmp_path, run):
         "human and gpt do not take turns": 1,
         "the image's path leaves the root of the pictures": 1,
         "'image' is no path": 1,
-        "'conversations' is missing, or no list": 1,
+        "not a record": 1,
     }
     assert counts["notes"] == {"an answer ahead of the first question left out": 1,
                                "a last question without an answer left out": 1}

@@ -61,7 +61,7 @@ def test_last_only_is_the_last_token():
 
 def test_what_does_not_fit_is_refused():
     iaa, (tokens, images) = model("c", "own_llm"), batch(rows=6)
-    with pytest.raises(ValueError, match="takes no image, nor do several"):
+    with pytest.raises(ValueError, match="takes no image, nor does a batch"):
         iaa(tokens, ["c", "c", "c", "text", "text", "text"], images)
     with pytest.raises(ValueError, match="for 2 rows, given 6"):
         iaa(tokens, ["c", "text"])

@@ -15,7 +15,7 @@ from checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
 from config import Config, StageConfig
 from data import Batch
-from iaa import IAA, Adaptor, AdaptorConfig
+from iaa import DTYPES, IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
 from parts import parts
 from ranks import Ranks
@@ -77,10 +77,12 @@ def cut(step: int, number: int, parts_: int, ranks: Ranks) -> list[Batch | None]
     return mine + [None] * (-(-parts_ // ranks.world) - len(mine))
 
 
-def open_state(kind: str, stage: StageConfig, ranks: Ranks, **settings):
+def open_state(kind: str, stage: StageConfig, ranks: Ranks, dtype: str = "fp32", **settings):
     """Adaptor, state and optimizer of a run on tiny models."""
-    config = Config("out", "llm", "vision", "images", [stage], dtype="fp32", **settings)
+    config = Config("out", "llm", "vision", "images", [stage], dtype=dtype, **settings)
     model, adaptor = tiny(kind)
+    model.llama.to(DTYPES[dtype])
+    model.clip.to(DTYPES[dtype])
     set_recompute(model, config.recompute)
     state = share_out(Run(config, ranks, model, {}, None), stage, adaptor)
     return adaptor, state, make_optimizer(state.masters, stage)
@@ -203,10 +205,10 @@ def test_parts_are_called_in_their_order(kind):
     assert {w for part in listed for w in part.weights} >= set(adaptor.parameters())
 
 
-def held(ranks: Ranks, kind: str, zero: int, cuts: int) -> dict:
+def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
     """Bytes by kind, from live tensors, when a step's gradients are complete; the most gathered."""
     stage = StageConfig("s", ["x"], steps=STEPS, zero=zero, micro_batch=1)
-    adaptor, state, optimizer = open_state(kind, stage, ranks)
+    adaptor, state, optimizer = open_state(kind, stage, ranks, dtype)
     found, most, gather = {}, [0], Unit.gather
 
     def watched(unit: Unit) -> None:
@@ -241,9 +243,9 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int) -> dict:
     return {**found, "moments": sum(moments), "most": most[0]}
 
 
-@pytest.mark.parametrize("kind, zero, world", [
-    ("c", 0, 2), ("c", 1, 2), ("a", 2, 2), ("tied", 3, 3)])
-def test_bytes_held_are_the_formula(kind, zero, world):
+@pytest.mark.parametrize("kind, zero, world, dtype", [
+    ("c", 0, 2, "fp32"), ("c", 1, 2, "bf16"), ("a", 2, 2, "fp32"), ("tied", 3, 3, "fp32")])
+def test_bytes_held_are_the_formula(kind, zero, world, dtype):
     """State counted from live tensors equals `bytes_held`; of the units stage 3 gathers two."""
     model, _ = tiny(kind)
     listed = parts(model, "mm")
@@ -251,13 +253,13 @@ def test_bytes_held_are_the_formula(kind, zero, world):
     if zero == 3:
         used = {w for part in listed for w in part.weights}
         units += [Unit([w]) for w in model.parameters() if w not in used]
-    expected = bytes_held(units, zero, world, 2, 4)
+    expected = bytes_held(units, zero, world, 2, DTYPES[dtype].itemsize)
     if zero == 0:  # DDP's buckets are not seen from here
         expected["gradients"] //= 2
     largest = max(4 * unit.padded(world) for unit in units if unit.trained)
-    for one in on_ranks(world, held, kind, zero, 2 * world):
+    for one in on_ranks(world, held, kind, zero, 2 * world, dtype):
         most, waiting = one.pop("most"), one.pop("waiting", 0)
-        if zero == 1:  # whole gradients, until they are reduced with the last micro-batch
+        if zero == 1:  # whole gradients, in fp32, until they are reduced with the last micro-batch
             one["gradients"] = max(one["gradients"], waiting)
         else:
             assert waiting <= largest
