@@ -37,6 +37,7 @@ PARTS = {  # of a pass: its operators, by what their names hold; all others are 
     "optimizer": ("adamw",),
 }
 
+
 def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
     """The machine: matrix products in the dtype and in fp32, reading memory; the best of 5."""
     out, side = {}, 2048
@@ -135,9 +136,9 @@ def profile(work: Callable[[], float], device: str) -> dict[str, float]:
         part = next((part for part, names in PARTS.items() if any(n in event.key for n in names)),
                     "the rest")
         found[part] += getattr(event, which)
-    whole = max(wall, sum(found.values())) if device == "cpu" else sum(found.values())
-    return {part: time / whole for part, time in found.items()} | {
-        "Python": 1 - sum(found.values()) / whole}
+    spent = sum(found.values())
+    whole = max(wall, spent) if device == "cpu" else spent
+    return {part: time / whole for part, time in found.items()} | {"Python": 1 - spent / whole}
 
 
 def show_profile(bench: Bench, kinds: list[str]) -> None:

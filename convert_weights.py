@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
-from files import build, checked, new_folder, one_line, read_json, write_json
+from files import build, checked, new_folder, one_line, read_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
-from storage import Index, read_base
+from storage import Index, read_base, write_index
 from tokenizer import Tokenizer, read_bytes
 from weight_tables import (
     DINOV2,
@@ -464,7 +464,7 @@ def convert(
         if adaptors:  # a whole model, for sample.py
             vision = "clip" if "clip" in parts else os.path.relpath(clip.resolve(), out.resolve())
             index = Index("llama", vision, tokenizer.image_id, {name: name for name in adaptors})
-            write_json(new / "iaa.json", asdict(index))
+            write_index(new, index)
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from chat import render
 from checkpoint import check_settings, remove
 from config import Config, StageConfig, adaptor_config
-from files import read_json, write_json
+from files import read_json
 from plan import meta_model
-from storage import Index, read_base, read_index
+from storage import Index, read_base, read_index, write_index
 from tokenizer import Tokenizer
 
 SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that stages depend on
@@ -97,8 +97,8 @@ def after_stage(config: Config, stage: StageConfig) -> None:
     Of those of one name the newest counts, unless it is what another began with (a copied run may
     have lost the ages of its files); also where this run leaves their stages out.
     """
-    out, path = Path(config.out), Path(config.out, "iaa.json")
-    noted = read_index(out).adaptors if path.is_file() else {}
+    out = Path(config.out)
+    noted = read_index(out).adaptors if (out / "iaa.json").is_file() else {}
     places = {place: name for name, place in noted.items()}
     places |= {f"{s.name}/adaptor": s.adaptor for s in config.stage}
     files = {place: out / place / "config.json" for place in places}
@@ -111,6 +111,6 @@ def after_stage(config: Config, stage: StageConfig) -> None:
             counts[places[place]] = place
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
                   Tokenizer.load(config.llm).image_id, counts)
-    write_json(path, asdict(index))
+    write_index(out, index)
     for old in (out / stage.name).glob("step-*"):
         remove(old)

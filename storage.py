@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip import Clip, ClipConfig
-from files import build, read_json
+from files import build, read_json, write_json
 from iaa import IAA, Adaptor, AdaptorConfig, check_workflow, is_workflow
 from llama import Llama, LlamaConfig
 
@@ -131,6 +131,11 @@ def read_index(folder: str | Path) -> Index:
     """What `iaa.json` says. Raises FileNotFoundError, ValueError."""
     path = Path(folder, "iaa.json")
     return build(Index, read_json(path), str(path))
+
+
+def write_index(folder: str | Path, index: Index) -> None:
+    """Write `iaa.json`; it appears whole or not at all."""
+    write_json(Path(folder, "iaa.json"), asdict(index))
 
 
 def load_iaa(
