@@ -33,9 +33,10 @@ from files import (
     replace_text,
     write_json,
 )
+from lean import set_memory_use
 from storage import load_iaa
 from tokenizer import Tokenizer
-from train import set_memory_use, train
+from train import train
 
 NOTHING_OWN = ("insertion=0", "own_embedding=false", "own_head=false")
 
@@ -204,11 +205,11 @@ def main() -> None:
     add("--questions", type=int, default=300, help="asked of each run [%(default)s]")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py")
     args = parser.parse_args()
-    set_memory_use()
     if min(args.seeds, args.questions) < 1:
         raise ValueError("--seeds, --questions: 1 or more")
     ablate(args.config, args.set, args.only, args.seeds, args.questions)
 
 
 if __name__ == "__main__":
+    set_memory_use()
     main()

@@ -21,7 +21,6 @@ from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
 from packing import pack
 from storage import load_base
-from train import set_memory_use
 
 KINDS = ("prefill", "decode", "batch", "mixed", "length", "answer", "training")
 WORKFLOWS = ("grounding", "mm", "text")  # of a mixed batch
@@ -214,8 +213,7 @@ class Bench:
         return lambda: sum(work() for work in works)
 
     def build_training(self, inserted: int, peer: nn.Module | None) -> Callable[[], float]:
-        """Forward, backward and AdamW on one batch with images, memory kept as in train.py."""
-        set_memory_use()
+        """Forward, backward and AdamW on one batch with images."""
         b = self.batch
         adaptor, frozen = self.adaptor(inserted), self.model
         if peer is None:

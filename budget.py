@@ -7,9 +7,8 @@ steps must remember:
     two norms, in fp32       8D + 8              and 4cD where trained: input and output of weights
     attention, by GPU kernel c(3H + 3K)E + 4H    q, k; v, as a view of all three; output; logsumexp
                                                  (of causal rows; a mask repeats k and v to H heads)
-    attention, on a CPU      c(H + 2K)E + cHT    q, k, v; T probabilities of each head
-                                                 (cHE more where trained)
-    feed-forward             3cF                 gate and up, silu(gate); cF more where trained
+    attention, on a CPU      c(H + 2K)E          q, k, v (cHE more where trained)
+    feed-forward             2cF                 gate and up; cF more where trained
     with `recompute`         cD instead          its input; one layer at a time holds all of this
 
 At stage 0 trained layers add the copies of their weights in `dtype`, and the head 4V + 4D for each
@@ -89,14 +88,14 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
     return layers + head + (16 if recompute else 12) * attention
 
 
-def layer_saved(sizes: LlamaConfig, tokens: int, row: int, trained: bool, c: int, gpu: bool) -> int:
-    """Bytes that autograd keeps of a decoder layer's pass over `tokens`, in rows of `row`."""
+def layer_saved(sizes: LlamaConfig, tokens: int, trained: bool, c: int, gpu: bool) -> int:
+    """Bytes that autograd keeps of a decoder layer's pass over `tokens`."""
     width, heads, size = sizes.width, sizes.heads, sizes.head_size
-    each = 8 * width + 8 + 3 * c * sizes.ffn
+    each = 8 * width + 8 + 2 * c * sizes.ffn
     if gpu:
         each += c * 3 * (heads + sizes.kv_heads) * size + 4 * heads
     else:
-        each += c * ((heads + 2 * sizes.kv_heads) * size + heads * row)
+        each += c * (heads + 2 * sizes.kv_heads) * size
     if trained:
         each += c * (4 * width + sizes.ffn + (0 if gpu else heads * size))
     return tokens * each
@@ -158,7 +157,7 @@ class Step:
             cast = trained and self.stage.zero == 0 and c < MASTER and part.again
             copies = c * count(part.weights) if cast else 0
             if isinstance(part.first, DecoderLayer):
-                kept = layer_saved(sizes, micro * row, row, trained, c, self.machine.gpu) + copies
+                kept = layer_saved(sizes, micro * row, trained, c, self.machine.gpu) + copies
                 if self.config.recompute:
                     kept, again = stream, max(again, kept)
                 kept += stream if part.last is not part.first else 0  # a gate's input

@@ -4,7 +4,8 @@ How it departs from the textbook:
 - Only what an image-language model reads is here: no text tower, no pooled output; layers above
   `feature_layer` do not run, and the norm and projection behind the last one are not kept.
 - DINOv2 runs in the same tower: conversion folds its LayerScale into the projections, its patch
-  bias into the positions, and sets `pre_norm` off.
+  bias into the positions, and sets `pre_norm` off; its last norm is applied to the features of
+  whatever layer (`feature_norm`), as by its authors' `get_intermediate_layers`.
 
 Letters: N images, S image side in pixels, p patch side, P patches, D width, H heads, E head size.
 Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
@@ -37,6 +38,7 @@ class ClipConfig:
     activation: str = "quick_gelu"  # or "gelu"
     norm_eps: float = 1e-5
     pre_norm: bool = True  # a norm before the first layer
+    feature_norm: bool = False  # a norm of the features
     feature_layer: int = -2  # -1 the last layer's output, -2 the one before
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
@@ -120,6 +122,8 @@ class Clip(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1 + config.patches, width))
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
+        norm = nn.LayerNorm(width, config.norm_eps) if config.feature_norm else nn.Identity()
+        self.feature_norm = norm
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) from `preprocess` -> (N, P, D); the class token takes part, is dropped."""
@@ -130,7 +134,7 @@ class Clip(nn.Module):
         x = self.pre_norm(x)
         for layer in self.layers[: self.config.layers + self.config.feature_layer + 1]:
             x = layer(x)
-        return x[:, 1:]
+        return self.feature_norm(x[:, 1:])
 
 
 def open_image(path) -> Image.Image:

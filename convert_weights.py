@@ -420,7 +420,7 @@ def open_checkpoint(path: Path, image_px: int) -> Checkpoint:
         source = open_onnx(path)
         return Checkpoint(source, {"": clip_recipe(
             source, DINOV2, image_px=image_px, activation="gelu", norm_eps=1e-6, pre_norm=False,
-            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))})
+            feature_norm=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))})
     raise ValueError(f"{path}: not a known format. Known: {KNOWN}")
 
 
@@ -432,12 +432,23 @@ def tower_digest(folder: Path, width: int) -> str:
     return sha
 
 
+def with_feature_layer(parts: dict[str, Recipe], layer: int) -> dict[str, Recipe]:
+    """The recipes, the tower's with features of that layer. ValueError where none is a tower's."""
+    towers = {name: recipe._replace(config=replace(recipe.config, feature_layer=layer))
+              for name, recipe in parts.items() if isinstance(recipe.config, ClipConfig)}
+    if not towers:
+        raise ValueError(f"feature layer {layer}: there is no vision tower to take features of")
+    return parts | towers
+
+
 def convert(
-    path: Path, out: Path, dtype: str | None = None, image_px: int = 224, clip: Path | None = None
+    path: Path, out: Path, dtype: str | None = None, image_px: int = 224, clip: Path | None = None,
+    feature_layer: int | None = None
 ) -> None:
     """Convert what is at `path` into the new folder `out`, which appears whole or not at all.
 
-    clip: a converted tower for adaptors without theirs. Raises ValueError or OSError, in one line.
+    clip: a converted tower for adaptors without theirs; feature_layer: of the tower inside, None:
+    the last but one. Raises ValueError or OSError, in one line.
     """
     if out.exists():
         raise FileExistsError(f"{out}: already there; remove it first")
@@ -446,6 +457,8 @@ def convert(
     except (TypeError, AttributeError, ArithmeticError, IndexError) as error:  # as null for a size
         raise ValueError(f"{path}: a setting has a value of another kind ({error})") from None
     check_all_used(source, parts.values())
+    if feature_layer is not None:
+        parts = with_feature_layer(parts, feature_layer)
     base = {}
     adaptors = [n for n, recipe in parts.items() if isinstance(recipe.config, AdaptorConfig)]
     if adaptors and "clip" not in parts:
@@ -474,10 +487,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="of what is written [bf16; towers fp32]")
     parser.add_argument("--image-px", type=int, default=224, help="DINOv2: side of pictures [224]")
+    parser.add_argument("--feature-layer", type=int, metavar="N", help="of a vision tower: -1 the "
+                        "last, -2 the one before, ... [-2, as LLaVA and the paper]")
     parser.add_argument("--clip", type=Path, help="converted tower for an IAA release without one")
     args = parser.parse_args()
     with one_line("convert_weights.py", f"nothing is left in {args.out}"):
-        convert(args.source, args.out, args.dtype, args.image_px, args.clip)
+        convert(args.source, args.out, args.dtype, args.image_px, args.clip, args.feature_layer)
 
 
 if __name__ == "__main__":

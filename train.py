@@ -16,12 +16,9 @@ Letters: as in iaa.py.
 """
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -39,6 +36,7 @@ from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
 from files import new_folder, one_line, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
+from lean import set_memory_use
 from llama import set_recompute
 from parts import parts
 from plan import plan
@@ -55,7 +53,6 @@ from storage import load_base, load_tensors, read_meta, save_adaptor
 from tokenizer import Tokenizer
 from zero import Replicated, Sharded
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MAX_BAD_STEPS = 10  # in a row, then the run stops
 
 
@@ -354,20 +351,6 @@ def train(config: Config, only: str | None) -> None:
                 else f"done in {(time.perf_counter() - began) / 60:.1f} min"))
 
 
-def set_memory_use() -> None:
-    """How the C library and oneDNN use memory; before the first tensor."""
-    # glibc gives a large tensor's pages back to Linux when it is freed, which has the next one's
-    # filled with zeros. Kept, they made a step of the demo's grounding 1.2 times as fast.
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    # oneDNN keeps its kernels, on a CPU some 30 for each length of rows: 1024, the default, took
-    # gigabytes in a long run of varying lengths.
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")
-
-
 @one_line("train.py")
 def main() -> None:
     """Command line."""
@@ -390,7 +373,6 @@ def main() -> None:
                          help="of a row, beside its image, half of them scored [the data's mean; "
                               "100 where it is not there]")
     args = parser.parse_args()
-    set_memory_use()
     if args.plan:
         if args.text_tokens is not None and args.text_tokens < 2:
             raise ValueError(f"--text-tokens {args.text_tokens}: 2 or more, one of them scored")
@@ -402,4 +384,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    set_memory_use()
     main()

