@@ -10,7 +10,7 @@
 - Peak memory: of a process of its own, from after the weights are built; on a GPU what the
   allocator counted.
 
-    python bench.py --llm weights/smollm2 --vision weights/dinov2 [--runs 5] [--json bench.json]
+    python bench.py [--llm FOLDER] [--vision FOLDER] [--runs 5] [--json bench.json]
     python bench.py --profile --only decode          where the time goes, in place of all this
 """
 
@@ -159,7 +159,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--llm", default="weights/smollm2", help="folder of the frozen LLM [%(default)s]")
-    add("--vision", default="weights/dinov2", help="folder of the vision tower [%(default)s]")
+    add("--vision", default="weights/dinov2-84px", help="folder of the vision tower [%(default)s]")
     add("--runs", type=int, default=5, help="measurements of each variant [%(default)s]")
     add("--dtype", choices=DTYPES, default="bf16", help="of frozen weights, compute [%(default)s]")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,6 @@
 """ZeRO's stages beside torch's DDP and FSDP2: time of a step and peak memory of a rank.
 
-    python bench_zero.py [--llm weights/smollm2] [--vision weights/dinov2] [--ranks 1 2 4]
+    python bench_zero.py [--llm weights/smollm2] [--vision weights/dinov2-84px] [--ranks 1 2 4]
 
 - All train one IAA model on the same rows from the same random weights, with AdamW and clipping;
   only sizes are read from the folders (or from a size's name, as for `train.py --plan`).
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--llm", default="weights/smollm2", help="folder, or a size's name [%(default)s]")
-    add("--vision", default="weights/dinov2", help="folder, or a size's name [%(default)s]")
+    add("--vision", default="weights/dinov2-84px", help="folder, or a size's name [%(default)s]")
     add("--ranks", type=int, nargs="+", default=[1, 2, 4], help="[1 2 4]")
     add("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="of ZeRO [0 1 2 3]")
     add("--runs", type=int, default=5, help="turns [%(default)s]")

@@ -7,7 +7,8 @@ steps must remember:
     two norms, in fp32       8D + 8              and 4cD where trained: input and output of weights
     attention, by GPU kernel c(3H + 3K)E + 4H    q, k; v, as a view of all three; output; logsumexp
                                                  (of causal rows; a mask repeats k and v to H heads)
-    attention, on a CPU      c(H + 2K)E          q, k, v (cHE more where trained)
+    attention, on a CPU      c(H + 2K)E          q, k, v (cHE more where trained); one layer at a
+                                                 time 3cHT more, in its backward pass: not counted
     feed-forward             2cF                 gate and up; cF more where trained
     with `recompute`         cD instead          its input; one layer at a time holds all of this
 

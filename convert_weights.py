@@ -191,7 +191,8 @@ def write_model(
     paths = [folder / f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     if adaptor:
         paths = [folder / "adaptor.safetensors"]
-    digest = hashlib.sha256()
+    # The config too: towers read at another layer have the same tensors, and other features.
+    digest = hashlib.sha256(json.dumps(asdict(recipe.config)).encode())
     for path, names in zip(paths, files, strict=True):
         write_file(path, names, source, recipe, dtype, digest)
     if adaptor:
@@ -433,12 +434,12 @@ def tower_digest(folder: Path, width: int) -> str:
 
 
 def with_feature_layer(parts: dict[str, Recipe], layer: int) -> dict[str, Recipe]:
-    """The recipes, the tower's with features of that layer. ValueError where none is a tower's."""
-    towers = {name: recipe._replace(config=replace(recipe.config, feature_layer=layer))
-              for name, recipe in parts.items() if isinstance(recipe.config, ClipConfig)}
-    if not towers:
-        raise ValueError(f"feature layer {layer}: there is no vision tower to take features of")
-    return parts | towers
+    """The recipe of a tower, with features of that layer. ValueError for anything else."""
+    if [type(recipe.config) for recipe in parts.values()] != [ClipConfig]:
+        raise ValueError(f"feature layer {layer}: the source is no vision tower; a released "
+                         "adaptor was trained with the layer it was trained with")
+    return {name: recipe._replace(config=replace(recipe.config, feature_layer=layer))
+            for name, recipe in parts.items()}
 
 
 def convert(
@@ -447,8 +448,8 @@ def convert(
 ) -> None:
     """Convert what is at `path` into the new folder `out`, which appears whole or not at all.
 
-    clip: a converted tower for adaptors without theirs; feature_layer: of the tower inside, None:
-    the last but one. Raises ValueError or OSError, in one line.
+    clip: a converted tower for adaptors without theirs; feature_layer: of a source that is a
+    tower, None: the last but one. Raises ValueError or OSError, in one line.
     """
     if out.exists():
         raise FileExistsError(f"{out}: already there; remove it first")

@@ -153,7 +153,8 @@ class WorkflowLM(TemplateLM):
                 raise ValueError("a task wants sampling: only greedy answers are supported")
             new = settings.get("max_gen_toks", MAX_ANSWER)
             until = settings.get("until") or []
-            key = (new, tuple([until] if isinstance(until, str) else until))
+            until = [until] if isinstance(until, str) else until
+            key = (new, tuple(stop for stop in until if stop))  # "" would be in every text
             ids = self.tok_encode(text)[-(context - new) :]
             jobs.setdefault(key, []).append((len(ids), number, ids))
         results = [""] * len(requests)
@@ -178,7 +179,7 @@ class WorkflowLM(TemplateLM):
         generate(self.model, prompts, None, self.workflow, new, self.words.stop_ids, on_token=ended)
         texts = [self.words.decode(ids) for ids in said]
         for stop in until:
-            texts = [text.split(stop)[0] if stop else text for text in texts]
+            texts = [text.split(stop)[0] for text in texts]
         return texts
 
     # -------- ranks

@@ -1,9 +1,9 @@
 """Memory: operations that keep less of it for the backward pass, and what is freed used again.
 
 Autograd would keep the probabilities of every attention (T a head and token) and silu(gate) of
-every feed-forward: half of what a frozen layer holds. `SwiGLU` and `Attention` keep their inputs
-alone and compute these again, which is cheap. `attend_on_cpu` is for processors; on a GPU torch's
-fused kernel does the same.
+every feed-forward: half of what a frozen layer holds. `SwiGLU` and `SoftmaxAttention` keep
+their inputs alone (views of what they are parts of, in a batch of one) and compute these again,
+which is cheap. `attend_on_cpu` is for processors; on a GPU torch's fused kernel does the same.
 
 Letters: as in llama.py; R = B K rows of keys.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -45,6 +46,7 @@ class SwiGLU(Function):
         return F.silu(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         """The gradient of (..., F) -> that of (..., 2F), written straight into its halves."""
         (gate_up,) = ctx.saved_tensors
@@ -66,7 +68,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
-class Attention(Function):
+class SoftmaxAttention(Function):
     """softmax(q k / sqrt(E)) v of what the mask shows; a row of q is a query of any of G heads."""
 
     @staticmethod
@@ -76,6 +78,7 @@ class Attention(Function):
         return torch.bmm(probabilities(q, k, mask), v)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """The gradient of the output -> those of q, k, v."""
         q, k, v, mask = ctx.saved_tensors
@@ -98,5 +101,5 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     """
     batch, heads, tokens, size = q.shape
     q = q.reshape(batch * k.shape[1], -1, size)  # (R, G T, E)
-    y = Attention.apply(q, k.flatten(0, 1), v.flatten(0, 1), mask)  # (R, G T, E)
+    y = SoftmaxAttention.apply(q, k.flatten(0, 1), v.flatten(0, 1), mask)  # (R, G T, E)
     return y.view(batch, heads, tokens, size)

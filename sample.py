@@ -94,6 +94,9 @@ def converse(chat: Chat, boxes: Path | None) -> None:
             line = input(f"{chat.workflow}> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
+        except UnicodeDecodeError as error:
+            print(f"not UTF-8: {error}", file=sys.stderr)
+            continue
         if line == "/quit":
             return None
         try:

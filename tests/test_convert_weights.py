@@ -26,7 +26,7 @@ from clip import Clip, ClipConfig
 from convert_weights import convert, hash_tensor
 from iaa import Adaptor, AdaptorConfig
 from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
-from storage import load_adaptor, load_base, load_iaa
+from storage import load_adaptor, load_base, load_iaa, read_base
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +234,7 @@ def check(folder: Path, reference: dict, config, tolerance: float = 0) -> None:
     for name, tensor in reference.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance,
                                    msg=lambda m, n=name: f"{n}: {m}")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
     for name, tensor in model.state_dict().items():
         hash_tensor(digest, name, tensor)
     assert sha256 == digest.hexdigest()
@@ -526,12 +526,19 @@ def test_dinov2_in_onnx(tmp_path):
     check(tmp_path / "out", state, config, 1e-6)
 
 
-def test_a_feature_layer_needs_a_tower(tmp_path, llama, tokenizer_model):
-    """Of a tower, it is written into its config; a Llama alone has none, and nothing is left."""
-    folder = save_hf(tmp_path / "in", to_hf(llama), HF_LLAMA, tokenizer_model)
-    with pytest.raises(ValueError, match="feature layer -3: there is no vision tower"):
-        convert(folder, tmp_path / "out", feature_layer=-3)
-    assert not (tmp_path / "out").exists()
+def test_a_feature_layer_is_of_a_tower_that_has_it(tmp_path, tower, llama, tokenizer_model):
+    """Another layer is another base, by its SHA-256; else one line, and nothing is left."""
+    folder, out = save_hf(tmp_path / "in", to_hf_clip(tower), HF_VISION, None), tmp_path / "out"
+    convert(folder, tmp_path / "last", feature_layer=-1)
+    convert(folder, tmp_path / "usual")
+    (last, last_sha), (usual, sha) = (read_base(tmp_path / name) for name in ("last", "usual"))
+    assert (last.feature_layer, usual.feature_layer) == (-1, -2) and last_sha != sha
+    with pytest.raises(ValueError, match="feature_layer = -9"):
+        convert(folder, out, feature_layer=-9)
+    folder = save_hf(tmp_path / "llama", to_hf(llama), HF_LLAMA, tokenizer_model)
+    with pytest.raises(ValueError, match="feature layer -1: the source is no vision tower"):
+        convert(folder, out, feature_layer=-1)
+    assert not out.exists()
 
 
 # ---------------------------------------------------------------------------- the official release

@@ -27,11 +27,13 @@ def gradients(function, inputs, *more):
     return value.detach(), torch.autograd.grad((value * weights).sum(), inputs)
 
 
-@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["causal", "segments"])
-def test_attention_has_the_gradients_of_its_definition(segments):
+@pytest.mark.parametrize("past, segments", [(0, None), (0, SEGMENTS), (3, None), (0, SEGMENTS[:1])],
+                         ids=["causal", "segments", "behind a cache", "one mask for all"])
+def test_attention_has_the_gradients_of_its_definition(past, segments):
     """Value and gradients of q, k, v in fp64, rows of another mask each, pads among them."""
-    q, k, v = (torch.randn(2, heads, 6, 4, dtype=torch.float64) for heads in (6, 2, 2))
-    mask = attention_mask(6, segments=segments)
+    q = torch.randn(2, 6, 6, 4, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, past + 6, 4, dtype=torch.float64) for _ in "kv")
+    mask = attention_mask(6, past, segments)
     found, wanted = (gradients(f, (q, k, v), mask) for f in (attend_on_cpu, plain_attention))
     torch.testing.assert_close(found, wanted)
 
@@ -42,6 +44,18 @@ def test_swiglu_has_the_gradients_of_its_definition():
     found = gradients(SwiGLU.apply, [x])
     wanted = gradients(lambda x: F.silu(x[..., :4]) * x[..., 4:], [x])
     torch.testing.assert_close(found, wanted)
+
+
+def test_bf16_rounds_no_more_than_autograd_does():
+    """Both functions' gradients in bf16 are within twice its rounding of those in fp32."""
+    q = torch.randn(2, 6, 6, 4)
+    for function, inputs in ((lambda q, k: attend_on_cpu(q, k, k, None), (q, q[:, :2])),
+                             (SwiGLU.apply, (q,))):
+        exact = gradients(function, inputs)[1]
+        found = gradients(function, [x.bfloat16() for x in inputs])[1]
+        for x, wanted in zip(found, exact, strict=True):
+            assert x.dtype == torch.bfloat16
+            torch.testing.assert_close(x.float(), wanted, rtol=0, atol=0.02 * wanted.abs().max())
 
 
 @pytest.mark.parametrize("name, most", [("attention", 3), ("swiglu", 1)])

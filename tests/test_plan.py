@@ -27,7 +27,7 @@ from train import Run, make_optimizer, share_out, train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LLAMA = LlamaConfig(1000, 64, 6, 4, 2, 16, 192, 512)
-CLIP = ClipConfig(32, 3, 2, 64, 4, 16)  # 16 patches
+CLIP = ClipConfig(32, 3, 2, 64, 4, 16, feature_norm=True)  # 16 patches
 ROWS = Rows(60, 20)
 PAPER = """
 out = "out"

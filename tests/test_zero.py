@@ -36,7 +36,7 @@ def tiny(kind: str) -> tuple[IAA, Adaptor]:
     """A model of odd sizes, so that shards are uneven, and an adaptor that is not at its start."""
     torch.manual_seed(0)
     llama = LlamaConfig(41, 12, 3, 2, 1, 6, 20, context=64, tied=kind in ("tied", "projector"))
-    vision = ClipConfig(10, 2, 2, 14, 4, 8)  # 4 patches
+    vision = ClipConfig(10, 2, 2, 14, 4, 8, feature_norm=True)  # 4 patches
     model = IAA(Llama(llama), Clip(vision), IMAGE)
     adaptor = Adaptor(ADAPTORS[kind], llama, vision.width)
     adaptor.copy_frozen(model.llama)
