@@ -23,7 +23,7 @@ def gradients(function, inputs, *more):
     """The function's value, and the gradients of a weighted sum of it."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     value = function(*inputs, *more)
-    weights = torch.arange(value.numel(), dtype=value.dtype).view(value.shape).sin()
+    weights = torch.arange(value.numel()).view(value.shape).sin().to(value.dtype)
     return value.detach(), torch.autograd.grad((value * weights).sum(), inputs)
 
 
@@ -47,8 +47,8 @@ def test_swiglu_has_the_gradients_of_its_definition():
 
 
 def test_bf16_rounds_no_more_than_autograd_does():
-    """Both functions' gradients in bf16 are within twice its rounding of those in fp32."""
-    q = torch.randn(2, 6, 6, 4)
+    """Both functions' gradients in bf16 are those in fp32, but for a few of its roundings."""
+    q = torch.randn(2, 6, 6, 4).bfloat16().float()
     for function, inputs in ((lambda q, k: attend_on_cpu(q, k, k, None), (q, q[:, :2])),
                              (SwiGLU.apply, (q,))):
         exact = gradients(function, inputs)[1]
