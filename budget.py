@@ -72,8 +72,9 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
 
     scored: tokens in all. 2 per weight and token forward, 2 more for the gradient of the
     activations, 2 more where the weight is trained; attention 2 * 2 * T * T * H * E a layer forward
-    (full, as computed here), twice that backward. recompute: each layer's forward pass once more,
-    but for its last product. The vision tower and the projector are left out.
+    (full, as computed here), two and a half times that backward (scores once more, as by fused
+    kernels too). recompute: each layer's forward pass once more, but for its last product. The
+    vision tower and the projector are left out.
     """
     adaptor = model.adaptors[workflow]
     llm = model.llm(adaptor)
@@ -86,7 +87,7 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
     layers = rows * tokens * (4 * matrices + 2 * trained + 2 * again)
     head = scored * llm.embedding.weight.numel() * (6 if head_trained else 4)
     attention = rows * tokens**2 * number * sizes.heads * sizes.head_size
-    return layers + head + (16 if recompute else 12) * attention
+    return layers + head + (18 if recompute else 14) * attention
 
 
 def layer_saved(sizes: LlamaConfig, tokens: int, trained: bool, c: int, gpu: bool) -> int:
