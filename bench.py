@@ -28,7 +28,6 @@ from bench_cases import KINDS, Bench, timed
 from costs import flops_of_8b
 from files import one_line, write_json
 from iaa import DTYPES
-from lean import set_memory_use
 from retention import perplexity
 from tokenizer import Tokenizer
 
@@ -225,5 +224,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    set_memory_use()
     main()

@@ -19,6 +19,7 @@ from costs import decode_bytes, forward_flops, training_flops
 from data import UNSCORED, Batch
 from generate import generate, prefill
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig, spread
+from lean import set_memory_use
 from packing import pack
 from storage import load_base
 
@@ -213,7 +214,8 @@ class Bench:
         return lambda: sum(work() for work in works)
 
     def build_training(self, inserted: int, peer: nn.Module | None) -> Callable[[], float]:
-        """Forward, backward and AdamW on one batch with images."""
+        """Forward, backward and AdamW on one batch with images, memory kept as in train.py."""
+        set_memory_use()
         b = self.batch
         adaptor, frozen = self.adaptor(inserted), self.model
         if peer is None:

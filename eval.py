@@ -27,7 +27,6 @@ from ask import Asker, Question
 from benchmarks import BENCHMARKS, Benchmark, read_text
 from files import check_same, one_line, read_json, replace_text, write_json
 from iaa import DTYPES, TEXT
-from lean import set_memory_use
 from packing import pack
 from ranks import Ranks
 from retention import compare
@@ -334,5 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    set_memory_use()
     main()

@@ -21,7 +21,6 @@ from data import GROUNDING_PROMPT, Box
 from dialogue import Chat, workflow_of
 from files import new_file, one_line
 from iaa import DTYPES
-from lean import set_memory_use
 
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
 DRAWN_PX = 448  # a picture whose longer side is less is enlarged before boxes are drawn on it
@@ -171,5 +170,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    set_memory_use()
     main()

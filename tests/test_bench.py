@@ -61,6 +61,7 @@ def test_a_whole_run_on_a_tiny_model(bases, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_limits", lambda *_: limits)
     # without peers, which take minutes
     monkeypatch.setattr(bench_cases.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(bench_cases, "set_memory_use", lambda: None)
     monkeypatch.setattr(bench_cases, "NEW", 8)
     path = tmp_path / "bench.json"
     bench.main([*bases, "--runs", "1", "--inserted", "2", "--dtype", "fp32",

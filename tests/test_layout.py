@@ -27,11 +27,11 @@ IMPORTS = {  # of ours, by file: the design
     "stages": {"chat", "checkpoint", "config", "files", "plan", "storage", "tokenizer"},
     "features": {"files"},
     "packing": {"llama"},
-    "sample": {"clip", "data", "dialogue", "files", "iaa", "lean"},
+    "sample": {"clip", "data", "dialogue", "files", "iaa"},
     "dialogue": {
         "chat", "clip", "data", "generate", "iaa", "llama", "packing", "storage", "tokenizer"},
     "eval": {
-        "ask", "benchmarks", "files", "harness", "iaa", "lean", "packing", "ranks", "retention",
+        "ask", "benchmarks", "files", "harness", "iaa", "packing", "ranks", "retention",
         "scoring", "storage", "tokenizer"},
     "ask": {"chat", "clip", "iaa", "llama", "tokenizer"},
     "scoring": {"data"},
@@ -50,8 +50,8 @@ IMPORTS = {  # of ours, by file: the design
     "memory": {"clip", "files", "iaa", "llama"},
     "plot": {"files"},
     "bench_cases": {
-        "bench_peer", "costs", "data", "generate", "iaa", "packing", "storage"},
-    "bench": {"bench_cases", "costs", "files", "iaa", "lean", "retention", "tokenizer"},
+        "bench_peer", "costs", "data", "generate", "iaa", "lean", "packing", "storage"},
+    "bench": {"bench_cases", "costs", "files", "iaa", "retention", "tokenizer"},
     "costs": {"llama"},
     "bench_peer": {"iaa"},
     "bench_zero": {
