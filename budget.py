@@ -29,6 +29,7 @@ from itertools import accumulate
 
 from config import DTYPES, Config, StageConfig
 from iaa import IAA, LOSS_ROWS
+from lean import spans
 from llama import DecoderLayer, LlamaConfig
 from parts import Part, parts
 from zero import MASTER, Unit, bytes_held, bytes_sent, timetable
@@ -71,10 +72,10 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
     """FLOPs that forward and backward of `rows` of `tokens` each need, from the matrix products.
 
     scored: tokens in all. 2 per weight and token forward, 2 more for the gradient of the
-    activations, 2 more where the weight is trained; attention 2 * 2 * T * T * H * E a layer forward
-    (full, as computed here), two and a half times that backward (scores once more, as by fused
-    kernels too). recompute: each layer's forward pass once more, but for its last product. The
-    vision tower and the projector are left out.
+    activations, 2 more where the weight is trained; attention 2 * 2 * H * E a layer forward for
+    each pair of tokens that is scored (lean.py), two and a half times that backward (scores once
+    more, as by fused kernels too). recompute: each layer's forward pass once more, but for its
+    last product. The vision tower and the projector are left out.
     """
     adaptor = model.adaptors[workflow]
     llm = model.llm(adaptor)
@@ -86,7 +87,8 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
     again = matrices - number * sizes.ffn * sizes.width if recompute else 0
     layers = rows * tokens * (4 * matrices + 2 * trained + 2 * again)
     head = scored * llm.embedding.weight.numel() * (6 if head_trained else 4)
-    attention = rows * tokens**2 * number * sizes.heads * sizes.head_size
+    pairs = sum((end - first) * end for first, end in spans(tokens))
+    attention = rows * pairs * number * sizes.heads * sizes.head_size
     return layers + head + (18 if recompute else 14) * attention
 
 

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lean import SwiGLU, attend_on_cpu
 
-FEW_TOKENS = 512  # of a prompt, up to which products and a softmax beat a CPU's fused attention
 AfterLayer = Callable[[int, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
@@ -173,13 +172,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if tokens == 1:  # the G queries of a key head are rows of one product: nothing is repeated
         q = q.reshape(batch, k.shape[1], -1, size)  # (B, K, G, E)
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, 1, size)
-    causal = mask is None
-    if q.is_cuda and not causal:  # the fused kernel that takes a mask knows no groups
-        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    if q.is_cuda or (causal and tokens > FEW_TOKENS and not torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    return attend_on_cpu(q, k, v, mask)
+    if not q.is_cuda:
+        return attend_on_cpu(q, k, v, mask)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # the fused kernel that takes a mask knows no groups
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class KVCache:

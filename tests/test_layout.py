@@ -43,7 +43,7 @@ IMPORTS = {  # of ours, by file: the design
     "ranks": {"files"},
     "zero": set(),
     "checkpoint": {"files", "ranks", "zero"},
-    "budget": {"config", "iaa", "llama", "parts", "zero"},
+    "budget": {"config", "iaa", "lean", "llama", "parts", "zero"},
     "plan": {"budget", "clip", "config", "data", "iaa", "llama", "storage", "tokenizer"},
     "ablate": {
         "ask", "benchmarks", "config", "eval", "files", "lean", "storage", "tokenizer", "train"},

@@ -27,10 +27,15 @@ def gradients(function, inputs, *more):
     return value.detach(), torch.autograd.grad((value * weights).sum(), inputs)
 
 
+@pytest.mark.parametrize("block", [128, 4])
 @pytest.mark.parametrize("past, segments", [(0, None), (0, SEGMENTS), (3, None), (0, SEGMENTS[:1])],
                          ids=["causal", "segments", "behind a cache", "one mask for all"])
-def test_attention_has_the_gradients_of_its_definition(past, segments):
-    """Value and gradients of q, k, v in fp64, rows of another mask each, pads among them."""
+def test_attention_has_the_gradients_of_its_definition(past, segments, block, monkeypatch):
+    """Value and gradients of q, k, v in fp64, rows of another mask each, pads among them.
+
+    All queries in one block, and in two, the second of half its size.
+    """
+    monkeypatch.setattr("lean.BLOCK", block)
     q = torch.randn(2, 6, 6, 4, dtype=torch.float64)
     k, v = (torch.randn(2, 2, past + 6, 4, dtype=torch.float64) for _ in "kv")
     mask = attention_mask(6, past, segments)
