@@ -209,7 +209,10 @@ class IAA(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,  # whoever wants the next token alone: less for the last layer
     ) -> Tensor:  # (B, T, D), last_only: (B, 1, D) hidden states for `logits`
-        """The workflow's hidden states (Fig. 2). Raises ValueError for images that do not fit."""
+        """The workflow's hidden states (Fig. 2).
+
+        Raises ValueError for images that do not fit their placeholders, where tokens are on a CPU.
+        """
         adaptor = self.adaptor(workflow)
         llama = self.llm(adaptor)
         own_embedding = None if adaptor is None else adaptor.embedding
@@ -235,7 +238,7 @@ class IAA(nn.Module):
         """x (B, T, D) with the projected features of `images` where their placeholders stand."""
         slots = tokens == self.image_token  # (B, T)
         wanted = len(images) * self.clip.config.patches
-        if slots.sum() != wanted:
+        if tokens.device.type == "cpu" and slots.sum() != wanted:  # a GPU would be waited for
             raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
                              f"of {self.clip.config.patches} tokens ({wanted})")
         if images.ndim == 4:
@@ -261,7 +264,7 @@ class IAA(nn.Module):
     def loss(
         self,
         tokens: Tensor,  # (B, T)
-        targets: Tensor,  # (B, T), -100 where not scored
+        targets: Tensor,  # (B, T), -100 where not scored; on the CPU, none waits for a GPU
         workflow: str,
         images: Tensor | None = None,
         positions: Tensor | None = None,
@@ -273,9 +276,10 @@ class IAA(nn.Module):
         """
         mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
-        scored = targets != -100
+        scored = (targets != -100).flatten().nonzero()[:, 0]  # their number is known where they are
+        wanted = targets.flatten()[scored].to(x.device, non_blocking=True)  # (scored,)
         norm, head = self.norm_and_head(workflow)
-        x, wanted = norm(x[scored]), targets[scored]  # (scored, D), (scored,)
+        x = norm(x.flatten(0, 1).index_select(0, scored.to(x.device, non_blocking=True)))
 
         def piece(x: Tensor, wanted: Tensor) -> Tensor:
             return F.cross_entropy(head(x).float(), wanted, reduction="sum")

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128  # queries
-
+BLOCK = 128  # tokens that ask at once in attention
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -116,10 +115,10 @@ def blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, i
     groups, past = q.shape[1] // tokens, k.shape[1] - tokens
     for first, end in spans(tokens):
         if mask is None:  # all that came before the block is visible
-            visible = torch.ones(1, end - first, end - first, dtype=torch.bool).tril()
+            visible = q.new_ones(1, end - first, end - first, dtype=torch.bool).tril()
         else:
             visible = mask[:, 0, first:end, : past + end]
-        hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        hidden = q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
         hidden = hidden.repeat_interleave(groups, 1)  # (B or 1, t G, n)
         yield slice(first * groups, end * groups), past + end, hidden
 

@@ -130,9 +130,9 @@ class Loss(nn.Module):
 
     def forward(self, b: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's scored tokens."""
-        b = b.to(self.device)
-        inputs = (b.tokens, b.targets, self.workflow, b.images, b.positions, b.segments)
-        return self.model[0].loss(*inputs)
+        there = b.to(self.device)
+        return self.model[0].loss(there.tokens, b.targets, self.workflow, there.images,
+                                  there.positions, there.segments)
 
 
 def share_out(run: Run, stage: StageConfig, adaptor: Adaptor) -> Replicated | Sharded:
@@ -162,8 +162,8 @@ def train_step(
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(batches):
         total += state.forward_backward(batch, scored, last=i == len(batches) - 1)
-    norm = state.clip(stage.clip_norm)
-    mean = ranks.sum(total.item()) / scored
+    total, norm = torch.stack([total, state.clip(stage.clip_norm)]).tolist()  # waits for a GPU
+    mean = ranks.sum(total) / scored
     done = math.isfinite(norm) and math.isfinite(mean)
     if done:
         for group in optimizer.param_groups:

@@ -335,15 +335,14 @@ class Sharded:
         self.position = -1
         return loss
 
-    def clip(self, limit: float) -> float:
+    def clip(self, limit: float) -> Tensor:
         """Scale all gradients so that their norm, over all ranks, is at most `limit`; the norm."""
         gradients = [shard.grad for shard in self.masters.values()]
         norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
         square = norms.double().square().sum()
         dist.all_reduce(square)
-        norm = square.sqrt().item()
-        if norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        norm = square.sqrt().float()
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
         return norm
 
     def publish(self) -> None:
@@ -414,12 +413,12 @@ class Replicated:
         """The loss of a batch, without gradients."""
         return self.loss(batch)
 
-    def clip(self, limit: float) -> float:
+    def clip(self, limit: float) -> Tensor:
         """Scale all gradients so that their norm is at most `limit`; the norm."""
         for weight in self.masters.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        return nn.utils.clip_grad_norm_(self.masters.values(), limit).item()
+        return nn.utils.clip_grad_norm_(self.masters.values(), limit)
 
     def publish(self) -> None:
         """Nothing to do: all ranks have made the same update."""

@@ -17,6 +17,7 @@ from generate import choose, generate
 from iaa import IAA, OFFICIAL_14_OF_32, Adaptor, AdaptorConfig, spread
 from llama import Llama, LlamaConfig, set_recompute
 from storage import add_adaptor, load_adaptor, load_base, load_iaa, load_tensors, save_adaptor
+from zero import Replicated
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LLAMA = LlamaConfig(61, 24, 5, 6, 2, 10, 26, 64, rope_theta=100.0, tied=True)
@@ -338,6 +339,18 @@ def test_recompute_gives_equal_gradients(name):
         iaa.loss(tokens, shifted(tokens, (5, 8)), name, images).backward()
         gradients.append([p.grad for p in iaa.adaptors.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["b", "c", "own_llm"])
+def test_a_training_pass_waits_for_no_device(name):
+    """On the meta device there is nothing to read: a pass that looked at a value would fail."""
+    iaa, (tokens, images) = model(name).to("meta"), batch()
+    segments = torch.zeros_like(tokens, device="meta")
+    targets = shifted(tokens, (5, 8))
+    loss = iaa.loss(tokens.to("meta"), targets, name, images.to("meta"), segments=segments)
+    loss.backward()
+    norm = Replicated(None, dict(iaa.adaptors[name].named_parameters()), 1).clip(1.0)
+    assert loss.is_meta and norm.is_meta
 
 
 # Generation
