@@ -73,7 +73,7 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int,
 
     scored: tokens in all. 2 per weight and token forward, 2 more for the gradient of the
     activations, 2 more where the weight is trained; attention 2 * 2 * H * E a layer forward for
-    each pair of tokens that is scored (lean.py), two and a half times that backward (scores once
+    each pair of tokens that a CPU scores (lean.py), two and a half times that backward (scores once
     more, as by fused kernels too). recompute: each layer's forward pass once more, but for its
     last product. The vision tower and the projector are left out.
     """

@@ -318,7 +318,8 @@ class Batch:
 
     def to(self, device: str | torch.device) -> "Batch":
         """The batch on `device`."""
-        return Batch(*(v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values()))
+        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+                       for v in vars(self).values()))
 
 
 def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch:

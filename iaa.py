@@ -211,7 +211,8 @@ class IAA(nn.Module):
     ) -> Tensor:  # (B, T, D), last_only: (B, 1, D) hidden states for `logits`
         """The workflow's hidden states (Fig. 2).
 
-        Raises ValueError for images that do not fit their placeholders, where tokens are on a CPU.
+        Raises ValueError for images that do not fit their placeholders: not in training on a GPU,
+        where looking would wait for it, and rows come from `data.collate`, which has looked.
         """
         adaptor = self.adaptor(workflow)
         llama = self.llm(adaptor)
@@ -238,7 +239,8 @@ class IAA(nn.Module):
         """x (B, T, D) with the projected features of `images` where their placeholders stand."""
         slots = tokens == self.image_token  # (B, T)
         wanted = len(images) * self.clip.config.patches
-        if tokens.device.type == "cpu" and slots.sum() != wanted:  # a GPU would be waited for
+        training_on_gpu = torch.is_grad_enabled() and tokens.device.type != "cpu"
+        if not training_on_gpu and slots.sum() != wanted:
             raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
                              f"of {self.clip.config.patches} tokens ({wanted})")
         if images.ndim == 4:
@@ -264,7 +266,7 @@ class IAA(nn.Module):
     def loss(
         self,
         tokens: Tensor,  # (B, T)
-        targets: Tensor,  # (B, T), -100 where not scored; on the CPU, none waits for a GPU
+        targets: Tensor,  # (B, T), -100 if not scored; kept on the CPU, no wait for a GPU
         workflow: str,
         images: Tensor | None = None,
         positions: Tensor | None = None,
@@ -276,7 +278,7 @@ class IAA(nn.Module):
         """
         mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
-        scored = (targets != -100).flatten().nonzero()[:, 0]  # their number is known where they are
+        scored = (targets != -100).flatten().nonzero()[:, 0]  # counted on the targets' device
         wanted = targets.flatten()[scored].to(x.device, non_blocking=True)  # (scored,)
         norm, head = self.norm_and_head(workflow)
         x = norm(x.flatten(0, 1).index_select(0, scored.to(x.device, non_blocking=True)))

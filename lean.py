@@ -1,11 +1,12 @@
-"""Memory: operations that keep less of it for the backward pass, and what is freed used again.
+"""A CPU's attention; operations that keep less for the backward pass; freed memory used again.
 
 Autograd would keep the probabilities of every attention (T a head and token) and silu(gate) of
 every feed-forward: half of what a frozen layer holds. `SwiGLU` and `SoftmaxAttention` keep
 their inputs alone (views of what they are parts of, in a batch of one) and compute these again,
-which is cheap. `attend_on_cpu` is for processors; on a GPU torch's fused kernel does the same.
+which is cheap. `attend_on_cpu` is for processors, prompts too; a GPU has torch's fused kernel.
 
-Letters: as in llama.py; R = B K rows of keys.
+Letters: as in llama.py; R = B K rows of keys; of a block of queries: t tokens, s keys up to its
+end, n of them with a bias.
 """
 
 import contextlib
@@ -63,19 +64,19 @@ class SwiGLU(Function):
         return out
 
 
-def probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     """Softmax of the scores: q (R, t G, E), k (R, s, E) -> (R, t G, s).
 
-    hidden (B or 1, t G, n): 0 or -inf, added to the scores of the last n keys.
+    bias (B or 1, t G, n): 0 or -inf, added to the scores of the last n keys.
     """
     scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    by_mask = scores.view(len(hidden), -1, *scores.shape[1:])  # (B or 1, K or R, t G, s)
-    by_mask[..., -hidden.shape[-1] :] += hidden[:, None]
+    by_mask = scores.view(len(bias), -1, *scores.shape[1:])  # (B or 1, K or R, t G, s)
+    by_mask[..., -bias.shape[-1] :] += bias[:, None]
     return scores.softmax(-1)
 
 
 class SoftmaxAttention(Function):
-    """softmax(q k / sqrt(E)) v of the past alone; rows of q are queries of G heads, by token.
+    """softmax(q k / sqrt(E)) v, nothing later seen; rows of q are queries of G heads, by token.
 
     Queries go in blocks of BLOCK tokens, and no key that comes after a block is scored for it.
     """
@@ -84,8 +85,8 @@ class SoftmaxAttention(Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (R, T G, E), k and v (R, S, E), mask as `attention_mask` -> (R, T G, E)."""
         ctx.save_for_backward(q, k, v, mask)
-        return torch.cat([torch.bmm(probabilities(q[:, rows], k[:, :seen], hidden), v[:, :seen])
-                          for rows, seen, hidden in blocks(q, k, mask)], 1)
+        return torch.cat([torch.bmm(probabilities(q[:, rows], k[:, :seen], bias), v[:, :seen])
+                          for rows, seen, bias in blocks(q, k, mask)], 1)
 
     @staticmethod
     @once_differentiable
@@ -93,8 +94,8 @@ class SoftmaxAttention(Function):
         """The gradient of the output -> those of q, k, v."""
         q, k, v, mask = ctx.saved_tensors
         to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, seen, hidden in blocks(q, k, mask):
-            shown = probabilities(q[:, rows], k[:, :seen], hidden)  # (R, rows, seen)
+        for rows, seen, bias in blocks(q, k, mask):
+            shown = probabilities(q[:, rows], k[:, :seen], bias)  # (R, t G, s)
             to_v[:, :seen] += torch.bmm(shown.mT, grad[:, rows])
             to_shown = torch.bmm(grad[:, rows], v[:, :seen].mT)
             to_scores = torch._softmax_backward_data(to_shown, shown, -1, shown.dtype)
@@ -110,7 +111,7 @@ def spans(tokens: int) -> list[tuple[int, int]]:
 
 
 def blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, int, Tensor]]:
-    """Of each block of queries: its rows of q, the keys up to its end, `hidden` among these."""
+    """Of each block of queries: its rows of q, the keys up to its end, their bias."""
     tokens = k.shape[1] if mask is None else mask.shape[2]
     groups, past = q.shape[1] // tokens, k.shape[1] - tokens
     for first, end in spans(tokens):
@@ -118,9 +119,9 @@ def blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, i
             visible = q.new_ones(1, end - first, end - first, dtype=torch.bool).tril()
         else:
             visible = mask[:, 0, first:end, : past + end]
-        hidden = q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-        hidden = hidden.repeat_interleave(groups, 1)  # (B or 1, t G, n)
-        yield slice(first * groups, end * groups), past + end, hidden
+        bias = q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+        bias = bias.repeat_interleave(groups, 1)  # (B or 1, t G, n)
+        yield slice(first * groups, end * groups), past + end, bias
 
 
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -129,7 +130,8 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     Matrix products and a softmax. In bf16 on 2 cores, forward and backward with a mask took 28 ms
     so and 68 ms through `scaled_dot_product_attention`, at B 8, H 9, K 3, T 342, E 64 (41 ms with
     all queries in one block); forward alone, causal, B 1: 1.3 ms against 1.7 at T 320, 8 against 12
-    at T 1024, 107 against 152 at T 4096 (fp32: 1.9 against 1.7, 15 against 12, 217 against 140).
+    at T 1024, 107 against 152 at T 4096 (in fp32 it is
+    behind: 1.9 against 1.7, 15 against 12, 217 against 140; a second path did not seem worth it).
     The G queries that share a key head are rows of one product: nothing is repeated.
     """
     batch, heads, tokens, size = q.shape

@@ -343,7 +343,10 @@ def test_recompute_gives_equal_gradients(name):
 
 @pytest.mark.parametrize("name", ["b", "c", "own_llm"])
 def test_a_training_pass_waits_for_no_device(name):
-    """On the meta device there is nothing to read: a pass that looked at a value would fail."""
+    """On the meta device there is nothing to read: a pass that looked at a value would fail.
+
+    But for the gradient of `masked_scatter`, whose length meta takes as given and a GPU counts.
+    """
     iaa, (tokens, images) = model(name).to("meta"), batch()
     segments = torch.zeros_like(tokens, device="meta")
     targets = shifted(tokens, (5, 8))

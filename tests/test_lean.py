@@ -51,8 +51,10 @@ def test_swiglu_has_the_gradients_of_its_definition():
     torch.testing.assert_close(found, wanted)
 
 
-def test_bf16_rounds_no_more_than_autograd_does():
+@pytest.mark.parametrize("block", [128, 2])
+def test_bf16_rounds_no_more_than_autograd_does(block, monkeypatch):
     """Both functions' gradients in bf16 are those in fp32, but for a few of its roundings."""
+    monkeypatch.setattr("lean.BLOCK", block)
     q = torch.randn(2, 6, 6, 4).bfloat16().float()
     for function, inputs in ((lambda q, k: attend_on_cpu(q, k, k, None), (q, q[:, :2])),
                              (SwiGLU.apply, (q,))):
