@@ -90,4 +90,5 @@ class Peer(nn.Module):
                 if i in self.places:
                     x = self.layers[self.places.index(i)](x, position_embeddings=rope)
             logits = self.head(self.norm(x)).flatten(0, 1).float()  # (B T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+        wanted = targets.flatten().to(logits.device)
+        return F.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")

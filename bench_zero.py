@@ -117,7 +117,7 @@ class Whole(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's scored tokens."""
         b = batch.to(self.device)
-        return self.model.loss(b.tokens, batch.targets, WORKFLOW, b.images)
+        return self.model.loss(b.tokens, b.targets, WORKFLOW, b.images)
 
 
 def fsdp(model: IAA, ranks: Ranks, dtype: torch.dtype, shard_frozen: bool) -> nn.Module:

@@ -11,7 +11,7 @@ Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -317,9 +317,10 @@ class Batch:
         return int((self.targets != UNSCORED).sum())
 
     def to(self, device: str | torch.device) -> "Batch":
-        """The batch on `device`."""
-        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-                       for v in vars(self).values()))
+        """The batch on `device`; targets stay, so that `IAA.loss` counts them without a wait."""
+        there = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
+                 if isinstance(value, Tensor) and name != "targets"}
+        return replace(self, **there)
 
 
 def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch:

@@ -130,9 +130,9 @@ class Loss(nn.Module):
 
     def forward(self, b: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's scored tokens."""
-        there = b.to(self.device)
-        return self.model[0].loss(there.tokens, b.targets, self.workflow, there.images,
-                                  there.positions, there.segments)
+        b = b.to(self.device)
+        inputs = (b.tokens, b.targets, self.workflow, b.images, b.positions, b.segments)
+        return self.model[0].loss(*inputs)
 
 
 def share_out(run: Run, stage: StageConfig, adaptor: Adaptor) -> Replicated | Sharded:

@@ -553,6 +553,7 @@ def test_batch_of_mixed_rows(chatml, tmp_path):
     assert batch.scored == sum(int((e.targets != UNSCORED).sum()) for e, _, _ in items)
     moved = batch.to("meta")
     assert moved.tokens.device.type == moved.images.device.type == "meta" and moved.skipped == []
+    assert moved.targets is batch.targets
     plain = dataset.collate([items[0], items[2]])
     assert plain.positions is None and plain.segments is None
     assert dataset.collate([items[2]]).images is None
