@@ -28,14 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint_files import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
+from conversion.checkpoint_readers import Files, Gguf, MetaShards, Named, Source, open_onnx, open_pt
 from clip import Clip, ClipConfig
-from files import build, checked, new_folder, one_line, read_json
+from common.files import build, checked, new_folder, one_line, read_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
 from storage import Index, read_base, write_index
-from tokenizer import Tokenizer, read_bytes
-from weight_tables import (
+from tokenization.tokenizer import Tokenizer, read_bytes
+from conversion.tensor_tables import (
     DINOV2,
     GGUF_LLAMA,
     HF_CLIP,

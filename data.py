@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from chat import IMAGE, exchange, opening, render, template_of
-from tokenizer import Tokenizer
+from tokenization.templates import IMAGE, exchange, opening, render, template_of
+from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100
 MAX_SKIPPED = 100  # rows in a row

@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chat import render
+from tokenization.templates import render
 from clip import preprocess
 from data import Box, text_to_boxes
 from generate import generate
 from iaa import IAA, TEXT
 from llama import KVCache
-from packing import pack
+from speed.packing import pack
 from storage import add_adaptor, load_iaa
-from tokenizer import Tokenizer
+from tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 import clip
 import llama
 from clip import Clip, ClipConfig
-from files import one_line
+from common.files import one_line
 from iaa import IAA, Adaptor, AdaptorConfig, spread
 from llama import Llama, LlamaConfig
 

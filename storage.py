@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clip import Clip, ClipConfig
-from files import build, read_json, write_json
+from common.files import build, read_json, write_json
 from iaa import IAA, Adaptor, AdaptorConfig, check_workflow, is_workflow
 from llama import Llama, LlamaConfig
 

@@ -28,20 +28,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from budget import Machine, step_flops
-from checkpoint import resume_state, save_state
+from training.budget import Machine, step_flops
+from training.checkpoint import resume_state, save_state
 from clip import open_image, preprocess
-from config import Config, StageConfig, adaptor_config, longest_row, read_config
+from training.config import Config, StageConfig, adaptor_config, longest_row, read_config
 from data import Batch, JsonlDataset, Sampler, loader
 from features import Features
-from files import new_folder, one_line, replace_text, write_json, writing
+from common.files import new_folder, one_line, replace_text, write_json, writing
 from iaa import DTYPES, IAA, Adaptor
 from lean import set_memory_use
 from llama import set_recompute
-from parts import parts
-from plan import plan
-from ranks import Ranks
-from stages import (
+from training.parts import parts
+from training.plan import plan
+from training.ranks import Ranks
+from training.stages import (
     adaptor_folder,
     after_stage,
     check_ahead,
@@ -50,8 +50,8 @@ from stages import (
     source_folder,
 )
 from storage import load_base, load_tensors, read_meta, save_adaptor
-from tokenizer import Tokenizer
-from zero import Replicated, Sharded
+from tokenization.tokenizer import Tokenizer
+from training.zero import Replicated, Sharded
 
 MAX_BAD_STEPS = 10  # in a row, then the run stops
 

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import clip
 from clip import Clip
-from files import new_folder, write_json
+from common.files import new_folder, write_json
 from iaa import Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
 from storage import save_adaptor
-from tokenizer import Tokenizer
+from tokenization.tokenizer import Tokenizer
 
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # a launcher's: the tests start their own ranks

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from files import lock
+from common.files import lock
 
 
 def free_port() -> int:
@@ -30,7 +30,7 @@ def free_port() -> int:
 def server() -> multiprocessing.context.BaseContext:
     """The context whose processes start with torch and our modules imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "train", "bench_zero"])
+    context.set_forkserver_preload(["pytest", "train", "speed.bench_zero"])
     with pytest.MonkeyPatch.context() as patch:  # the server does not take over sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()

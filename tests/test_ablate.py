@@ -10,9 +10,9 @@ from PIL import Image
 from processes import held
 from safetensors.torch import load_file
 
-import ablate
-from ablate import VARIANTS, run_config, table
-from config import read_config
+from evaluation import ablate
+from evaluation.ablate import VARIANTS, run_config, table
+from training.config import read_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUDGET = str(CONFIGS / "ablate.toml")

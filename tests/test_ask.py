@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ask import Asker, Question, answer_rows
-from chat import render
+from evaluation.ask import Asker, Question, answer_rows
+from tokenization.templates import render
 from clip import preprocess
 from generate import generate
 from iaa import IAA, Adaptor, AdaptorConfig
-from tokenizer import Tokenizer
+from tokenization.tokenizer import Tokenizer
 
 SYSTEM = {"mm": {"template": "chatml", "system": "Be brief."}}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import bench_cases
-import costs
-from bench_peer import Peer, peer_llama, unfused
+from speed import bench
+from speed import bench_cases
+from speed import costs
+from speed.bench_peer import Peer, peer_llama, unfused
 from clip import Clip, ClipConfig
 from llama import Llama, LlamaConfig
 

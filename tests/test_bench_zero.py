@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import server
 
-from bench_zero import main
+from speed.bench_zero import main
 
 
 def test_all_variants_compute_the_same_loss(monkeypatch):

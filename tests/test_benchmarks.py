@@ -8,10 +8,10 @@ import zipfile
 import pytest
 from PIL import Image
 
-from benchmarks import BENCHMARKS
+from evaluation.benchmarks import BENCHMARKS
 from data import GROUNDING_PROMPT
-from mmbench import mmbench_submission, score_or_count
-from scoring import COGNITION, PERCEPTION
+from evaluation.mmbench import mmbench_submission, score_or_count
+from evaluation.scoring import COGNITION, PERCEPTION
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

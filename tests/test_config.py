@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from config import Config, read_config
+from training.config import Config, read_config
 from iaa import AdaptorConfig
 from train import train
 

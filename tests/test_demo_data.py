@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import demo_data
+from prepare_data import easy_vqa as demo_data
 from data import check_row
-from demo_data import easy_vqa, measure_shape, place
+from prepare_data.easy_vqa import easy_vqa, measure_shape, place
 
 DRAWN = {  # number -> colour, shape, box with exclusive ends
     0: ("blue", "rectangle", [10, 20, 41, 31]),

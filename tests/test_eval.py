@@ -12,8 +12,8 @@ from PIL import Image
 from processes import processes
 
 import eval as evaluation
-from ask import Asker, Question
-from eval import chosen, print_table, read_answers, share
+from evaluation.ask import Asker, Question
+from evaluation.__main__ import chosen, print_table, read_answers, share
 
 ROOT = Path(evaluation.__file__).parent
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from files import build, checked, new_file, new_folder, one_line, read_json, replace_text
+from common.files import build, checked, new_file, new_folder, one_line, read_json, replace_text
 
 
 @dataclass(frozen=True)

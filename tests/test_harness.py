@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from chat import render
+from tokenization.templates import render
 from generate import generate
 from iaa import IAA
 
@@ -15,8 +15,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-from harness import BY_SUBJECT, WorkflowLM, evaluate, open_tasks  # noqa: E402
-from tokenizer import Tokenizer
+from evaluation.lm_eval_model import BY_SUBJECT, WorkflowLM, evaluate, open_tasks  # noqa: E402
+from tokenization.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip import Clip, ClipConfig
-from files import new_folder
+from common.files import new_folder
 from generate import choose, generate
 from iaa import IAA, OFFICIAL_14_OF_32, Adaptor, AdaptorConfig, spread
 from llama import Llama, LlamaConfig, set_recompute
 from storage import add_adaptor, load_adaptor, load_base, load_iaa, load_tensors, save_adaptor
-from zero import Replicated
+from training.zero import Replicated
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LLAMA = LlamaConfig(61, 24, 5, 6, 2, 10, 26, 64, rope_theta=100.0, tied=True)

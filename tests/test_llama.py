@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from files import build
+from common.files import build
 from llama import (
     SIZES,
     FeedForward,

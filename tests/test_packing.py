@@ -8,7 +8,7 @@ from clip import Clip, ClipConfig
 from generate import generate
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama, LlamaConfig
-from packing import Int8Linear, PackedLinear, pack
+from speed.packing import Int8Linear, PackedLinear, pack
 
 CONFIG = LlamaConfig(61, 24, 3, 6, 2, 10, 26, 64, rope_theta=100.0, tied=True)
 DTYPES = [torch.float32, torch.bfloat16]

@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import llama
 import train
-from bench_cases import make_batch
-from bench_zero import allocations, make_model
-from budget import Machine, Rows, Step, layer_saved, step_flops
+from speed.bench_cases import make_batch
+from speed.bench_zero import allocations, make_model
+from training.budget import Machine, Rows, Step, layer_saved, step_flops
 from clip import Clip, ClipConfig
-from config import DTYPES, Config, StageConfig, read_config
+from training.config import DTYPES, Config, StageConfig, read_config
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
-from plan import frozen_config, meta_model, plan, sample_rows
-from ranks import Ranks
+from training.plan import frozen_config, meta_model, plan, sample_rows
+from training.ranks import Ranks
 from train import Run, make_optimizer, share_out, train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"

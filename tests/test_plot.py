@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import plot
+from training import plot
 
 
 def write_run(root, stages):

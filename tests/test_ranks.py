@@ -2,7 +2,7 @@
 
 import pytest
 
-from ranks import Ranks
+from training.ranks import Ranks
 
 
 def test_backends(monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from iaa import IAA, Adaptor, AdaptorConfig
-from retention import compare, perplexity, windows
-from tokenizer import Tokenizer
+from evaluation.text_retention import compare, perplexity, windows
+from tokenization.tokenizer import Tokenizer
 
 TEXT = "Some text that is long enough for two windows of the comparison. " * 9
 

@@ -13,11 +13,11 @@ from PIL import Image
 import clip
 import dialogue
 import sample
-from files import new_folder
+from common.files import new_folder
 from generate import prefill
 from iaa import Adaptor, AdaptorConfig
 from storage import save_adaptor
-from tokenizer import Tokenizer
+from tokenization.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_ID = 258  # of the tiny base

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scoring import (
+from evaluation.scoring import (
     box_verdict,
     choice_letter,
     key_parts,

@@ -19,12 +19,12 @@ from PIL import Image
 from processes import held, processes
 from safetensors.torch import load_file
 
-import checkpoint
-import ranks
-from config import StageConfig, read_config
-from ranks import LostRank, Ranks
+from training import checkpoint
+from training import ranks
+from training.config import StageConfig, read_config
+from training.ranks import LostRank, Ranks
 from train import Log, lr_at, main, train
-from zero import Replicated
+from training.zero import Replicated
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,16 +11,16 @@ from processes import processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import iaa
-from checkpoint import resume_state, save_state
+from training.checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
-from config import Config, StageConfig
+from training.config import Config, StageConfig
 from data import Batch
 from iaa import DTYPES, IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
-from parts import parts
-from ranks import Ranks
+from training.parts import parts
+from training.ranks import Ranks
 from train import Run, held_out_loss, make_optimizer, share_out, train_step
-from zero import Unit, bytes_held, bytes_sent, timetable
+from training.zero import Unit, bytes_held, bytes_sent, timetable
 
 STEPS = 20
 IMAGE = 40  # the placeholder's token

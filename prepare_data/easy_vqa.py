@@ -1,0 +1,104 @@
+"""easy-VQA -> our JSONL: captions, questions and boxes of pictures of one coloured shape.
+
+Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one shape, 48,248 questions, 13 answers.
+The boxes are measured from the pixels: the published data have none.
+"""
+
+import json
+import shutil
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from clip import open_image
+from data import GROUNDING_PROMPT, boxes_to_text
+from prepare_data.rows import conversation
+from common.files import new_folder
+
+COLOURS = {
+    "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
+    "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
+}
+FILL = {"rectangle": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # share of its box that it covers
+
+
+def measure_shape(pixels: np.ndarray) -> tuple[str, str, list[int]]:
+    """Colour, shape, box [x1, y1, x2, y2] (pixels, ends exclusive) in a picture (H, W, 3) uint8.
+
+    The background is the commonest colour; the box holds all that is nearer to the shape's colour.
+    """
+    pixels = pixels.astype(int)
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    background = colours[counts.argmax()]
+    paint = {name: np.abs(pixels - rgb).sum(-1) for name, rgb in COLOURS.items()}  # (H, W) each
+    colour = max(paint, key=lambda name: (paint[name] <= 6).sum())
+    inside = paint[colour] < np.abs(pixels - background).sum(-1)
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    if not len(rows):
+        raise ValueError("no shape found")
+    box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    fill = inside.sum() / ((box[2] - box[0]) * (box[3] - box[1]))
+    shape = min(FILL, key=lambda name: abs(FILL[name] - fill))
+    return colour, shape, box
+
+
+def place(box: list[int], width: int, height: int) -> str:
+    """Which ninth of the picture the box's centre is in, in words."""
+    column = 3 * (box[0] + box[2]) // (2 * width)
+    row = 3 * (box[1] + box[3]) // (2 * height)
+    words = [("upper", "middle", "lower")[row], ("left", "middle", "right")[column]]
+    return words[0] if words[0] == words[1] else " ".join(words)
+
+
+def easy_vqa_rows(
+    split: str, images: dict[int, str], questions: dict[int, list], out: Path, report: Counter
+):
+    """Yield (file, row) of a split, copying pictures to `out/SPLIT/`; `report` counts all rows."""
+    (out / split).mkdir()
+    for number, path in sorted(images.items()):
+        image = open_image(path)
+        colour, shape, box = measure_shape(np.asarray(image))
+        told = {answer for _, answer in questions[number]}
+        shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
+        if not told & COLOURS.keys() <= {colour}:
+            report[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
+            continue
+        name = f"{split}/{number}.png"
+        shutil.copyfile(path, out / name)
+        common = {"image": name, "source": "easy-vqa", "split": split}
+        caption = f"A {colour} {shape} in the {place(box, *image.size)} of the picture."
+        answer = boxes_to_text([box], *image.size)
+        for kind, workflow, pairs, extra in (
+            ("captions", "mm", [("Describe the picture.", caption)], {}),
+            ("questions", "mm", questions[number], {"independent": True}),
+            ("boxes", "grounding", [(GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)],
+             {"width": image.width, "height": image.height, "boxes": [box]}),
+        ):
+            row = {"id": f"easy-vqa/{split}/{kind}/{number}", **common, "workflow": workflow}
+            report[f"{split}: {kind} written"] += 1
+            yield f"{split}-{kind}", row | extra | {"conversations": conversation(pairs)}
+
+
+def easy_vqa(out: Path) -> Counter:
+    """Write `out/{train,test}-{captions,questions,boxes}.jsonl` and pictures; returns counts."""
+    try:
+        import easy_vqa as package
+    except ImportError:
+        raise ValueError("the package easy-vqa is missing: "
+                         "pip install -r requirements-demo.txt") from None
+    splits = (("train", package.get_train_questions, package.get_train_image_paths),
+              ("test", package.get_test_questions, package.get_test_image_paths))
+    report, files = Counter(), {}
+    with new_folder(out) as new, ExitStack() as opened:
+        for split, ask, paths in splits:
+            questions = defaultdict(list)
+            for question, answer, number in zip(*ask(), strict=True):
+                questions[number].append((question, answer))
+            for name, row in easy_vqa_rows(split, paths(), questions, new, report):
+                if name not in files:
+                    files[name] = opened.enter_context(
+                        open(new / f"{name}.jsonl", "w", encoding="utf-8", newline="\n"))
+                files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+    return report

@@ -1,0 +1,189 @@
+"""The typed configuration of a training run: defaults, a TOML file, then `--set` overrides.
+
+- `base = "iaa8.toml"` in a file: what it says goes over what that file says (relative to it), key
+  by key; a `[[stage]]` goes over the base's stage of the same name.
+- `stages = [...]` takes the other stages out: one without `start` then starts from the one before
+  it that is left, else from the frozen model. `train.py --stage` trains one of a run that has all.
+- Every value is checked: an unknown key, a wrong type or an impossible value is one line that says
+  what is accepted.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.files import build
+from iaa import DTYPES, TEXT, AdaptorConfig, is_workflow, spread
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One `[[stage]]`. Defaults are Table 1's."""
+
+    name: str
+    data: list[str]  # JSONL files
+    steps: int
+    held_out: list[str] = ()  # JSONL files for the held-out loss
+    adaptor: str = "mm"  # the workflow that it trains
+    start: str = ""  # stage to start from; "" the one before, "none" the frozen model
+    trains: str = "adaptor"  # "projector" (text embedding and head, nothing inserted) or "adaptor"
+    template: str = ""  # "" the tokenizer's own, "plain" picture then caption
+    lr: float = 2e-5
+    lr_projector: float = 0.0  # 0 = lr
+    batch: int = 128  # rows a step, over all ranks
+    micro_batch: int = 8  # rows a forward pass of one rank
+    warmup: float = 0.03  # share of the steps
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    save_every: int = 100  # steps
+    eval_every: int = 100  # steps
+    eval_rows: int = 64
+    zero: int = 0  # ZeRO stage where there are several ranks, see zero.py
+
+    def __post_init__(self):
+        where = f"stage {self.name}"
+        ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1,
+                  "eval_rows": 1, "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0,
+                  "weight_decay": 0}
+        for key, low in ranges.items():
+            if not getattr(self, key) >= low:  # NaN is not
+                raise ValueError(f"{where}: {key} = {getattr(self, key)}: must be {low} or more")
+        if not self.data:
+            raise ValueError(f"{where}: data = []: at least one JSONL file")
+        if not self.clip_norm > 0:
+            raise ValueError(f"{where}: clip_norm = {self.clip_norm}: must be above 0")
+        if self.warmup > 1:
+            raise ValueError(f"{where}: warmup = {self.warmup}: a share of the steps, 1 at most")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"{where}: beta1, beta2 = {self.beta1}, {self.beta2}: "
+                             "0 or more, below 1")
+        if self.trains not in ("projector", "adaptor"):
+            raise ValueError(f'{where}: trains = {self.trains!r}: "projector" or "adaptor"')
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"{where}: zero = {self.zero}: 0, 1, 2 or 3")
+        if not self.name.isidentifier() or not is_workflow(self.adaptor):
+            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and "
+                             f"_; an adaptor also not {TEXT!r}, and no name of torch's, as 'train'")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"{where}: batch = {self.batch} is not a multiple of "
+                             f"micro_batch = {self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    out: str  # folder of the run
+    llm: str  # folder of the frozen Llama, from convert_weights.py
+    vision: str  # folder of the frozen vision tower
+    images: str  # root of the pictures that rows name
+    stage: list[StageConfig]
+    stages: list[str] | None = None  # names of those that the run has; left out: all
+    features: str = ""  # folder that keeps what the vision tower made of pictures; "": it runs anew
+    insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
+    structure: str = "c"
+    own_embedding: bool = True
+    own_head: bool = True
+    own_llm: bool = False  # the LLaVA baseline: insertion = 0, own_embedding = own_head = false
+    system: str | None = None  # system message; left out: the template's own, "": none
+    max_tokens: int = 2048  # longer rows are cut
+    dtype: str = "bf16"
+    recompute: bool = False  # activation checkpointing
+    shard_frozen: bool = True  # ZeRO-3 also shares out the frozen models; false: each rank has them
+    reduce_fp32: bool = False  # ZeRO sends gradients in fp32, not in dtype
+    timeout_s: int = 600  # without an answer from another rank; then all stop
+    seed: int = 0
+    threads: int = 0  # of the processor; 0 = as torch chooses
+    workers: int = 1  # processes that load data
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
+        for key, low in {"max_tokens": 1, "seed": 0, "threads": 0, "workers": 0,
+                         "timeout_s": 1}.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"{key} = {getattr(self, key)}: must be {low} or more")
+        if not self.stage:
+            raise ValueError("no [[stage]] given")
+        names = [s.name for s in self.stage]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two stages have the same name: {names}")
+        for place, stage in enumerate(self.stage):
+            if stage.start not in ("", "none", *names[:place]):
+                raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
+                                 f"stage before it ({', '.join(names[:place])})")
+        if self.stages is not None:
+            unknown = [name for name in self.stages if name not in names]
+            if unknown or not self.stages:
+                raise ValueError(f"stages = {self.stages}: one or more of {', '.join(names)}")
+            kept = [s for s in self.stage if s.name in self.stages]
+            object.__setattr__(self, "stage", kept)
+
+
+def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
+    """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
+    if stage.trains == "projector":
+        return AdaptorConfig((), own_embedding=False, own_head=False)
+    places = config.insertion
+    places = spread(places, layers) if isinstance(places, int) else places
+    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
+                         config.own_llm)
+
+
+def longest_row(config: Config, context: int) -> int:
+    """Tokens that are left of a longer row; context: the LLM's."""
+    return min(config.max_tokens, context)
+
+
+def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The TOML file's values over those of its `base`. `above`: the files that lead here."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+    stages, base = values.setdefault("stage", []), values.pop("base", None)
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"{path}: write [[stage]], with two brackets, for each stage")
+    if base is None:
+        return values
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
+        raise ValueError(f"{path}: base = {base!r}: another file is expected, by its name")
+    below = read_values(path.parent / base, (*above, path.resolve()))
+    for stage in stages:
+        same = [s for s in below["stage"] if s.get("name") == stage.get("name")]
+        if not same:
+            known = ", ".join(str(s.get("name")) for s in below["stage"])
+            raise ValueError(f"{path}: no stage {stage.get('name')!r} in {base}; "
+                             f"there are: {known}")
+        same[0].update(stage)
+    return below | values | {"stage": below["stage"]}
+
+
+def read_config(path: str, settings: list[str]) -> Config:
+    """The TOML file, then overrides: key=value, STAGE.key=value, stage.key=value for all stages."""
+    values = read_values(Path(path))
+    stages = values["stage"]
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write key=value")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except ValueError:
+            value = text  # a bare word is a string
+        name, dot, key = key.rpartition(".")
+        tables = [s for s in stages if name in ("stage", s.get("name"))] if dot else [values]
+        if not tables:
+            known = ", ".join(str(s.get("name", "?")) for s in stages)
+            raise ValueError(f"--set {setting}: no stage {name!r}; there are: {known}")
+        for table in tables:
+            table[key] = value
+    try:
+        return build(Config, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
