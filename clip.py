@@ -1,33 +1,38 @@
-"""CLIP's vision transformer: patch features of a chosen layer, and pictures made ready for it.
+"""CLIP's vision transformer: patch features of one layer, and how a picture becomes its input.
 
-How it departs from the textbook:
-- Only what an image-language model reads is here: no text tower, no pooled output; layers above
-  `feature_layer` do not run, and the norm and projection behind the last one are not kept.
-- DINOv2 runs in the same tower: conversion folds its LayerScale into the projections, its patch
-  bias into the positions, and sets `pre_norm` off; its last norm is applied to the features of
-  whatever layer (`feature_norm`), as by its authors' `get_intermediate_layers`.
+Where it differs from OpenAI's CLIP:
+- Only what IAA reads is here. There is no text tower and no pooled output. Layers above
+  `feature_layer` do not run.
+- DINOv2 runs in the same tower. Conversion folds its LayerScale into the projections and its patch
+  bias into the positions, and turns `pre_norm` off. Its final norm applies to the features of the
+  chosen layer (`feature_norm`), as in its authors' `get_intermediate_layers`.
 
 Letters: N images, S image side in pixels, p patch side, P patches, D width, H heads, E head size.
 Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+MAX_PIXELS = 178_956_970  # Pillow's limit against pictures that unpack to fill the memory
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """A vision tower's sizes and how it takes pictures. Raises ValueError where they do not fit."""
+    """The sizes of a vision tower, and its input's format. Raises ValueError where they conflict.
+    """
 
     width: int
     layers: int
@@ -42,7 +47,7 @@ class ClipConfig:
     feature_layer: int = -2  # -1 the last layer's output, -2 the one before
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    aspect: str = "pad"  # "pad" to a square with the mean colour (LLaVA), "crop" the centre (CLIP)
+    aspect: str = "pad"  # pictures are padded to a square; the one value that can be computed
 
     def __post_init__(self):
         for name in ("mean", "std"):  # lists, as read from JSON
@@ -57,14 +62,31 @@ class ClipConfig:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation = {self.activation!r}: quick_gelu or gelu")
-        if self.aspect not in ("pad", "crop"):
-            raise ValueError(f"aspect = {self.aspect!r}: pad or crop")
+        if self.aspect != "pad":
+            raise ValueError(f"aspect = {self.aspect!r}: pad, as LLaVA and IAA do")
         if not -self.layers <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer = {self.feature_layer}: -{self.layers} to -1")
 
+    @classmethod
+    def read(cls, folder: str | Path) -> tuple["ClipConfig", str]:
+        """The sizes and the weights' SHA-256, from the config.json that convert_weights.py wrote.
+
+        Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+        """
+        path = Path(folder, "config.json")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
+        try:
+            meta = json.loads(path.read_text())
+            if meta["kind"] != "clip":
+                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'clip'")
+            return cls(**meta["config"]), meta["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not as convert_weights.py writes it ({error})") from None
+
     @property
     def patches(self) -> int:
-        """P: tokens an image takes."""
+        """P: the tokens of an image."""
         return (self.image_px // self.patch) ** 2
 
 
@@ -73,7 +95,6 @@ SIZES = {
     "ViT-L/14": ClipConfig(1024, 24, 16, 4096, 14, 224),
     "ViT-B/16": ClipConfig(768, 12, 12, 3072, 16, 224),
     "ViT-B/32": ClipConfig(768, 12, 12, 3072, 32, 224),
-    "tiny": ClipConfig(40, 3, 4, 88, 6, 18),
 }
 
 
@@ -124,9 +145,36 @@ class Clip(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
         norm = nn.LayerNorm(width, config.norm_eps) if config.feature_norm else nn.Identity()
         self.feature_norm = norm
+        self.sha256, self.stored_dtype = "", None  # of the files; `load` sets both
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Clip":
+        """The frozen model in `folder`, written by convert_weights.py, in eval mode.
+
+        dtype: None for that of the files. Raises FileNotFoundError, or ValueError naming the file
+        that is broken or the tensor that is missing, unknown or of another shape.
+        """
+        config, sha256 = ClipConfig.read(folder)
+        with torch.device("meta"):  # shapes without storage: the values come from the files
+            model = cls(config)
+        tensors, file = {}, folder
+        try:
+            for file in sorted(Path(folder).glob("model-*.safetensors")):
+                tensors |= load_file(file, str(device))
+            stored = next(iter(tensors.values())).dtype if tensors else None
+            if dtype is not None:
+                tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            model.load_state_dict(tensors, assign=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
+        model.sha256, model.stored_dtype = sha256, stored
+        return model.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) from `preprocess` -> (N, P, D); the class token takes part, is dropped."""
+        """(N, 3, S, S) from `preprocess` -> (N, P, D): the patches, without the class token."""
         x = self.patches(images.to(self.positions.dtype))  # (N, D, S/p, S/p)
         x = x.flatten(2).transpose(1, 2)  # (N, P, D)
         class_token = self.class_token.expand(len(x), 1, -1)  # (N, 1, D)
@@ -176,28 +224,16 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
-def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of the picture (as in CLIPImageProcessor: left and top round down)."""
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
     """A picture as the tower takes it: (3, S, S) fp32, normalised by `mean` and `std`.
 
-    "pad" loses nothing and is the frame of boxes; "crop" makes the shorter side S, cuts the rest.
-    Source: CLIPImageProcessor (bicubic), LLaVA's process_images.
+    The picture is padded to a square with the mean colour, so nothing is cut off. Boxes are
+    fractions of that square (data.py). Source: LLaVA's process_images, CLIPImageProcessor.
     """
     image, side = to_rgb(image), config.image_px
-    if config.aspect == "pad":
-        image.thumbnail((MAX_SIDE, MAX_SIDE))  # leaves a smaller one as it is
-        image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
-    else:  # the ends of a strip are cut off in any case: before they are scaled, not after
-        strip = 64 * min(image.size)
-        image = crop_centre(image, min(image.width, strip), min(image.height, strip))
-    short = min(image.size)
-    image = image.resize([int(side * n / short) for n in image.size], Image.Resampling.BICUBIC)
-    image = crop_centre(image, side, side)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))  # padding a long strip would take its side squared
+    image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
+    image = image.resize((side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))  # (3, 1, 1)
     return (pixels - mean) / std

@@ -143,15 +143,11 @@ class JsonlDataset(Dataset):
         template: str | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
-        boxes: bool = True,  # False: they could not be found again, as where pictures are cropped
-        features: Callable[[Tensor], Tensor] | None = None,  # for a batch's images, where kept
     ):
         self.paths, self.root = [Path(path) for path in paths], Path(root).resolve()
         self.transform = transform
         self.tokenizer, self.image_tokens = tokenizer, image_tokens
         self.template, self.system, self.max_tokens = template, system, max_tokens
-        self.boxes = boxes
-        self.features = features
         tables = [scan_lines(path) for path in self.paths]
         columns = zip(*tables, strict=True)
         self.starts, self.lengths, self.lines = (np.concatenate(column) for column in columns)
@@ -184,12 +180,8 @@ class JsonlDataset(Dataset):
             raise RowError(f"image {name[:200]!r} is broken: {error}"[:500]) from None
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
-        """A row as (Example, pixels or None). RowError with file and line; ValueError for boxes."""
+        """A row as (Example, pixels or None). RowError with file and line."""
         row = self.row(index)
-        texts = [] if self.boxes or row["image"] is None else row["conversations"]
-        if any(text_to_boxes(turn["value"], 1, 1) for turn in texts):
-            raise ValueError(f"{self.where(index)}: names a box, and the vision tower crops "
-                             'pictures: boxes need aspect = "pad" in its config.json')
         try:
             example = encode_row(
                 row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
@@ -218,10 +210,7 @@ class JsonlDataset(Dataset):
     def collate(self, items: list) -> "Batch":
         """Batch of fetched rows."""
         pad_id, image_id = self.tokenizer.pad_id, self.tokenizer.image_id
-        batch = collate(items, pad_id, image_id, self.image_tokens)
-        if self.features is not None and batch.images is not None:
-            batch.images = self.features(batch.images)
-        return batch
+        return collate(items, pad_id, image_id, self.image_tokens)
 
 
 def path_below(root: Path, name: str) -> Path:
@@ -304,7 +293,7 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64, P placeholders an image
     targets: Tensor  # (B, T) int64, shifted, UNSCORED where not scored
-    images: Tensor | None  # (N, 3, S, S) float, or (N, P, D_vision) features of them
+    images: Tensor | None  # (N, 3, S, S) float
     positions: Tensor | None  # (B, T) int64, None: 0 to T - 1
     segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal text
     lengths: Tensor  # (B,) int64, without pads
@@ -317,9 +306,9 @@ class Batch:
         return int((self.targets != UNSCORED).sum())
 
     def to(self, device: str | torch.device) -> "Batch":
-        """The batch on `device`; targets stay, so that `IAA.loss` counts them without a wait."""
+        """The batch with its tensors on `device`."""
         there = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                 if isinstance(value, Tensor) and name != "targets"}
+                 if isinstance(value, Tensor)}
         return replace(self, **there)
 
 

@@ -1,33 +1,37 @@
 """IAA, the Inner-Adaptor Architecture (arXiv 2408.12902): a frozen Llama learns to see.
 
-    pixels -> CLIP (frozen) -> projector -+    P image features stand where the P placeholders stood
-    tokens -> EL_mm (own embedding) ------+-> x
+    picture -> CLIP (frozen) -> projector -+    P image features replace the P placeholder tokens
+    tokens -> EL_mm (own embedding) -------+-> x
     x -> [frozen layer 0 -> insertion layer] -> [frozen layer 1] -> ... -> x
-    x -> LH_mm (own norm and head) -> logits
+    x -> LH_mm (own norm and LM head) -> logits
 
-- An *adaptor* holds all that is trained: projector, embedding, insertion layers, gates, norm, head.
-  One frozen Llama and one frozen CLIP serve any number of adaptors, each a *workflow* by its name
-  ("mm", "grounding", ...).
-- The workflow "text" uses none of it: same code path, no hook, the frozen embedding and head. Its
-  logits are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
-- Structures (Fig. 3, Table 5): c puts insertion layers in series (Eq. 2), b adds their gated
-  output, a runs them as a side stream (Eq. 1). A gate starts at zero, so a and b start as the
-  frozen model, exactly.
-- An adaptor may bring its own trained copy of the whole LLM (`own_llm`): the LLaVA-1.5 baseline of
-  Tables 2, 3 and 8.
+- An *adaptor* holds everything that is trained: projector, embedding, insertion layers, gates,
+  norm, LM head. One frozen Llama and one frozen CLIP serve any number of adaptors. Each adaptor is
+  a *workflow*, called by its name ("mm", "grounding", ...).
+- The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
+  are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
+- Three structures (Fig. 3, Table 5) place the insertion layers. c puts them in series (Eq. 2), b
+  adds their gated output, a runs them as a side stream (Eq. 1). A gate starts at zero, so a and b
+  start exactly as the frozen model.
+- An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
+  baseline of Tables 2, 3 and 8.
 
 Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import Clip
+from common.files import parse_dataclass, read_json, write_json
 from llama import (
     AfterLayer,
     DecoderLayer,
@@ -40,18 +44,16 @@ from llama import (
     attention_mask,
     new_embedding,
 )
-from mixed import Mixed, rows_by_name
 
 TEXT = "text"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that users type
-LOSS_ROWS = 1024  # scored positions whose logits are held at once: 2 GB in training, at 128K words
+LOSS_ROWS = 1024  # scored positions whose logits are held at once: 2 GB where V is 128K
 OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # as released: i mod 5 < 2
 
 
-def spread(number: int, layers: int) -> tuple[int, ...]:
-    """The frozen layers that `number` insertion layers follow: evenly from first to last.
+def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
+    """The frozen layers that `number` insertion layers follow, evenly from the first to the last.
 
-    >>> spread(8, 30)
+    >>> evenly_spaced_layers(8, 30)
     (0, 4, 8, 12, 17, 21, 25, 29)
     """
     if not 0 <= number <= layers:
@@ -75,9 +77,9 @@ class AdaptorConfig:
         object.__setattr__(self, "insertion", tuple(self.insertion))
         if self.structure not in ("a", "b", "c"):
             raise ValueError(f"structure = {self.structure!r}: a, b or c (Fig. 3)")
-        places = list(self.insertion)
-        if places != sorted(set(places)) or any(i < 0 for i in places):
-            raise ValueError(f"insertion = {places}: layer indices, ascending, each once")
+        insertion = list(self.insertion)
+        if insertion != sorted(set(insertion)) or any(i < 0 for i in insertion):
+            raise ValueError(f"insertion = {insertion}: layer indices, ascending, each once")
         if self.own_llm and (self.insertion or self.own_embedding or self.own_head):
             raise ValueError("own_llm has its own embedding and head, takes no insertion layers: "
                              "set insertion = 0, own_embedding = false, own_head = false")
@@ -97,7 +99,7 @@ class Projector(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """All that one workflow adds to the frozen models."""
+    """What one workflow adds to the frozen models."""
 
     def __init__(self, config: AdaptorConfig, llama: LlamaConfig, vision_width: int):
         super().__init__()
@@ -114,15 +116,16 @@ class Adaptor(nn.Module):
         self.norm = RMSNorm(width, llama.norm_eps) if config.own_head else None
         self.head = Linear(width, vocab) if config.own_head else None
         self.llm = Llama(llama) if config.own_llm else None
-        self.places = config.insertion
+        self.prompt = {"template": None, "system": None}  # how its rows were rendered in training
 
     @torch.no_grad()
-    def copy_frozen(self, llama: Llama) -> None:
-        """Start every part as its frozen counterpart, gates at zero; the projector stays random."""
+    def init_from_frozen(self, llama: Llama) -> None:
+        """Copy every part from its frozen counterpart. Gates become zero. The projector stays
+        random: it has no counterpart."""
         if self.embedding is not None:
             self.embedding.weight.copy_(llama.embedding.weight)
         for index, layer in zip(self.config.insertion, self.layers, strict=True):
-            layer.load_state_dict(llama.layers[index].state_dict())  # values, not storage
+            layer.load_state_dict(llama.layers[index].state_dict())  # copies values, not storage
         for gate in self.gates:
             gate.weight.zero_()
         if self.head is not None:
@@ -131,96 +134,146 @@ class Adaptor(nn.Module):
         if self.llm is not None:
             self.llm.load_state_dict(llama.state_dict())
 
-    def after_layer(
-        self, rope: Rope, mask: Tensor | None, cache: KVCache | None, last_only: bool = False
-    ) -> AfterLayer:
-        """The hook that `Llama.forward` calls: insertion layers at their places (Eqs. 1, 2).
-
-        last_only: the last one returns its last token alone, as `DecoderLayer`.
-        """
-        number = {index: n for n, index in enumerate(self.places)}
+    def after_layer(self, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> AfterLayer:
+        """The hook for `Llama.forward`: insertion layer n runs after frozen layer insertion[n]."""
+        number = {index: n for n, index in enumerate(self.config.insertion)}
         structure, side = self.config.structure, None
 
-        def hook(i: int, x_in: Tensor, x_out: Tensor) -> Tensor:
+        def hook(i: int, x_in: Tensor, x_out: Tensor) -> Tensor:  # (B, T, D) each
             nonlocal side
             if i not in number:
                 return x_out
             n = number[i]
-            layer, last = self.layers[n], last_only and n + 1 == len(self.layers)
             if structure == "c":
-                return layer(x_out, rope, mask, cache, last)  # Eq. 2
+                return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
+            # b reads the main stream; a reads its own, which begins at the input of frozen layer i
             x = x_out if structure == "b" else x_in if side is None else side
-            side = layer(x, rope, mask, cache, last)  # a: its own stream (Eq. 1)
-            return (x_out[:, -1:] if last else x_out) + self.gates[n](side)
+            side = self.layers[n](x, rope, mask, cache)  # Eq. 1
+            return x_out + self.gates[n](side)
 
         return hook
 
+    def save(
+        self, folder: Path, base: dict[str, str], settings: dict, dtype: torch.dtype
+    ) -> None:
+        """Write `adaptor.safetensors`, in `dtype`, and `config.json` into an existing folder.
 
-def is_workflow(name: str) -> bool:
-    """Whether an adaptor may have this name: no method of the ModuleDict that holds it has it."""
-    return name.isidentifier() and name != TEXT and not hasattr(nn.ModuleDict(), name)
+        base: the SHA-256 of the frozen "llama" and "clip". settings: of the training run.
+        """
+        tensors = {name: tensor.to("cpu", dtype) for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "adaptor.safetensors")
+        write_json(folder / "config.json", {"adaptor": asdict(self.config), "base": base,
+                                            "prompt": self.prompt, "settings": settings})
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, llama: LlamaConfig, vision_width: int, base: dict[str, str],
+        dtype: torch.dtype, device: torch.device | str = "cpu",
+    ) -> "Adaptor":
+        """What `save` wrote, frozen. ValueError: trained on another base, or a broken file."""
+        folder = Path(folder)
+        meta = read_adaptor_config(folder, base)
+        with torch.device("meta"):  # shapes without storage: the values come from the file
+            adaptor = cls(meta["adaptor"], llama, vision_width)
+        adaptor.load_state_dict(read_tensors(folder, adaptor, dtype, device), assign=True)
+        adaptor.prompt = adaptor.prompt | meta["prompt"]
+        return adaptor.requires_grad_(False).eval()
+
+
+def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
+    """An adaptor's config.json, with an `AdaptorConfig` under "adaptor".
+
+    Raises ValueError where the adaptor was trained on other frozen models than `base`.
+    """
+    path = folder / "config.json"
+    meta = read_json(path, adaptor=AdaptorConfig, base=dict[str, str],
+                     prompt=dict[str, str | None])
+    for part, sha256 in base.items():
+        trained = meta["base"].get(part, "unknown")
+        if trained != sha256:
+            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
+                             f"but this {part} is {sha256[:16]}...")
+    return meta
+
+
+def read_tensors(
+    folder: Path, adaptor: Adaptor, dtype: torch.dtype, device: torch.device | str,
+    partly: bool = False,
+) -> dict[str, Tensor]:
+    """An adaptor's tensors by name. ValueError: one does not fit, or is missing unless `partly`."""
+    path, expected = folder / "adaptor.safetensors", adaptor.state_dict()
+    try:
+        tensors = load_file(path, str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: broken or cut short ({error})") from None
+    for name, tensor in tensors.items():
+        if name not in expected or tensor.shape != expected[name].shape:
+            wanted = list(expected[name].shape) if name in expected else "no such tensor"
+            raise ValueError(f"{path}: {name} is {list(tensor.shape)}, expected: {wanted}")
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing and not partly:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def check_adaptor_name(name: str) -> None:
+    """Raise ValueError where an adaptor cannot be called `name`.
+
+    The names of torch's own attributes, such as "train", cannot be keys of an `nn.ModuleDict`.
+    """
+    if not name.isidentifier() or name == TEXT or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
+                         f"not {TEXT!r}, and no name that torch uses, such as 'train'")
 
 
 def check_workflow(name: str, adaptors: Iterable[str]) -> None:
-    """ValueError that lists the known names, unless `name` is "text" or one of `adaptors`."""
+    """Raise ValueError that lists the known names, unless `name` is "text" or in `adaptors`."""
     known = [TEXT, *adaptors]
     if name not in known:
         raise ValueError(f"no adaptor named {name!r}; there are: {', '.join(known)}")
 
 
 class IAA(nn.Module):
-    """One frozen Llama, one frozen CLIP; `self.adaptors["mm"] = adaptor` adds a workflow."""
+    """One frozen Llama and one frozen CLIP; `self.adaptors["mm"] = adaptor` adds a workflow."""
 
     def __init__(self, llama: Llama, clip: Clip, image_token: int):
         super().__init__()
-        if not (isinstance(llama, Llama) and isinstance(clip, Clip)):
-            raise ValueError(f"the LLM is a {type(llama).__name__}, the vision tower a "
-                             f"{type(clip).__name__}: they should be a Llama and a Clip")
         self.llama = llama.requires_grad_(False)
         self.clip = clip.requires_grad_(False)
-        self.image_token = image_token  # the placeholder's id
+        self.image_token = image_token  # the id of the placeholder
         self.adaptors = nn.ModuleDict()
 
-    def adaptor(self, workflow: str | Sequence[str]) -> Adaptor | Mixed | None:
-        """The named adaptor; None for "text". Raises ValueError that lists the known names.
-
-        A sequence names one workflow for each row of a batch, rows of one workflow side by side.
-        """
+    def adaptor(self, workflow: str) -> Adaptor | None:
+        """The adaptor of a workflow, None for "text". ValueError for an unknown name."""
         if workflow == TEXT:
             return None
-        if not isinstance(workflow, str):
-            parts = [(self.adaptor(name), rows) for name, rows in rows_by_name(workflow)]
-            return Mixed(parts, self.llama)
         check_workflow(workflow, self.adaptors)
         return self.adaptors[workflow]
 
-    def llm(self, adaptor: Adaptor | Mixed | None) -> Llama:
-        """The LLM that runs under an adaptor, or None: the frozen one, unless it brings its own."""
+    def llm(self, adaptor: Adaptor | None) -> Llama:
+        """The LLM that an adaptor (None: "text") runs on: the frozen one, or the adaptor's own."""
         return self.llama if adaptor is None or adaptor.llm is None else adaptor.llm
 
     def forward(
         self,
         tokens: Tensor,  # (B, T) int64, each image as P placeholders
-        workflow: str | Sequence[str] = TEXT,  # of the batch, or of each row
-        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders; or (N, P,
-        # D_vision), what `self.clip` made of them: the tower then does not run
+        workflow: str = TEXT,
+        images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders
         positions: Tensor | None = None,  # (B, T), default 0 .. T - 1 after the cache
         mask: Tensor | None = None,  # from `attention_mask`, default causal
         cache: KVCache | None = None,
-        last_only: bool = False,  # whoever wants the next token alone: less for the last layer
-    ) -> Tensor:  # (B, T, D), last_only: (B, 1, D) hidden states for `logits`
+    ) -> Tensor:  # (B, T, D) hidden states for `logits`
         """The workflow's hidden states (Fig. 2).
 
-        Raises ValueError for images that do not fit their placeholders: not in training on a GPU,
-        where looking would wait for it, and rows come from `data.collate`, which has looked.
+        Raises ValueError for images that do not fit their placeholders.
         """
         adaptor = self.adaptor(workflow)
         llama = self.llm(adaptor)
         own_embedding = None if adaptor is None else adaptor.embedding
         embedding = llama.embedding if own_embedding is None else own_embedding
         x = embedding(tokens).to(self.llama.dtype)  # (B, T, D)
-        if images is not None and not isinstance(adaptor, Adaptor):
-            raise ValueError('the workflow "text" takes no image, nor does a batch of several')
+        if images is not None and adaptor is None:
+            raise ValueError('the workflow "text" takes no image')
         if images is not None:
             x = self.place_images(x, tokens, images, adaptor)
         past, new = 0 if cache is None else cache.length, tokens.shape[1]
@@ -229,77 +282,115 @@ class IAA(nn.Module):
         if mask is None:
             mask = attention_mask(new, past, device=tokens.device)
         rope = llama.rope(positions, x.dtype)
-        if adaptor is None:
-            return llama(x, rope, mask, cache, None, last_only)
-        inserted_last = len(llama.layers) - 1 in adaptor.places  # then it ends the pass
-        hook = adaptor.after_layer(rope, mask, cache, last_only and inserted_last)
-        return llama(x, rope, mask, cache, hook, last_only and not inserted_last)
+        hook = None if adaptor is None else adaptor.after_layer(rope, mask, cache)
+        return llama(x, rope, mask, cache, hook)
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
-        """x (B, T, D) with the projected features of `images` where their placeholders stand."""
+        """x (B, T, D) with projected image features in place of the placeholders' embeddings."""
         slots = tokens == self.image_token  # (B, T)
         wanted = len(images) * self.clip.config.patches
-        training_on_gpu = torch.is_grad_enabled() and tokens.device.type != "cpu"
-        if not training_on_gpu and slots.sum() != wanted:
+        if slots.sum() != wanted:
             raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
                              f"of {self.clip.config.patches} tokens ({wanted})")
-        if images.ndim == 4:
-            with torch.no_grad():
-                images = self.clip(images)  # (N, P, D_vision)
-        return x.masked_scatter(slots[..., None], adaptor.projector(images.to(x.dtype)))
+        with torch.no_grad():
+            features = self.clip(images)  # (N, P, D_vision)
+        return x.masked_scatter(slots[..., None], adaptor.projector(features.to(x.dtype)))
 
-    def logits(self, x: Tensor, workflow: str | Sequence[str] = TEXT) -> Tensor:
-        """Hidden states (..., D) -> logits (..., V) by the workflow's norm and head."""
+    def logits(self, x: Tensor, workflow: str = TEXT) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V), by the workflow's norm and LM head."""
         norm, head = self.norm_and_head(workflow)
         return head(norm(x))
 
-    def norm_and_head(
-        self, workflow: str | Sequence[str]
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """What makes logits of the workflow's hidden states, one after the other."""
+    def norm_and_head(self, workflow: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        """The workflow's final norm and LM head: its own, or the LLM's."""
         adaptor = self.adaptor(workflow)
         if adaptor is not None and adaptor.head is not None:
             return adaptor.norm, adaptor.head
         llama = self.llm(adaptor)
-        return llama.norm, llama.words
+        return llama.norm, llama.lm_head
 
     def loss(
         self,
         tokens: Tensor,  # (B, T)
-        targets: Tensor,  # (B, T), -100 if not scored; kept on the CPU, no wait for a GPU
+        targets: Tensor,  # (B, T), the next token, -100 where it is not scored
         workflow: str,
         images: Tensor | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,  # (B, T), see `attention_mask`
     ) -> Tensor:  # scalar fp32
-        """Sum, not mean, of the cross-entropy over scored positions; only these have logits.
+        """The sum, not the mean, of the cross-entropy over the scored positions.
 
-        Beyond LOSS_ROWS of them logits come in pieces, each computed again in the backward pass.
+        Only scored positions have logits. More than LOSS_ROWS of them come in pieces, each computed
+        again in the backward pass, so that memory does not grow with the number of answers.
         """
         mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
-        scored = (targets != -100).flatten().nonzero()[:, 0]  # counted on the targets' device
-        wanted = targets.flatten()[scored].to(x.device, non_blocking=True)  # (scored,)
+        scored = targets != -100  # (B, T)
         norm, head = self.norm_and_head(workflow)
-        x = norm(x.flatten(0, 1).index_select(0, scored.to(x.device, non_blocking=True)))
+        x, wanted = norm(x[scored]), targets[scored]  # (scored, D), (scored,)
 
-        def piece(x: Tensor, wanted: Tensor) -> Tensor:
+        def piece_loss(x: Tensor, wanted: Tensor) -> Tensor:
             return F.cross_entropy(head(x).float(), wanted, reduction="sum")
 
         if len(x) <= LOSS_ROWS:
-            return piece(x, wanted)
+            return piece_loss(x, wanted)
         pieces = zip(x.split(LOSS_ROWS), wanted.split(LOSS_ROWS), strict=True)
-        return sum(checkpoint(piece, *rows, use_reentrant=False) for rows in pieces)
+        return sum(checkpoint(piece_loss, *piece, use_reentrant=False) for piece in pieces)
 
-    def places(self, workflow: str | Sequence[str]) -> Sequence[int]:
-        """The frozen layers that the workflow's insertion layers follow, ascending."""
-        adaptor = self.adaptor(workflow)
-        return () if adaptor is None else adaptor.places
-
-    def new_cache(
-        self, batch: int, length: int, workflow: str | Sequence[str] = TEXT
-    ) -> KVCache:
+    def new_cache(self, batch: int, length: int, workflow: str = TEXT) -> KVCache:
         """An empty cache for `length` tokens: a slot for each frozen and each inserted layer."""
-        llama = self.llama
-        slots = llama.config.layers + len(self.places(workflow))
+        llama, adaptor = self.llama, self.adaptor(workflow)
+        slots = llama.config.layers + (0 if adaptor is None else len(adaptor.layers))
         return KVCache(llama.config, slots, batch, length, llama.dtype, llama.device)
+
+    @property
+    def base(self) -> dict[str, str]:
+        """The SHA-256 of the frozen models: an adaptor loads onto the ones it was trained on."""
+        return {"llama": self.llama.sha256, "clip": self.clip.sha256}
+
+
+# ---------------------------------------------------------------------------------- a saved model
+
+
+@dataclass(frozen=True)
+class Index:
+    """`iaa.json`: where the parts of a model are, as paths from its folder."""
+
+    llm: str
+    vision: str
+    image_token: int  # the id of the placeholder
+    adaptors: dict[str, str]  # workflow -> folder
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Index":
+        """What `iaa.json` in `folder` says. Raises FileNotFoundError, ValueError."""
+        path = Path(folder, "iaa.json")
+        return parse_dataclass(cls, read_json(path), str(path))
+
+    def write(self, folder: str | Path) -> None:
+        """Write `iaa.json` into `folder`."""
+        write_json(Path(folder, "iaa.json"), asdict(self))
+
+
+def load_iaa(
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    workflows: Sequence[str] | None = None,  # None: all
+) -> tuple[IAA, Path]:
+    """A model by its `iaa.json`, with the adaptors of `workflows`; the folder of its tokenizer.
+
+    Raises FileNotFoundError, or ValueError for an unknown workflow, a broken file or an adaptor
+    that was trained on another base.
+    """
+    folder, index = Path(folder), Index.read(folder)
+    for name in workflows or ():
+        check_workflow(name, index.adaptors)
+    llama = Llama.load(folder / index.llm, dtype, device)
+    model = IAA(llama, Clip.load(folder / index.vision, dtype, device), index.image_token)
+    for name, place in index.adaptors.items():
+        if workflows is None or name in workflows:
+            check_adaptor_name(name)
+            model.adaptors[name] = Adaptor.load(
+                folder / place, llama.config, model.clip.config.width, model.base, dtype, device)
+    return model.eval(), folder / index.llm

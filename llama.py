@@ -1,11 +1,14 @@
-"""Llama 3 in one file, with one explicit hook after each layer, which is all that it knows of IAA.
+"""Llama 3 in one file. One explicit hook after each layer is all that this file knows of IAA.
 
-How it departs from the textbook:
-- Query, key and value weights are one matrix, and so are SwiGLU's gate and up: one read, not three.
-- `after_layer(i, x_in, x_out)` runs after layer i and returns what the next layer takes.
-- The cache is a value: made by the caller, passed in, filled slot by slot in the order of layers.
-- A linear layer casts its weight to its input's dtype: trained weights stay in fp32 (their own
-  master copy) while the model computes in bf16, and a frozen bf16 weight is used as it is.
+Where it differs from a textbook Llama:
+- The query, key and value projections are one matrix, and so are SwiGLU's gate and up projections.
+  One large matrix product is faster than several small ones.
+- `after_layer(i, x_in, x_out)`, the hook, runs after layer i. Its result is the input of layer
+  i + 1. IAA puts its insertion layers there (iaa.py).
+- The caller creates the KV cache and passes it in. Each layer takes the next slot of the cache, in
+  the order in which layers run.
+- A linear layer casts its weight to the dtype of its input. Trained weights stay in fp32, as their
+  own master copies, while the model computes in bf16. A frozen bf16 weight needs no cast.
 
 Letters: B batch, T tokens, S tokens so far (cache included), D width, H query heads, K key/value
 heads, G = H / K, E head size, F feed-forward width, V vocabulary, L layers.
@@ -13,18 +16,19 @@ Sources: Llama 3 (meta-llama/llama3), Llama 3.1's rotary scaling (meta-llama/lla
 GQA (arXiv 2305.13245).
 """
 
-import copy
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from lean import SwiGLU, attend_on_cpu
 
 AfterLayer = Callable[[int, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
@@ -32,7 +36,7 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the slow rotary frequencies; lengths in tokens."""
+    """How Llama 3.1 slows down the low rotary frequencies for long contexts. Lengths in tokens."""
 
     factor: float
     low_freq_factor: float = 1.0
@@ -42,7 +46,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama. Raises ValueError where they contradict each other."""
+    """The sizes of a Llama. Raises ValueError where they contradict each other."""
 
     vocab_size: int
     width: int
@@ -55,9 +59,11 @@ class LlamaConfig:
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
-    tied: bool = False  # the head is the embedding
+    tied: bool = False  # the LM head is the embedding
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # as it comes out of config.json
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size",
                      "ffn", "context"):
             if getattr(self, name) < 1:
@@ -68,6 +74,23 @@ class LlamaConfig:
         if self.head_size % 2:
             raise ValueError(f"head_size = {self.head_size}: rotary positions need an even number")
 
+    @classmethod
+    def read(cls, folder: str | Path) -> tuple["LlamaConfig", str]:
+        """The sizes and the weights' SHA-256, from the config.json that convert_weights.py wrote.
+
+        Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+        """
+        path = Path(folder, "config.json")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
+        try:
+            meta = json.loads(path.read_text())
+            if meta["kind"] != "llama":
+                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'llama'")
+            return cls(**meta["config"]), meta["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not as convert_weights.py writes it ({error})") from None
+
 
 SIZES = {
     "3-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192),
@@ -77,14 +100,11 @@ SIZES = {
                           rope_scaling=RopeScaling(32.0), tied=True),
     "3.2-3B": LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, 131072,
                           rope_scaling=RopeScaling(32.0), tied=True),
-    "tiny": LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256),
-    "tiny-tied": LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256,
-                             rope_scaling=RopeScaling(8.0, original_context=64), tied=True),
 }
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias unless asked for, computed in its input's dtype."""
+    """A linear layer that computes in the dtype of its input. No bias unless asked for."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__(inputs, outputs, bias)
@@ -95,19 +115,16 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-def new_embedding(words: int, width: int) -> nn.Embedding:
-    """A random `nn.Embedding`; on the meta device nothing is drawn.
-
-    Drawing there would import torch's compiler, 1.2 s of a start, for values that no one reads.
-    """
-    weight = torch.empty(words, width)
-    if not weight.is_meta:
+def new_embedding(vocab_size: int, width: int) -> nn.Embedding:
+    """A random embedding (V, D)."""
+    weight = torch.empty(vocab_size, width)
+    if not weight.is_meta:  # drawing meta values imports torch's compiler: a second for nothing
         weight.normal_()
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32, returned in x's dtype."""
+    """x / rms(x) * weight over the last dimension. The norm is in fp32, the result in x's dtype."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -119,13 +136,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
-@functools.cache  # one copy to the device, not one a pass
+@functools.cache  # copied to the device once, not once a pass
 def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Rotation per token of each pair of dimensions, in radians: (E/2,) fp32, on `device`.
+    """The angle by which each pair of dimensions turns per token, in radians: (E/2,) fp32.
 
-    With Llama 3.1's scaling, waves longer than the original context / low_freq_factor are slowed
-    down by `factor`, waves shorter than the original context / high_freq_factor stay, and those
-    between are blended.
+    Llama 3.1's scaling divides a frequency by `factor` where its wave is longer than the original
+    context / low_freq_factor. It keeps a frequency where the wave is shorter than the original
+    context / high_freq_factor, and blends the two results in between.
     """
     exponents = torch.arange(0, config.head_size, 2, device="cpu").float() / config.head_size
     freqs = 1.0 / config.rope_theta**exponents
@@ -139,7 +156,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (j, j + E/2) of x (B, heads, T, E) by its position's angle."""
+    """Turn each pair of dimensions (j, j + E/2) of x (B, heads, T, E) by its position's angle."""
     cos, signed_sin = rope  # (B, 1, T, E) each
     return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
 
@@ -150,11 +167,12 @@ def attention_mask(
     segments: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor | None:
-    """Who sees whom: bool (B or 1, 1, T, S) with S = past + T, True = visible; None: plain causal.
+    """Which token sees which: bool (B or 1, 1, T, S) with S = past + T, True = visible.
 
-    segments (B, S), the cache's columns included: segment 0 is seen by the whole row, any other by
-    itself alone. Padding is a segment, -1, so that it sees itself: a row of a mask that sees
-    nothing would have a softmax of 0 / 0, and NaN spreads.
+    None stands for plain causal attention: all T tokens see the cache, themselves and what is
+    before them. segments (B, S) covers the cache's columns too. All tokens of a row see segment 0;
+    a token of another segment is seen by its own segment only. Padding is segment -1, so that it
+    sees itself: a token that sees nothing would have a softmax of 0 / 0, and NaN spreads.
     """
     if segments is None and (past == 0 or tokens == 1):
         return None
@@ -167,25 +185,31 @@ def attention_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of grouped heads: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E)."""
+    """Grouped-query attention: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
+
+    mask: from `attention_mask`.
+    """
     batch, heads, tokens, size = q.shape
-    if tokens == 1:  # the G queries of a key head are rows of one product: nothing is repeated
+    if tokens == 1:  # decoding: the G queries that share a key head become rows of one product
         q = q.reshape(batch, k.shape[1], -1, size)  # (B, K, G, E)
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, 1, size)
-    if not q.is_cuda:
-        return attend_on_cpu(q, k, v, mask)
+    dtype = q.dtype
+    if q.device.type == "cpu":  # torch's bf16 backward pass takes up to 3 times as long as fp32's
+        q, k, v = q.float(), k.float(), v.float()
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # the fused kernel that takes a mask knows no groups
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:  # a GPU's fused kernel that takes a mask does not know groups: repeat keys and values
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+    return y.to(dtype)
 
 
 class KVCache:
     """Keys and values of all layers, frozen and inserted, in one tensor (slots, 2, B, K, T_max, E).
 
-    Slots are taken in the order in which layers run, so nobody computes an index; `advance` ends a
-    forward pass. A cache belongs to the workflow that filled its first slots.
+    Each layer that runs takes the next slot, so no code computes a slot's index: with insertion
+    layers after layers 0 and 4, the slots are 0, inserted, 1, 2, 3, 4, inserted, 5, ...
+    `Llama.forward` calls `advance` at the end of a pass. A cache belongs to one workflow.
     """
 
     def __init__(
@@ -197,7 +221,7 @@ class KVCache:
         self.slot = 0  # next slot of the running pass
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, E) in the next slot; return all S so far, views (B, K, S, E)."""
+        """Store k and v (B, K, T, E) in the next slot. Return all S so far: views (B, K, S, E)."""
         end = self.length + k.shape[2]
         slots, room = len(self.data), self.data.shape[4]
         if end > room or self.slot >= slots:
@@ -209,21 +233,12 @@ class KVCache:
         self.slot += 1
         return keys[:, :, :end], values[:, :, :end]
 
-    def rows(self, rows: slice) -> "KVCache":
-        """Some rows of the cache, sharing its memory, for a pass of their own layers from here."""
-        part = copy.copy(self)
-        part.data = self.data[:, :, rows]
-        return part
-
     def cut(self, length: int) -> None:
-        """Keep the first `length` tokens, and nothing of a pass that was broken off."""
+        """Keep the first `length` tokens, and nothing of a pass that was interrupted."""
         self.length, self.slot = length, 0
 
     def reserve(self, length: int, most: int) -> None:
-        """Have room for `length` tokens.
-
-        What is stored moves where there is less: then into twice as much, but for at most `most`.
-        """
+        """Make room for `length` tokens. A cache that must grow doubles, up to `most` tokens."""
         *outer, room, size = self.data.shape
         if room < length:
             data = self.data.new_empty(*outer, min(2 * length, most) if room else length, size)
@@ -231,10 +246,10 @@ class KVCache:
             self.data = data
 
     def advance(self, tokens: int) -> None:
-        """Close a forward pass of `tokens` tokens. Raises ValueError where a slot was left out."""
+        """End a forward pass of `tokens` tokens. Raises ValueError where a slot was not filled."""
         if self.slot != len(self.data):
-            raise ValueError(f"cache has {len(self.data)} slots, {self.slot} layers ran: "
-                             "made for another workflow?")
+            raise ValueError(f"the cache has {len(self.data)} slots, but {self.slot} layers ran: "
+                             "was it made for another workflow?")
         self.slot = 0
         self.length += tokens
 
@@ -249,23 +264,16 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_size, config.width)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        last_only: bool = False,
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D): only the last token asks, all are seen."""
+        """x (B, T, D) -> (B, T, D)."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, -1, self.head_size)  # (B, T, H + 2K, E)
         qk, v = qkv.transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
         q, k = rotate(qk, rope).split((self.heads, self.kv_heads), 1)  # (B, H, T, E), (B, K, T, E)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, K, S, E)
-        if last_only:
-            q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
-        y = attend(q, k, v, mask)  # (B, H, T or 1, E)
+        y = attend(q, k, v, mask)  # (B, H, T, E)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -279,7 +287,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        return self.down(SwiGLU.apply(self.gate_up(x)))
+        gate, up = self.gate_up(x).chunk(2, -1)  # (B, T, F) each
+        return self.down(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -291,7 +300,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn = FeedForward(config)
-        self.recompute = False  # activation checkpointing: keep the input, run again in backward
+        self.recompute = False  # activation checkpointing: keep only the input for backward
 
     def forward(
         self,
@@ -299,31 +308,30 @@ class DecoderLayer(nn.Module):
         rope: Rope,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-        last_only: bool = False,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or its last token (B, 1, D): all that a last layer owes."""
+        """x (B, T, D) -> (B, T, D); takes the cache's next slot where a cache is given."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.block, x, rope, mask, cache, last_only, use_reentrant=False)
-        return self.block(x, rope, mask, cache, last_only)
+            return checkpoint(self.block, x, rope, mask, cache, use_reentrant=False)
+        return self.block(x, rope, mask, cache)
 
-    def block(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, last_only: bool
-    ) -> Tensor:
-        """The layer itself."""
-        y = self.attention(self.attention_norm(x), rope, mask, cache, last_only)
-        x = (x[:, -1:] if last_only else x) + y
+    def block(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """The two residual blocks: attention, then feed-forward."""
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:
-    """Switch activation checkpointing of all decoder layers in `model`, frozen and inserted."""
+    """Turn activation checkpointing on or off, in all decoder layers, frozen and inserted."""
     for layer in model.modules():
         if isinstance(layer, DecoderLayer):
             layer.recompute = on
 
 
 class Llama(nn.Module):
-    """Embedding, decoder layers, norm and head; a pass is `embedding`, `forward`, `logits`."""
+    """Embedding, decoder layers, final norm and LM head.
+
+    A pass is three calls: `embedding(tokens)`, `forward` and `logits`.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -332,6 +340,33 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab_size)
+        self.sha256, self.stored_dtype = "", None  # of the files; `load` sets both
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Llama":
+        """The frozen model in `folder`, written by convert_weights.py, in eval mode.
+
+        dtype: None for that of the files. Raises FileNotFoundError, or ValueError naming the file
+        that is broken or the tensor that is missing, unknown or of another shape.
+        """
+        config, sha256 = LlamaConfig.read(folder)
+        with torch.device("meta"):  # shapes without storage: the values come from the files
+            model = cls(config)
+        tensors, file = {}, folder
+        try:
+            for file in sorted(Path(folder).glob("model-*.safetensors")):
+                tensors |= load_file(file, str(device))
+            stored = next(iter(tensors.values())).dtype if tensors else None
+            if dtype is not None:
+                tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            model.load_state_dict(tensors, assign=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
+        model.sha256, model.stored_dtype = sha256, stored
+        return model.eval().requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -344,7 +379,7 @@ class Llama(nn.Module):
         return self.embedding.weight.device
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        """cos and signed sin of positions (B, T): two (B, 1, T, E) in `dtype`, by way of fp32."""
+        """cos and signed sin of positions (B, T): two (B, 1, T, E) in `dtype`, computed in fp32."""
         freqs = rope_frequencies(self.config, positions.device)  # (E/2,)
         angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
         cos, sin = angles.cos(), angles.sin()
@@ -357,23 +392,20 @@ class Llama(nn.Module):
         mask: Tensor | None = None,  # from `attention_mask`
         cache: KVCache | None = None,  # advanced by T at the end
         after_layer: AfterLayer | None = None,
-        last_only: bool = False,  # the last layer need answer for the last token alone
-    ) -> Tensor:  # (B, T or 1, D), before the final norm
-        """Run the layers; with a hook, `x = after_layer(i, x_in, x_out)` after layer i."""
-        tokens = x.shape[1]
+    ) -> Tensor:  # (B, T, D), before the final norm
+        """Run the layers. With a hook, layer i + 1 takes `after_layer(i, x_in, x_out)`."""
         for i, layer in enumerate(self.layers):
-            last = last_only and i + 1 == len(self.layers)
-            x_in, x = x, layer(x, rope, mask, cache, last)
+            x_in, x = x, layer(x, rope, mask, cache)
             if after_layer is not None:
                 x = after_layer(i, x_in, x)
         if cache is not None:
-            cache.advance(tokens)
+            cache.advance(x.shape[1])
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """Final norm and head: (..., D) -> (..., V), in x's dtype."""
-        return self.words(self.norm(x))
+        """Final norm and LM head: (..., D) -> (..., V), in x's dtype."""
+        return self.lm_head(self.norm(x))
 
-    def words(self, x: Tensor) -> Tensor:
-        """The head alone, which may be the embedding: (..., D) -> (..., V), in x's dtype."""
+    def lm_head(self, x: Tensor) -> Tensor:
+        """The LM head alone; a tied one is the embedding: (..., D) -> (..., V), in x's dtype."""
         return F.linear(x, self.embedding.weight.to(x.dtype)) if self.head is None else self.head(x)

@@ -1,9 +1,6 @@
-"""Files that appear whole or not at all, JSON and typed values whose errors say where, a lock;
-and how a command ends.
-"""
+"""Files that appear whole or not at all, JSON as typed values, and how a command ends."""
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -19,22 +16,22 @@ from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
-def one_line(program: str, stopped: str = "") -> Iterator[None]:
-    """A whole command: what its user can cause is one line on stderr, and exit code 1.
+def one_line(program: str, after_stop: str = "") -> Iterator[None]:
+    """Around a whole command: an error that its user can cause becomes one line, exit code 1.
 
-    stopped: how things stand after Ctrl-C.
+    after_stop: what Ctrl-C leaves behind, for the line that is then printed.
     """
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{program}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"\n{program}: stopped; {stopped}".removesuffix("; "))
+        sys.exit(f"\n{program}: stopped; {after_stop}".removesuffix("; "))
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have what goes wrong in the block, such as a full disk, name what was to be written."""
+    """Around code that writes `path`: its errors, such as a full disk, name the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -42,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's list of names, before going on."""
+    """Wait until the disk holds a file's bytes, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -50,10 +47,10 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its name once the block ends, and is removed on failure.
+    """A temporary folder that is renamed to `path` when the block ends, and removed if it fails.
 
-    Raises FileExistsError where there is something at `path`: nothing is ever replaced.
-    Its files are fsynced before the rename: what is at `path` is complete, whenever the power goes.
+    Raises FileExistsError where `path` exists: nothing is ever replaced. The files are on the disk
+    before the rename, so that `path` is complete even if the power fails.
     """
     path = Path(path)
     if path.exists():
@@ -73,15 +70,41 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json(path: Path, *keys: str, **kinds) -> dict:
-    """The JSON object at `path`. Raises FileNotFoundError or ValueError.
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that replaces `path` when the block ends, and is removed if it fails."""
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    try:
+        with writing(path):
+            yield temporary
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    keys must be there; so must the names of `kinds`, each with a value of its kind (`checked`).
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a text file in one step: if that fails, the old file stays."""
+    with new_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write or replace a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, *keys: str, **kinds) -> dict:
+    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the fault.
+
+    keys must be there. So must the names of `kinds`, each with a value of that type
+    (`parse_value`).
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -89,25 +112,25 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
     missing = [key for key in (*keys, *kinds) if key not in value]
     if missing:
         raise ValueError(f"{path}: {missing[0]!r} is missing")
-    return value | {key: checked(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
+    return value | {key: parse_value(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
 
 
-def checked(where: str, value, kind):
-    """A value from JSON or TOML as `kind`. Raises ValueError that says where it stands.
+def parse_value(where: str, value, kind):
+    """A value from JSON or TOML as type `kind`. Raises ValueError that begins with `where`.
 
-    kind: a class, dataclass, list[...], tuple[...], dict[str, ...] or a union of these. An int
-    counts as a float, a list as a tuple, a table as a dataclass; nothing else is converted.
+    kind: a class, a dataclass, list[...], tuple[...], dict[str, ...], or a union of these. An int
+    is accepted as a float, a list as a tuple, a table as a dataclass. Nothing else is converted.
     """
     for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
         origin, inner = typing.get_origin(option) or option, typing.get_args(option)
         if is_dataclass(option) and (isinstance(value, dict) or option is kind):
-            return build(option, value, where)
+            return parse_dataclass(option, value, where)
         if origin is dict and isinstance(value, dict):
             of = inner[1] if inner else object
-            return {key: checked(f"{where}.{key}", v, of) for key, v in value.items()}
-        many = origin in (list, tuple) and isinstance(value, list | tuple)
-        if many and (origin is list or inner[-1] is ... or len(inner) == len(value)):
-            return origin(checked(f"{where}[{n}]", v, inner[0]) for n, v in enumerate(value))
+            return {key: parse_value(f"{where}.{key}", v, of) for key, v in value.items()}
+        is_list = origin in (list, tuple) and isinstance(value, list | tuple)
+        if is_list and (origin is list or inner[-1] is ... or len(inner) == len(value)):
+            return origin(parse_value(f"{where}[{n}]", v, inner[0]) for n, v in enumerate(value))
         if type(value) is option or option is object:
             return value
         if option is float and type(value) is int and abs(value) < 2**53:
@@ -116,8 +139,8 @@ def checked(where: str, value, kind):
     raise ValueError(f"{where} = {value!r}: expected {wanted}")
 
 
-def build(kind, values: dict, where: str = ""):
-    """A dataclass from a table. Raises ValueError for what is unknown, missing or impossible."""
+def parse_dataclass(kind, values: dict, where: str = ""):
+    """A dataclass from a table. Raises ValueError for an unknown, missing or impossible value."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} = {values!r}: expected a table")
     hints = typing.get_type_hints(kind)
@@ -125,7 +148,7 @@ def build(kind, values: dict, where: str = ""):
     if unknown:
         place, known = f" in {where}" if where else "", ", ".join(sorted(hints))
         raise ValueError(f"unknown key {unknown[0]!r}{place}; known: {known}")
-    given = {key: checked(f"{where}.{key}".lstrip("."), value, hints[key])
+    given = {key: parse_value(f"{where}.{key}".lstrip("."), value, hints[key])
              for key, value in values.items()}
     try:
         return kind(**given)
@@ -134,62 +157,3 @@ def build(kind, values: dict, where: str = ""):
         raise ValueError(message) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place once the block ends, and is removed on failure.
-
-    Its name is unlike any other's: several processes, on several machines, may write one `path`.
-    """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_same(made: str | Path, was: dict, now: dict, remedy: str) -> None:
-    """Raise ValueError where what lies at `made`, of settings `was`, would be made of others `now`.
-
-    was: as JSON gives them back. A setting that only one of the two has counts as another.
-    """
-    now, missing = json.loads(json.dumps(now)), object()
-    changed = [key for key in now | was if was.get(key, missing) != now.get(key, missing)]
-    if changed:
-        raise ValueError(f"{made} was made with another {', '.join(changed)}: {remedy}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file, or replace it, in one step: the old one stays where that fails."""
-    with writing(path):
-        with new_file(path) as new:
-            new.write_text(text)
-            flush(new)
-        flush(path.parent)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file, or replace it, in one step."""
-    replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-class InUse(ValueError):
-    """Another process has the folder."""
-
-
-@contextlib.contextmanager
-def lock(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Keep `folder` for this process. Raises InUse where another one has it, by a file `name`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it
-        except BlockingIOError:
-            file.seek(0)
-            raise InUse(f"{folder} is in use by another run (process {file.read()})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

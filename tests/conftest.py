@@ -11,13 +11,16 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import clip
-from clip import Clip
+from clip import Clip, ClipConfig
 from common.files import new_folder, write_json
 from iaa import Adaptor, AdaptorConfig
-from llama import Llama, LlamaConfig
-from storage import save_adaptor
+from llama import Llama, LlamaConfig, RopeScaling
 from tokenization.tokenizer import Tokenizer
+
+LLAMA = LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256)  # sizes of tiny models, also imported by tests
+LLAMA_TIED = LlamaConfig(512, 48, 4, 6, 2, 8, 112, 256,
+                         rope_scaling=RopeScaling(8.0, original_context=64), tied=True)
+CLIP = ClipConfig(40, 3, 4, 88, 6, 18)
 
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # a launcher's: the tests start their own ranks
@@ -53,7 +56,7 @@ def tiny_base(write_base):
     def write(root: Path, layers: int = 3) -> tuple[Llama, Clip]:
         torch.manual_seed(0)
         config = LlamaConfig(260, 48, layers, 6, 2, 8, 64, context=400)
-        llama, tower = Llama(config), Clip(clip.SIZES["tiny"])
+        llama, tower = Llama(config), Clip(CLIP)
         write_base(root / "llama", llama)
         write_base(root / "clip", tower)
         specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258,
@@ -76,9 +79,8 @@ def tiny_run(tiny_base):
             for weight in adaptor.parameters():
                 torch.nn.init.normal_(weight, std=0.2)
             with new_folder(root / name) as folder:
-                prompt = {"prompt": {"template": "chatml", "system": system}}
-                save_adaptor(adaptor, folder, {"llama": "llama", "clip": "clip"}, prompt,
-                             torch.float32)
+                adaptor.prompt = {"template": "chatml", "system": system}
+                adaptor.save(folder, {"llama": "llama", "clip": "clip"}, {}, torch.float32)
         write_json(root / "iaa.json", {"llm": "llama", "vision": "clip", "image_token": 258,
                                        "adaptors": {"mm": "mm", "grounding": "grounding"}})
 

@@ -12,8 +12,9 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import build
-from iaa import DTYPES, TEXT, AdaptorConfig, is_workflow, spread
+from common.device import CHOICES
+from common.files import parse_dataclass
+from iaa import AdaptorConfig, check_adaptor_name, evenly_spaced_layers
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class StageConfig:
             raise ValueError(f'{where}: trains = {self.trains!r}: "projector" or "adaptor"')
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"{where}: zero = {self.zero}: 0, 1, 2 or 3")
-        if not self.name.isidentifier() or not is_workflow(self.adaptor):
-            raise ValueError(f"stage {self.name!r}, adaptor {self.adaptor!r}: letters, digits and "
-                             f"_; an adaptor also not {TEXT!r}, and no name of torch's, as 'train'")
+        if not self.name.isidentifier():
+            raise ValueError(f"stage {self.name!r}: letters, digits and _")
+        check_adaptor_name(self.adaptor)
         if self.batch % self.micro_batch:
             raise ValueError(f"{where}: batch = {self.batch} is not a multiple of "
                              f"micro_batch = {self.micro_batch}")
@@ -82,7 +83,6 @@ class Config:
     images: str  # root of the pictures that rows name
     stage: list[StageConfig]
     stages: list[str] | None = None  # names of those that the run has; left out: all
-    features: str = ""  # folder that keeps what the vision tower made of pictures; "": it runs anew
     insertion: int | list[int] = 8  # how many layers (spread evenly), or after which frozen ones
     structure: str = "c"
     own_embedding: bool = True
@@ -90,19 +90,18 @@ class Config:
     own_llm: bool = False  # the LLaVA baseline: insertion = 0, own_embedding = own_head = false
     system: str | None = None  # system message; left out: the template's own, "": none
     max_tokens: int = 2048  # longer rows are cut
-    dtype: str = "bf16"
+    dtype: str = "auto"  # the faster of bf16 and fp32 on the machine, or one of them by name
     recompute: bool = False  # activation checkpointing
     shard_frozen: bool = True  # ZeRO-3 also shares out the frozen models; false: each rank has them
     reduce_fp32: bool = False  # ZeRO sends gradients in fp32, not in dtype
     timeout_s: int = 600  # without an answer from another rank; then all stop
     seed: int = 0
-    threads: int = 0  # of the processor; 0 = as torch chooses
     workers: int = 1  # processes that load data
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(DTYPES)}")
-        for key, low in {"max_tokens": 1, "seed": 0, "threads": 0, "workers": 0,
+        if self.dtype not in CHOICES:
+            raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(CHOICES)}")
+        for key, low in {"max_tokens": 1, "seed": 0, "workers": 0,
                          "timeout_s": 1}.items():
             if getattr(self, key) < low:
                 raise ValueError(f"{key} = {getattr(self, key)}: must be {low} or more")
@@ -127,9 +126,10 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
     """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
     if stage.trains == "projector":
         return AdaptorConfig((), own_embedding=False, own_head=False)
-    places = config.insertion
-    places = spread(places, layers) if isinstance(places, int) else places
-    return AdaptorConfig(places, config.structure, config.own_embedding, config.own_head,
+    insertion = config.insertion
+    if isinstance(insertion, int):
+        insertion = evenly_spaced_layers(insertion, layers)
+    return AdaptorConfig(insertion, config.structure, config.own_embedding, config.own_head,
                          config.own_llm)
 
 
@@ -184,6 +184,6 @@ def read_config(path: str, settings: list[str]) -> Config:
         for table in tables:
             table[key] = value
     try:
-        return build(Config, values)
+        return parse_dataclass(Config, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
