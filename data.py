@@ -1,8 +1,11 @@
-"""From JSONL rows and pictures on disk to a `Batch`: examples, the sampler, boxes as text.
+"""From JSONL rows and pictures on disk to a `Batch`; boxes as text and back.
 
-- Targets are shifted here, once: `targets[t]` is the token after `tokens[t]`, -100 if not scored.
-- A row may hold independent questions about one picture, blind to each other behind one prefix.
-- The position in the data is one integer: the rows of a step are a function of (seed, step).
+- Targets are shifted here and nowhere else: `targets[t]` is the token after `tokens[t]`, or -100
+  where it is not scored.
+- A row may hold independent questions about one picture. They share a prefix with the picture and
+  do not see each other.
+- The rows of a training step are a function of (seed, step), so the step is the only position in
+  the data that a checkpoint must keep.
 
 Letters: B batch, T tokens, N images, S side of an image in pixels, P image tokens.
 Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from tokenization.templates import IMAGE, exchange, opening, render, template_of
+from tokenization.templates import IMAGE, render, render_independent
 from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100
@@ -41,7 +44,7 @@ class RowError(ValueError):
 
 @dataclass
 class Example:
-    """One row, encoded: (T,) int64 each; positions and segments for independent questions."""
+    """One row as token ids: (T,) int64 each. Positions and segments: of independent questions."""
 
     tokens: Tensor
     targets: Tensor  # the next token, UNSCORED where it is not scored
@@ -51,7 +54,7 @@ class Example:
 
 
 def check_row(row) -> dict:
-    """`row`, if it is as convert_data.py describes rows; RowError if not."""
+    """`row` itself if it has the form that docs/data.md describes; RowError if not."""
     names = ("id", "workflow")
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
         raise RowError("not a JSON object with texts 'id' and 'workflow'")
@@ -76,7 +79,8 @@ def check_row(row) -> dict:
 
 
 def shift(ids: list[int], scored: list[bool]) -> tuple[list[int], list[int]]:
-    """(tokens, targets). The last id is a target only."""
+    """(tokens, targets) of a sequence: each token's target is the next id. The last id is only a
+    target."""
     following = zip(ids[1:], scored[1:], strict=True)
     return ids[:-1], [token if counts else UNSCORED for token, counts in following]
 
@@ -89,25 +93,22 @@ def encode_row(
     system: str | None = None,
     max_tokens: int | None = None,
 ) -> Example:
-    """Tokens and targets of a row, cut at `max_tokens`; RowError where nothing scored is left.
+    """Tokens and targets of a row, cut at `max_tokens`. RowError where nothing scored is left.
 
-    With `"independent": true` each question is a segment behind the shared prefix, positions
-    restarting, trained exactly as if asked alone. From the first that does not fit on, questions
-    are left out whole.
+    With `"independent": true` each question is a segment after the shared prefix. Its positions
+    restart there, so it is trained exactly as if it were asked alone. Where such a row is too long,
+    whole questions are left out at its end.
     """
-    form = template_of(tokenizer, template)
     image_tokens = 0 if row["image"] is None else image_tokens
     texts = [turn["value"] for turn in row["conversations"]]
-    positions = segments = None
-    longest, cut = max_tokens or float("inf"), False
-    if row.get("independent") and form.asks:
-        texts[0] = texts[0].removeprefix(IMAGE)
-        tokens = opening(tokenizer, form, system, image_tokens)
+    longest, positions, segments = max_tokens or 2**62, None, None
+    if row.get("independent"):
+        pairs = list(zip(texts[::2], texts[1::2], strict=True))
+        tokens, questions = render_independent(tokenizer, pairs, template, system, image_tokens)
         prefix, targets = len(tokens), [UNSCORED] * len(tokens)
-        positions, segments = list(range(prefix)), [0] * prefix
-        for number, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True), 1):
-            pieces = exchange(tokenizer, form, question, answer, "" if image_tokens else form.space)
-            own_tokens, own_targets = shift(*pieces)
+        positions, segments, cut = list(range(prefix)), [0] * prefix, False
+        for number, question in enumerate(questions, 1):
+            own_tokens, own_targets = shift(*question)
             cut = len(tokens) + len(own_tokens) > longest
             if cut:
                 break
@@ -115,10 +116,10 @@ def encode_row(
             positions += range(prefix, prefix + len(own_tokens))
             segments += [number] * len(own_tokens)
     else:
-        turns = [(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
+        turns = [(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
         tokens, targets = shift(*render(tokenizer, turns, template, system, image_tokens))
         cut = len(tokens) > longest
-        tokens, targets = tokens[:max_tokens], targets[:max_tokens]
+        tokens, targets = tokens[:longest], targets[:longest]
     if all(target == UNSCORED for target in targets):
         raise RowError(f"no word of an answer within {max_tokens} tokens")
     columns = (tokens, targets, positions, segments)
