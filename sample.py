@@ -96,7 +96,10 @@ def generate(
     if longest + max_tokens > context:
         raise ValueError(f"a prompt of {longest} tokens + {max_tokens} new ones exceed "
                          f"the context of {context}")
-    check_images(model, unread, images, workflow)
+    found = 0 if workflow == TEXT else sum(ids.count(model.image_token) for ids in unread)
+    if found != model.clip.config.patches * (0 if images is None else len(images)):
+        raise ValueError(f"{found} image placeholders, but {0 if images is None else len(images)} "
+                         f"images of {model.clip.config.patches} tokens were given")
     if cache is None:
         cache = model.new_cache(len(prompts), longest + max_tokens, workflow)
     pad = int(model.image_token == 0)  # any token but the placeholder
@@ -118,25 +121,16 @@ def generate(
         chosen = sample_token(logits, temperature, top_p, generators)  # (B,)
         for row in sorted(running):
             token = int(chosen[row])
-            if token in stop:
-                running.discard(row)
-                continue
-            answers[row].append(token)
-            if on_token is not None and on_token(row, token):
+            ended = token in stop
+            if not ended:
+                answers[row].append(token)
+                ended = on_token is not None and on_token(row, token)
+            if ended:
                 running.discard(row)
         if not running:
             break
         tokens = chosen[:, None].to(device)
     return answers
-
-
-def check_images(model: IAA, prompts: list[list[int]], images: Tensor | None, workflow: str):
-    """Raise ValueError unless there are as many images as the prompts have placeholders for."""
-    found = 0 if workflow == TEXT else sum(ids.count(model.image_token) for ids in prompts)
-    given = 0 if images is None else len(images)
-    if found != given * model.clip.config.patches:
-        raise ValueError(f"{found} image placeholders, but {given} images of "
-                         f"{model.clip.config.patches} tokens were given")
 
 
 # ---------------------------------------------------------------------------------- chat
@@ -288,11 +282,10 @@ class Chat:
         finally:  # also after Ctrl-C in the middle of an answer
             if stream.times:
                 self.turns = [*self.turns, ("user", text), ("assistant", stream.shown)]
-        times = stream.times or [time.perf_counter()]
+        times, boxes = stream.times, boxes_on(image, stream.shown) if image else []
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-        boxes = boxes_on(image, stream.shown) if image else []
-        return Answer(workflow, text, stream.shown, boxes, len(stream.times), times[0] - began,
-                      speed)
+        first = (times or [time.perf_counter()])[0] - began
+        return Answer(workflow, text, stream.shown, boxes, len(times), first, speed)
 
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
@@ -351,6 +344,7 @@ def command(chat: Chat, line: str) -> str:
 
 def converse(chat: Chat, boxes: Path | None) -> None:
     """Read questions and commands until /quit, the end of input, or Ctrl-C at the prompt."""
+    sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the chat
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its arrow keys; not on every system)
     print("/help lists the commands")
@@ -359,9 +353,6 @@ def converse(chat: Chat, boxes: Path | None) -> None:
             line = input(f"{chat.workflow}> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        except UnicodeDecodeError as error:
-            print(f"not UTF-8: {error}", file=sys.stderr)
-            continue
         if line == "/quit":
             return None
         try:
@@ -401,9 +392,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         (args.json and not asked, "--json needs --prompt"),
         (asked and not args.prompt.strip(), "--prompt is empty"),
         (drawn and asked and args.image is None, "--boxes needs --image, the picture to draw on"),
-        (drawn and args.boxes.suffix not in (".png", ".jpg"),
-         f"--boxes {args.boxes}: write .png or .jpg"),
-        (drawn and not args.boxes.parent.is_dir(), f"--boxes {args.boxes}: no such folder"),
+        (drawn and not (args.boxes.suffix in (".png", ".jpg") and args.boxes.parent.is_dir()),
+         f"--boxes {args.boxes}: a .png or .jpg file in a folder that exists"),
         (args.max_tokens < 1, f"--max-tokens {args.max_tokens}: must be 1 or more"),
         (not 0 <= args.temperature < 1e6, f"--temperature {args.temperature}: must be 0 or more"),
         (not 0 < args.top_p <= 1, f"--top-p {args.top_p}: must be above 0, and 1 at most"),

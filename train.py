@@ -36,6 +36,7 @@ from common.files import new_folder, one_line, read_json, write_json
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, read_adaptor_config, read_tensors
 from llama import Llama, LlamaConfig, set_recompute
+from tokenization.templates import render
 from tokenization.tokenizer import Tokenizer
 from training.checkpoint import check_settings, remove, resume_state, save_state
 from training.config import Config, StageConfig, adaptor_config, longest_row, read_config
@@ -286,7 +287,7 @@ def check_run(config: Config, stages: list[StageConfig]) -> None:
     """Raise ValueError or FileNotFoundError now for what a later stage would need and not find."""
     sizes, _ = LlamaConfig.read(config.llm)
     ClipConfig.read(config.vision)
-    ready = []
+    tokenizer, ready = Tokenizer.load(config.llm), []
     for stage in stages:
         ready.append(adaptor_folder(config, stage.name))
         if is_finished(config, stage):
@@ -299,6 +300,7 @@ def check_run(config: Config, stages: list[StageConfig]) -> None:
                              f"which is not finished in {config.out}")
         with torch.device("meta"):  # raises for insertion layers that the LLM has no place for
             Adaptor(adaptor_config(config, stage, sizes.layers), sizes, 1)
+        render(tokenizer, [("user", "?")], stage.template or None)  # raises for a wrong template
         for path in (*stage.data, *stage.held_out):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such data file")
