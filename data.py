@@ -11,6 +11,7 @@ Letters: B batch, T tokens, N images, S side of an image in pixels, P image toke
 Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -79,8 +80,7 @@ def check_row(row) -> dict:
 
 
 def shift(ids: list[int], scored: list[bool]) -> tuple[list[int], list[int]]:
-    """(tokens, targets) of a sequence: each token's target is the next id. The last id is only a
-    target."""
+    """(tokens, targets): the target of a token is the id after it. The last id is only a target."""
     following = zip(ids[1:], scored[1:], strict=True)
     return ids[:-1], [token if counts else UNSCORED for token, counts in following]
 
@@ -186,9 +186,7 @@ class JsonlDataset(Dataset):
         try:
             example = encode_row(
                 row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
-            if row["image"] is None:
-                return example, None
-            return example, self.pixels(row["image"])
+            return example, None if row["image"] is None else self.pixels(row["image"])
         except RowError as error:
             raise RowError(f"{self.where(index)}: {error}") from None
 
@@ -207,11 +205,6 @@ class JsonlDataset(Dataset):
         raise ValueError(f"none of {len(skipped)} rows in a row can be used: {skipped[0]}")
 
     __getitem__ = fetch
-
-    def collate(self, items: list) -> "Batch":
-        """Batch of fetched rows."""
-        pad_id, image_id = self.tokenizer.pad_id, self.tokenizer.image_id
-        return collate(items, pad_id, image_id, self.image_tokens)
 
 
 def path_below(root: Path, name: str) -> Path:
@@ -315,8 +308,6 @@ class Batch:
 
 def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch:
     """Batch of (Example, pixels or None, skipped). ValueError: placeholders do not match images."""
-    if pad_id == image_id:
-        raise ValueError(f"token {pad_id} cannot be pad and image placeholder at once")
     examples, pictures, skipped = zip(*items, strict=True)
     for example, pixels in zip(examples, pictures, strict=True):
         found, wanted = int((example.tokens == image_id).sum()), image_tokens * (pixels is not None)
@@ -354,9 +345,12 @@ def loader(
     RuntimeError "DataLoader worker ...", here or, by SIGCHLD, wherever the process is.
     """
     own_random = torch.Generator()  # else torch draws the workers' seed from the global state
+    words = dataset.tokenizer
+    make_batch = functools.partial(collate, pad_id=words.pad_id, image_id=words.image_id,
+                                   image_tokens=dataset.image_tokens)
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                              collate_fn=dataset.collate, generator=own_random,
+                              collate_fn=make_batch, generator=own_random,
                               multiprocessing_context="fork" if workers else None)
     except (EOFError, ValueError, OSError) as error:  # a worker's comes with its traceback, as text
         broken = workers and isinstance(error, (EOFError, ConnectionError))
@@ -406,9 +400,7 @@ def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes; 0 where they do not overlap."""
+    """Intersection over union of two boxes."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b))
-    return width * height / (areas - width * height)
+    both = max(width, 0) * max(height, 0)
+    return both / (sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - both)

@@ -175,7 +175,7 @@ class Adaptor(nn.Module):
         meta = read_adaptor_config(folder, base)
         with torch.device("meta"):  # shapes without storage: the values come from the file
             adaptor = cls(meta["adaptor"], llama, vision_width)
-        adaptor.load_state_dict(read_tensors(folder, adaptor, dtype, device), assign=True)
+        load_tensors(adaptor, folder, dtype, device)
         adaptor.prompt = adaptor.prompt | meta["prompt"]
         return adaptor.requires_grad_(False).eval()
 
@@ -185,8 +185,7 @@ def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
 
     Raises ValueError where the adaptor was trained on other frozen models than `base`.
     """
-    path = folder / "config.json"
-    meta = read_json(path, adaptor=AdaptorConfig, base=dict[str, str],
+    meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
                      prompt=dict[str, str | None])
     for part, sha256 in base.items():
         trained = meta["base"].get(part, "unknown")
@@ -196,24 +195,19 @@ def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
     return meta
 
 
-def read_tensors(
-    folder: Path, adaptor: Adaptor, dtype: torch.dtype, device: torch.device | str,
-    partly: bool = False,
-) -> dict[str, Tensor]:
-    """An adaptor's tensors by name. ValueError: one does not fit, or is missing unless `partly`."""
-    path, expected = folder / "adaptor.safetensors", adaptor.state_dict()
+def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, strict: bool = True):
+    """Fill an adaptor from `adaptor.safetensors`. ValueError: broken, or a tensor does not fit.
+
+    strict: every tensor of the adaptor must be in the file; else the others stay as they are.
+    """
+    path = folder / "adaptor.safetensors"
     try:
-        tensors = load_file(path, str(device))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: broken or cut short ({error})") from None
-    for name, tensor in tensors.items():
-        if name not in expected or tensor.shape != expected[name].shape:
-            wanted = list(expected[name].shape) if name in expected else "no such tensor"
-            raise ValueError(f"{path}: {name} is {list(tensor.shape)}, expected: {wanted}")
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing and not partly:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = {name: t.to(dtype) for name, t in load_file(path, str(device)).items()}
+        unknown = adaptor.load_state_dict(tensors, strict, assign=True).unexpected_keys
+        if unknown:
+            raise ValueError(f"{path}: no such tensor in this adaptor: {unknown[0]}")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from None
 
 
 def check_adaptor_name(name: str) -> None:
@@ -366,10 +360,6 @@ class Index:
         """What `iaa.json` in `folder` says. Raises FileNotFoundError, ValueError."""
         path = Path(folder, "iaa.json")
         return parse_dataclass(cls, read_json(path), str(path))
-
-    def write(self, folder: str | Path) -> None:
-        """Write `iaa.json` into `folder`."""
-        write_json(Path(folder, "iaa.json"), asdict(self))
 
 
 def load_iaa(

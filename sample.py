@@ -138,7 +138,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and how fast it came. The fields are those of `--json`."""
+    """One answer and its speed; `--json` prints these fields."""
 
     workflow: str
     prompt: str
@@ -167,11 +167,6 @@ class Stream:
             self.on_text(new)
 
 
-def workflow_of(chosen: str | None, image: Image.Image | None) -> str:
-    """The workflow of an answer: the chosen one, else "mm" with a picture and "text" without."""
-    return chosen or (TEXT if image is None else "mm")
-
-
 @dataclass
 class Memory:
     """The KV cache of the last turn, and what it holds."""
@@ -179,7 +174,7 @@ class Memory:
     workflow: str
     image: Image.Image | None
     cache: KVCache
-    ids: list[int] = field(default_factory=list)  # of the cache's tokens; the last may be unread
+    ids: list[int]  # of the cache's tokens; the last ones may be unread
 
 
 @dataclass
@@ -192,7 +187,7 @@ class Chat:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    chosen: str | None = None  # workflow, see `workflow_of`
+    chosen: str | None = None  # workflow; None: by the picture
     image: Image.Image | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
     memory: Memory | None = None
@@ -222,8 +217,8 @@ class Chat:
 
     @property
     def workflow(self) -> str:
-        """The workflow of the next answer."""
-        return workflow_of(self.chosen, self.image)
+        """Of the next answer: the chosen one, else "mm" with a picture and "text" without."""
+        return self.chosen or (TEXT if self.image is None else "mm")
 
     def prompt(self, text: str) -> tuple[list[int], Image.Image | None]:
         """The conversation and its new question as token ids, and the picture that it shows."""
@@ -248,7 +243,7 @@ class Chat:
         if not shared or self.model.image_token in ids[shared:]:
             last = self.memory = None  # frees the old cache before a new one is made
             cache, shared = self.model.new_cache(1, 0, self.workflow), 0
-            last = self.memory = Memory(self.workflow, image, cache)
+            last = self.memory = Memory(self.workflow, image, cache, [])
         last.cache.cut(shared)
         last.ids = list(ids)
         return last
@@ -290,9 +285,9 @@ class Chat:
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
     """The boxes of an answer in pixels, cut at the picture's edges, without those outside it."""
-    edges = (*image.size, *image.size)
-    boxes = [tuple(min(max(v, 0.0), edge) for v, edge in zip(box, edges, strict=True))
-             for box in text_to_boxes(answer, *image.size)]
+    w, h = image.size
+    boxes = [(max(x1, 0.0), max(y1, 0.0), min(x2, w), min(y2, h))
+             for x1, y1, x2, y2 in text_to_boxes(answer, w, h)]
     return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
 
 
@@ -395,9 +390,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         (drawn and not (args.boxes.suffix in (".png", ".jpg") and args.boxes.parent.is_dir()),
          f"--boxes {args.boxes}: a .png or .jpg file in a folder that exists"),
         (args.max_tokens < 1, f"--max-tokens {args.max_tokens}: must be 1 or more"),
-        (not 0 <= args.temperature < 1e6, f"--temperature {args.temperature}: must be 0 or more"),
-        (not 0 < args.top_p <= 1, f"--top-p {args.top_p}: must be above 0, and 1 at most"),
-        (not 0 <= args.seed < 2**62, f"--seed {args.seed}: must be 0 or more, and below 2**62"),
+        (not (0 <= args.temperature < 1e6 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**62),
+         "--temperature: 0 or more; --top-p: above 0, at most 1; --seed: 0 or more, below 2**62"),
     ):
         if wrong:
             raise ValueError(rule)
@@ -409,10 +403,10 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
     image = None if args.image is None else open_image(args.image)
-    only = None if args.prompt is None else [workflow_of(args.workflow, image)]
-    chat = Chat.load(args.model, args.dtype, args.device, args.quantize, only,
-                     max_tokens=args.max_tokens, temperature=args.temperature,
-                     top_p=args.top_p, seed=args.seed)
+    only = args.workflow or (TEXT if image is None else "mm")  # one question needs one adaptor
+    chat = Chat.load(args.model, args.dtype, args.device, args.quantize,
+                     None if args.prompt is None else [only], max_tokens=args.max_tokens,
+                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     chat.image, chat.chosen = image, args.workflow
     chat.model.adaptor(chat.workflow)  # raises now where there is none of that name
     if args.prompt is None:

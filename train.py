@@ -34,7 +34,7 @@ from clip import Clip, ClipConfig, open_image, preprocess
 from common.device import DTYPES, choose_dtype
 from common.files import new_folder, one_line, read_json, write_json
 from data import Batch, JsonlDataset, Sampler, loader
-from iaa import IAA, Adaptor, Index, read_adaptor_config, read_tensors
+from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
 from tokenization.templates import render
 from tokenization.tokenizer import Tokenizer
@@ -153,8 +153,7 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
                 settings.insertion, settings.structure):
             raise ValueError(f"{folder} has structure {was.structure} after layers "
                              f"{list(was.insertion)}, stage {stage.name} another")
-        tensors = read_tensors(folder, adaptor, torch.float32, "cpu", partly=True)
-        adaptor.load_state_dict(tensors, strict=False)
+        load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     adaptor.prompt = {"template": template, "system": run.config.system}
     return adaptor
@@ -331,8 +330,9 @@ def write_index(config: Config) -> None:
     out = Path(config.out)
     adaptors = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
     adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage if is_finished(config, s)}
-    Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
-          Tokenizer.load(config.llm).image_id, adaptors).write(out)
+    index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
+                  Tokenizer.load(config.llm).image_id, adaptors)
+    write_json(out / "iaa.json", asdict(index))
 
 
 def train(config: Config, only: str | None) -> None:
