@@ -4,18 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 import torch
-
-from common.files import lock
 
 
 def free_port() -> int:
@@ -30,7 +25,7 @@ def free_port() -> int:
 def server() -> multiprocessing.context.BaseContext:
     """The context whose processes start with torch and our modules imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "train", "speed.bench_zero"])
+    context.set_forkserver_preload(["pytest", "train"])
     with pytest.MonkeyPatch.context() as patch:  # the server does not take over sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
@@ -66,22 +61,3 @@ def processes(world: int, function: Callable, *arguments) -> Iterator[tuple[list
         for process in started:
             process.kill()
             process.join()
-
-
-def hold(folder: Path, name: str, ready: Path) -> None:
-    """In a process of its own: keep the lock of a folder."""
-    with lock(folder, name):
-        ready.touch()
-        signal.pause()
-
-
-@contextlib.contextmanager
-def held(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Inside, another process has the lock of a folder."""
-    with tempfile.TemporaryDirectory() as place:
-        ready = Path(place, "ready")
-        with processes(1, hold, folder, name, ready) as (started, _):
-            while not ready.exists():
-                started[0].join(0.05)
-                assert started[0].is_alive()
-            yield

@@ -15,12 +15,13 @@ from training.checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
 from training.config import Config, StageConfig
 from data import Batch
-from iaa import DTYPES, IAA, Adaptor, AdaptorConfig
+from common.device import DTYPES
+from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
-from training.parts import parts
 from training.ranks import Ranks
-from train import Run, held_out_loss, make_optimizer, share_out, train_step
-from training.zero import Unit, bytes_held, bytes_sent, timetable
+from train import Loss, held_out_loss, make_optimizer, train_step
+from training.plan import bytes_held, bytes_sent
+from training.zero import Unit, build_state, model_parts, timetable
 
 STEPS = 20
 IMAGE = 40  # the placeholder's token
@@ -39,7 +40,7 @@ def tiny(kind: str) -> tuple[IAA, Adaptor]:
     vision = ClipConfig(10, 2, 2, 14, 4, 8, feature_norm=True)  # 4 patches
     model = IAA(Llama(llama), Clip(vision), IMAGE)
     adaptor = Adaptor(ADAPTORS[kind], llama, vision.width)
-    adaptor.copy_frozen(model.llama)
+    adaptor.init_from_frozen(model.llama)
     for gate in adaptor.gates:
         torch.nn.init.normal_(gate.weight, std=0.1)
     model.adaptors["mm"] = adaptor
@@ -84,29 +85,31 @@ def open_state(kind: str, stage: StageConfig, ranks: Ranks, dtype: str = "fp32",
     model.llama.to(DTYPES[dtype])
     model.clip.to(DTYPES[dtype])
     set_recompute(model, config.recompute)
-    state = share_out(Run(config, ranks, model, {}, None), stage, adaptor)
+    loss = Loss(model, stage.adaptor, ranks.device)
+    state = build_state(loss, model, stage.adaptor, stage.zero, ranks.world, ranks.device,
+                        config.shard_frozen, config.reduce_fp32)
     return adaptor, state, make_optimizer(state.masters, stage)
 
 
 def whole_weights(state, adaptor: Adaptor) -> dict:
     """The adaptor's weights as numpy arrays, as they are saved."""
-    with state.whole():
+    with state.gathered():
         return {name: w.detach().clone().numpy() for name, w in adaptor.named_parameters()}
 
 
 def count_sent() -> list[int]:
     """The bytes that each of zero.py's collectives sends from now on, as they are called."""
-    sent, gather, isend = [], dist.all_gather_single, dist.isend
+    sent, all_gather, all_to_all = [], dist.all_gather_single, dist.all_to_all_single
 
     def gathering(output, own, **settings):
-        sent.append(output.nbytes - own.nbytes)  # one's own piece to each of the others, in all
-        return gather(output, own, **settings)
+        sent.append(output.nbytes - own.nbytes)  # one's own shard to each of the others, in all
+        return all_gather(output, own, **settings)
 
-    def sending(tensor, *arguments):
-        sent.append(tensor.nbytes)
-        return isend(tensor, *arguments)
+    def exchanging(output, own, **settings):
+        sent.append(own.nbytes * (dist.get_world_size() - 1) // dist.get_world_size())
+        return all_to_all(output, own, **settings)
 
-    dist.all_gather_single, dist.isend = gathering, sending
+    dist.all_gather_single, dist.all_to_all_single = gathering, exchanging
     return sent
 
 
@@ -193,23 +196,43 @@ def test_as_one_process(alone, kind, world, zero, number, cuts, settings):
 
 @pytest.mark.parametrize("kind", ADAPTORS)
 def test_parts_are_called_in_their_order(kind):
-    """parts.py's list is the order in which the forward pass calls them; nothing trained is missed.
-    """
+    """`model_parts` lists the parts as the forward pass calls them; nothing trained is missed."""
     model, adaptor = tiny(kind)
-    listed, called = parts(model, "mm"), []
+    listed, called = model_parts(model, "mm"), []
     for number, part in enumerate(listed):
-        part.first.register_forward_pre_hook(lambda *_, n=number: called.append(n))
+        part.module.register_forward_pre_hook(lambda *_, n=number: called.append(n))
     batch = join(rows(0, 4))
     model.loss(batch.tokens, batch.targets, "mm", batch.images)
     assert called == list(range(len(listed)))
     assert {w for part in listed for w in part.weights} >= set(adaptor.parameters())
 
 
+def test_timetable_of_a_tied_model():
+    """Every unit once in forward order, then in backward order; the tied head is the embedding's.
+    """
+    model, adaptor = tiny("tied")
+    units, stops, turn = timetable(model, "mm", 3, True)
+    llm, names = adaptor.llm, []
+    for stop in stops:
+        for name, module in model.named_modules():
+            if module is stop.module:
+                names.append(name.rpartition("llm.")[2].rpartition("mm.")[2])
+    layers = [f"layers.{i}" for i in range(3)]
+    assert names == ["embedding", "clip", "projector", *layers, "norm",
+                     "norm", *layers[::-1], "projector", "embedding"]
+    assert stops[0].unit is stops[turn].unit is stops[-1].unit
+    assert {*llm.embedding.parameters(), *llm.norm.parameters()} == set(stops[0].unit.weights)
+    assert [stop.reduce for stop in stops[turn:]] == [False, True, True, True, True, True]
+    assert [stop.gather for stop in stops[turn:]] == [True, True, True, True, True, False]
+    unused = [unit for unit in units if unit not in [stop.unit for stop in stops]]
+    assert {w for unit in unused for w in unit.weights} == set(model.llama.parameters())
+
+
 def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
     """Bytes by kind, from live tensors, when a step's gradients are complete; the most gathered."""
     stage = StageConfig("s", ["x"], steps=STEPS, zero=zero, micro_batch=1)
     adaptor, state, optimizer = open_state(kind, stage, ranks, dtype)
-    found, most, gather = {}, [0], Unit.gather
+    found, most, gather = {}, [0], Unit.gather_if_freed
 
     def watched(unit: Unit) -> None:
         gather(unit)
@@ -223,7 +246,7 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
         gradients = [w.grad for w in [*masters, *adaptor.parameters()] if w.grad is not None]
         gradients = {g.data_ptr(): g.nbytes for g in gradients}
         found.update(
-            computes=sum(trained.values()) if zero else 0,
+            weights=sum(trained.values()) if zero else 0,
             master=sum(m.nbytes for m in masters),
             gradients=sum(gradients.values()),
             frozen=sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0)
@@ -233,9 +256,9 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
         found["waiting"] = max(found.get("waiting", 0), sum(waiting))
         return reduce_unit(unit, dtype)
 
-    reduce_unit = Unit.reduce
+    reduce_unit = Unit.start_reduce_scatter
     if zero:
-        Unit.gather, Unit.reduce = watched, reduce
+        Unit.gather_if_freed, Unit.start_reduce_scatter = watched, reduce
     optimizer.register_step_pre_hook(measure)
     for step in range(2):
         train_step(state, cut(step, 48, cuts, ranks), optimizer, stage, step, ranks)
@@ -248,11 +271,7 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
 def test_bytes_held_are_the_formula(kind, zero, world, dtype):
     """State counted from live tensors equals `bytes_held`; of the units stage 3 gathers two."""
     model, _ = tiny(kind)
-    listed = parts(model, "mm")
-    units, stops, _ = timetable(listed, zero, True)
-    if zero == 3:
-        used = {w for part in listed for w in part.weights}
-        units += [Unit([w]) for w in model.parameters() if w not in used]
+    units, stops, _ = timetable(model, "mm", zero, True)
     expected = bytes_held(units, zero, world, 2, DTYPES[dtype].itemsize)
     if zero == 0:  # DDP's buckets are not seen from here
         expected["gradients"] //= 2
@@ -268,7 +287,7 @@ def test_bytes_held_are_the_formula(kind, zero, world, dtype):
         assert zero != 3 or most == max(a + b for a, b in pairwise(gathered))
     if zero == 3:  # all of it 1 / N, but for padding
         size = sum(w.numel() for w in tiny(kind)[0].parameters())
-        trained = sum(unit.numel for unit in units if unit.trained)
+        trained = sum(w.numel() for unit in units if unit.trained for w in unit.weights)
         assert sum(expected.values()) < (16 * trained + 4 * (size - trained)) / world * 1.05
 
 
@@ -280,9 +299,9 @@ def test_bytes_sent_are_the_formula(zero, cuts, times, shard_frozen):
     At stage 2, one more for each further micro-batch; at 3, 2 a frozen weight if it is in shards.
     """
     model, adaptor = tiny("c")
-    units, stops, _ = timetable(parts(model, "mm"), zero, shard_frozen)
+    units, stops, _ = timetable(model, "mm", zero, shard_frozen)
     size = 4 * sum(w.numel() for w in adaptor.parameters()) / 2  # (N - 1) / N of fp32
-    frozen = 4 * sum(u.numel for u in units if not u.trained) / 2
+    frozen = 4 * sum(u.padded(1) for u in units if not u.trained) / 2
     found = on_ranks(2, work, "c", zero, 16, cuts, steps=1, shard_frozen=shard_frozen)
     for one in found:
         assert one["sent"] == bytes_sent(units, stops, zero, 2, cuts // 2, 4, 4)
@@ -306,7 +325,7 @@ def ddp_sent(ranks: Ranks) -> int:
 
 def test_bytes_sent_by_ddp():
     """Stage 0: every gradient is in one all-reduce, which sends 2 (N - 1) / N of its bytes."""
-    units, stops, _ = timetable(parts(tiny("c")[0], "mm"), 0, False)
+    units, stops, _ = timetable(tiny("c")[0], "mm", 0, False)
     expected = bytes_sent(units, stops, 0, 2, 2, 4, 4)
     assert [2 * sent // 2 for sent in on_ranks(2, ddp_sent)] == [expected, expected]
 
@@ -342,7 +361,7 @@ def test_sets_without_a_manifest_are_ignored(tmp_path):
     left.mkdir()
     (left / "rank-0-of-2.safetensors").write_bytes(b"cut short")
     (tmp_path / ".adaptor.123.tmp").mkdir()
-    (tmp_path / ".log.0123.tmp.jsonl").touch()  # of replace_text
+    (tmp_path / ".log.0123.tmp.jsonl").touch()  # of a file that was being written
     resumed(Ranks(60), str(tmp_path), 0, 2, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]
     (tmp_path / "step-000004" / "rank-0-of-1.safetensors").unlink()

@@ -1,47 +1,101 @@
-"""What a run will hold, send and compute, known before anything is rented or downloaded.
+"""What a run holds, sends and computes, known before anything is rented or downloaded.
 
-    python train.py --plan --config F [--world 8] [--memory-gb 80] [--tflops 312] ...
+    python -m training.plan --config F [--set KEY=VALUE] [--world 8] [--memory-gb 80] [--tflops 312]
 
-The model is built on the meta device, where weights have shapes and no values, from the folders of
-the config or, where they are not there yet, from the size that their path ends with (`--set
-llm=3-8B`). The arithmetic is in budget.py. GB are 10^9 bytes.
+The model is built on the meta device: weights have shapes and no values. Sizes come from the
+folders in the configuration or, where they are not there yet, from the name of a size at the end of
+their paths (`--set llm=3-8B`). `dtype = "auto"` is planned as bf16. GB are 10^9 bytes.
+
+What stays from step to step and what is sent is exact. Activations are a formula, within 15 % of
+what was measured. Bytes that autograd keeps of a decoder layer, for each token of a micro-batch:
+
+    two norms, in fp32     8D
+    attention              3c(H + K)E     q, k, v as a view of all three, output
+    feed-forward           3cF            gate and up, silu(gate)
+    where it is trained    4cD + cF more  inputs of its weights
+    with `recompute`       cD instead     its input; one layer at a time has all of the above
+
+"in all" adds up everything. With one micro-batch a step a rank holds less: its gradients come while
+its activations go.
+
+Letters: as in llama.py; c bytes of a weight that computes, r of a gradient that is sent.
 """
 
+import argparse
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 import clip
 import llama
-from training.budget import Machine, Rows, Step, count
 from clip import Clip, ClipConfig
-from training.config import DTYPES, Config, StageConfig, adaptor_config, longest_row
+from common.device import DTYPES
+from common.files import one_line
 from data import UNSCORED, JsonlDataset, RowError, encode_row
-from iaa import IAA, Adaptor
-from llama import Llama, LlamaConfig
-from storage import read_base
+from iaa import IAA, LOSS_ROWS, Adaptor
+from llama import DecoderLayer, Llama, LlamaConfig
 from tokenization.tokenizer import Tokenizer
+from training.config import Config, StageConfig, adaptor_config, longest_row, read_config
+from training.zero import Stop, Unit, model_parts, timetable
 
-TEXT_TOKENS = 100  # of a row, half of them scored, where no data is at hand
-SAMPLE = 64  # rows that are looked at where there is
+MASTER = 4  # bytes of an fp32 number
+LOGIT = 3 * MASTER  # bytes of a logit when its gradient is made: itself, its log-probability, that
+TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
+SAMPLED = 64  # rows that are looked at where it is
+VARIANTS = ((0, True), (1, True), (2, True), (3, True), (3, False))  # ZeRO stage, shard_frozen
+
+
+def count(weights) -> int:
+    """Elements of all weights, each weight once."""
+    return sum(w.numel() for w in set(weights))
+
+
+def step_flops(
+    model: IAA, workflow: str, rows: int, tokens: int, scored: int, recompute: bool = False
+) -> int:
+    """FLOPs of the forward and backward pass over `rows` rows of `tokens` tokens each.
+
+    The one definition for log, plan and benchmark. A weight of the decoder layers and gates takes 2
+    FLOPs a token forward and 2 for the activations' gradient, a trained one 2 more for its own.
+    The LM head takes the same for each of the `scored` positions of all rows. Attention takes
+    4 H E forward and 10 H E backward (it scores again) a layer and pair of tokens of a row, masked
+    pairs too. recompute: layers run forward once more, without their last product. The vision
+    tower, the projector and the loss are left out.
+    """
+    adaptor = model.adaptors[workflow]
+    llm = model.llm(adaptor)
+    sizes, layers = llm.config, llm.config.layers + len(adaptor.layers)
+    inserted = count([*adaptor.layers.parameters(), *adaptor.gates.parameters()])
+    matrices = inserted + count(llm.layers.parameters())
+    trained = inserted if adaptor.llm is None else matrices
+    again = matrices - layers * sizes.ffn * sizes.width if recompute else 0
+    products = rows * tokens * (4 * matrices + 2 * trained + 2 * again)
+    head_trained = adaptor.head is not None or adaptor.llm is not None
+    head = scored * sizes.vocab_size * sizes.width * (6 if head_trained else 4)
+    pairs = rows * tokens**2 * layers
+    return products + head + pairs * sizes.heads * sizes.head_size * (18 if recompute else 14)
+
+
+def stage_flops(config: Config, stage: StageConfig) -> int:
+    """FLOPs of all steps of a stage, by the average row of its data."""
+    model = meta_model(config, stage)
+    row = average_row(config, stage, model)
+    return stage.steps * step_flops(model, stage.adaptor, stage.batch, row.tokens,
+                                    stage.batch * row.scored)
 
 
 def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
-    """Sizes of the frozen model in `folder`, or, where there is none, that the path ends with.
+    """The sizes of the frozen model ("llama" or "clip") in `folder`, or those its name ends with.
 
-    kind: "llama" or "clip". Case does not count, "/" in a size's name may be "-". Raises ValueError
-    that lists the sizes.
+    Case does not count, "/" in a size's name may be "-". Raises ValueError that lists the sizes.
     """
     module, config = (llama, LlamaConfig) if kind == "llama" else (clip, ClipConfig)
     if Path(folder).is_dir():
-        found, _ = read_base(folder)
-        if not isinstance(found, config):
-            raise ValueError(f"{folder} is of a {type(found).__name__}, not a {config.__name__}")
-        return found
+        return config.read(folder)[0]
     path = folder.lower().replace("/", "-")
     fitting = [name for name in module.SIZES if path.endswith(name.lower().replace("/", "-"))]
     if not fitting:
@@ -53,116 +107,194 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
 
 def meta_model(config: Config, stage: StageConfig) -> IAA:
     """The stage's model on the meta device, its trained weights in fp32."""
-    sizes = frozen_config(config.llm, "llama")
-    vision = frozen_config(config.vision, "clip")
+    sizes, vision = frozen_config(config.llm, "llama"), frozen_config(config.vision, "clip")
+    dtype = DTYPES["bf16" if config.dtype == "auto" else config.dtype]
     with torch.device("meta"):
-        dtype = DTYPES[config.dtype]
         model = IAA(Llama(sizes).to(dtype), Clip(vision).to(dtype), 0)
         settings = adaptor_config(config, stage, sizes.layers)
         model.adaptors[stage.adaptor] = Adaptor(settings, sizes, vision.width)
     return model
 
 
-def weights_of(model: IAA, workflow: str) -> dict[str, int]:
-    """Weights by part."""
-    adaptor = model.adaptors[workflow]
-    head = [part for part in (adaptor.norm, adaptor.head) if part is not None]
-    found = {"frozen LLM": [model.llama], "frozen vision tower": [model.clip],
-             "projector": [adaptor.projector], "embedding": [adaptor.embedding],
-             "insertion layers": [adaptor.layers, adaptor.gates], "norm and head": head,
-             "trained LLM": [adaptor.llm]}
-    return {name: count(w for m in modules if m is not None for w in m.parameters())
-            for name, modules in found.items()}
+@dataclass(frozen=True)
+class Row:
+    """An average row: its tokens, those of its picture included, and how many are scored."""
+
+    tokens: int
+    scored: int
+    source: str = "assumed"
 
 
-def sample_rows(
-    config: Config, stage: StageConfig, patches: int, context: int, text: int | None
-) -> Rows:
-    """Tokens of an average row: `text` and an image, or a mean over the data where it is there.
-
-    patches, context: tokens of an image, and those that the LLM takes.
+def average_row(config: Config, stage: StageConfig, model: IAA, text: int | None = None) -> Row:
+    """A picture and `text` tokens; text None: the mean of some rows of the data, where it is there.
     """
-    there = all(Path(path).is_file() for path in [config.llm + "/config.json", *stage.data])
-    if text is not None or not there:
-        text = TEXT_TOKENS if text is None else text
-        return Rows(patches + text, text // 2)
-    tokenizer = Tokenizer.load(config.llm)
-    dataset = JsonlDataset(stage.data, config.images)
-    template, longest, examples = stage.template or None, longest_row(config, context), []
-    for index in range(0, len(dataset), -(-len(dataset) // SAMPLE)):
-        with contextlib.suppress(RowError):
-            examples.append(encode_row(dataset.row(index), tokenizer, patches, template,
-                                       config.system, longest))
+    patches = model.clip.config.patches
+    there = all(Path(path).is_file() for path in (config.llm + "/config.json", *stage.data))
+    examples = []
+    if text is None and there:
+        tokenizer, dataset = Tokenizer.load(config.llm), JsonlDataset(stage.data, config.images)
+        longest = longest_row(config, model.llama.config.context)
+        for index in range(0, len(dataset), -(-len(dataset) // SAMPLED)):
+            with contextlib.suppress(RowError):
+                examples.append(encode_row(dataset.row(index), tokenizer, patches,
+                                           stage.template or None, config.system, longest))
     if not examples:
-        raise ValueError(f"{stage.data[0]}: none of {SAMPLE} rows can be used")
+        text = TEXT_TOKENS if text is None else text
+        return Row(patches + text, text // 2)
     tokens = sum(len(e.tokens) for e in examples) / len(examples)
     scored = sum(int((e.targets != UNSCORED).sum()) for e in examples) / len(examples)
-    return Rows(math.ceil(tokens), math.ceil(scored), f"mean of {len(examples)} rows of the data")
+    return Row(math.ceil(tokens), math.ceil(scored), f"mean of {len(examples)} rows of the data")
 
 
-KINDS = {"frozen": "frozen weights", "computes": "trained weights", "master": "fp32 master",
-         "moments": "moments", "gradients": "gradients", "activations": "activations",
-         "gathered": "gathered layers"}
-VARIANTS = ((0, True), (1, True), (2, True), (3, True), (3, False))  # ZeRO stage, shard_frozen
+def bytes_held(
+    units: list[Unit], stage: int, world: int, accumulation: int, c: int
+) -> dict[str, int]:
+    """What a rank holds from step to step by zero.py's table, by kind; frozen: those in shards.
+
+    units: of `timetable`. accumulation: micro-batches of a rank in a step.
+    """
+    numel = count(w for unit in units if unit.trained for w in unit.weights)
+    padded = sum(unit.padded(world) for unit in units if unit.trained)
+    frozen = sum(unit.padded(world) for unit in units if not unit.trained)
+    if stage == 0:
+        buckets = MASTER * numel if world > 1 else 0
+        return {"frozen": 0, "weights": 0, "master": MASTER * numel, "moments": 2 * MASTER * numel,
+                "gradients": MASTER * numel + buckets}
+    whole = stage == 1 and accumulation > 1  # until the last micro-batch
+    shard = MASTER * padded // world
+    return {"frozen": c * frozen // world, "weights": c * padded if stage < 3 else 0,
+            "master": shard, "moments": 2 * shard, "gradients": MASTER * padded if whole else shard}
 
 
-def variants(step: Step) -> Iterator[tuple[str, Step]]:
-    """The step at each ZeRO stage, with its name; * the config's own."""
-    single = step.machine.world == 1  # nothing to share out
-    own = (0 if single else step.stage.zero, step.config.shard_frozen)
-    for zero, shard in VARIANTS[:1] if single else VARIANTS:
-        name = f"ZeRO-{zero}" if shard else "3, frozen whole"
-        mark = "*" if zero == own[0] and (zero < 3 or shard == own[1]) else ""
-        config = replace(step.config, shard_frozen=shard)
-        yield name + mark, replace(step, config=config, stage=replace(step.stage, zero=zero))
+def bytes_sent(
+    units: list[Unit], stops: list[Stop], stage: int, world: int, accumulation: int, c: int, r: int
+) -> int:
+    """What a rank sends in a step by zero.py's table, but for the norm and the number of tokens."""
+    trained = [unit for unit in units if unit.trained]
+    if stage == 0:
+        return 2 * MASTER * count(w for u in trained for w in u.weights) * (world - 1) // world
+    size = sum(unit.padded(world) for unit in trained)
+    total = r * size * (1 if stage == 1 else accumulation) + (c * size if stage < 3 else 0)
+    for before, stop in pairwise([None, *stops]):
+        if stop.gather and (before is None or before.unit is not stop.unit):
+            total += accumulation * c * stop.unit.padded(world)
+    return total * (world - 1) // world
 
 
-def table(step: Step) -> list[str]:
-    """Memory of a rank and bytes sent at each ZeRO stage; also for rows of `max_tokens`."""
-    limit = step.machine.memory_gb
-    longest = longest_row(step.config, step.model.llama.config.context)
-    scored = math.ceil(longest * step.rows.scored / step.rows.tokens)
-    columns = [["GB on a rank", *KINDS.values(), "in all", f"in all, rows of {longest}",
-                "sent in a step", f"fits {limit:g} GB"]]
-    for name, at in variants(step):
-        held = at.fullest()
-        size = sum(held.values())
-        most = sum(replace(at, rows=Rows(longest, scored)).fullest().values())
-        figures = [*(held[kind] for kind in KINDS), size, most, at.sent()]
-        fits = "yes" if max(size, most) <= limit * 1e9 else (
-            "not long rows" if size <= limit * 1e9 else "no")
-        columns.append([name, *(f"{figure / 1e9:,.2f}" for figure in figures), fits])
+def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: Row) -> int:
+    """Bytes that come and go with a micro-batch: what autograd keeps, and the logits."""
+    sizes, c, micro = model.llama.config, model.llama.dtype.itemsize, stage.micro_batch
+    width, patches = sizes.width, model.clip.config.patches
+    total = copies = largest = 0
+    for part in model_parts(model, stage.adaptor):
+        if part.trained and part.read_in_backward and zero == 0 and c < MASTER:
+            copies += c * count(part.weights)  # of the masters, in the compute dtype
+        if isinstance(part.module, DecoderLayer):
+            kept = 8 * width + 3 * c * ((sizes.heads + sizes.kv_heads) * sizes.head_size
+                                        + sizes.ffn)
+            kept += c * (4 * width + sizes.ffn) if part.trained else 0
+            largest = max(largest, kept)
+            total += micro * row.tokens * (c * width if config.recompute else kept)
+    total += micro * row.tokens * largest if config.recompute else 0
+    total += c * micro * patches * (model.clip.config.width + 2 * width)  # the projector's
+    return total + copies + LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
+
+
+def memory_and_traffic(
+    model: IAA, config: Config, stage: StageConfig, row: Row, world: int
+) -> tuple[dict[str, int], int]:
+    """Bytes on a rank, by kind, and bytes that it sends in a step."""
+    zero, c = stage.zero if world > 1 else 0, model.llama.dtype.itemsize
+    r = MASTER if config.reduce_fp32 else c
+    accumulation = math.ceil(stage.batch / stage.micro_batch / world)
+    units, stops, _ = timetable(model, stage.adaptor, zero, config.shard_frozen)
+    held = bytes_held(units, zero, world, accumulation, c)
+    if zero < 3 or not config.shard_frozen:
+        held["frozen"] = c * count([*model.llama.parameters(), *model.clip.parameters()])
+    held["activations"] = activations(model, config, stage, zero, row)
+    gathered = [c * stop.unit.padded(world) if stop.gather else 0 for stop in stops]
+    sent = max(r * unit.padded(world) for unit in units if unit.trained) if zero else 0
+    held["units in transit"] = max(a + b for a, b in pairwise([0, *gathered])) + 2 * sent
+    return held, bytes_sent(units, stops, zero, world, accumulation, c, r)
+
+
+def table(
+    model: IAA, config: Config, stage: StageConfig, row: Row, world: int, memory_gb: float
+) -> list[str]:
+    """Memory and traffic of a rank at each ZeRO stage, * the configuration's own, as lines."""
+    longest = longest_row(config, model.llama.config.context)
+    long = Row(longest, math.ceil(longest * row.scored / row.tokens))
+    columns = []
+    for zero, shard in VARIANTS if world > 1 else VARIANTS[:1]:
+        own = zero == stage.zero and (zero < 3 or shard == config.shard_frozen) or world == 1
+        at = model, replace(config, shard_frozen=shard), replace(stage, zero=zero)
+        held, sent = memory_and_traffic(*at, row, world)
+        size, most = sum(held.values()), sum(memory_and_traffic(*at, long, world)[0].values())
+        figures = {**held, "in all": size, f"in all, rows of {longest}": most,
+                   "sent in a step": sent}
+        limit = memory_gb * 1e9
+        fits = "no" if size > limit else "not long rows" if most > limit else "yes"
+        if not columns:
+            columns.append(["GB on a rank", *figures, f"fits {memory_gb:g} GB"])
+        name = (f"ZeRO-{zero}" if shard else "3, frozen whole") + "*" * own
+        columns.append([name, *(f"{value / 1e9:,.2f}" for value in figures.values()), fits])
     widths = [max(map(len, column)) for column in columns]
     return ["  " + first.ljust(widths[0]) + "".join(
         "  " + text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))
         for first, *rest in zip(*columns, strict=True)]
 
 
-def plan_stage(step: Step) -> list[str]:
-    """The plan of one stage."""
-    model, stage, rows = step.model, step.stage, step.rows
-    flops, hours = step.cost()
-    parts_ = {name: size for name, size in weights_of(model, stage.adaptor).items() if size}
-    trained = sum(size for name, size in parts_.items() if not name.startswith("frozen"))
-    return [f"stage {stage.name}: trains {trained:,} of {sum(parts_.values()):,} weights",
-            "  " + ", ".join(f"{name} {size:,}" for name, size in parts_.items()),
-            f"  {stage.steps} steps of {stage.batch} rows: {step.machine.world} ranks x "
-            f"{step.rounds} micro-batches of {stage.micro_batch}; "
-            f"rows of {rows.tokens} tokens, {rows.scored} scored ({rows.source})",
-            *table(step),
-            f"  {flops / 1e12:,.1f} TFLOP in a step; {hours:,.1f} hours", ""]
-
-
-def plan(config: Config, machine: Machine, text: int | None) -> str:
-    """The plan of every stage; text: tokens of a row beside its image, None: by the data."""
+def plan(
+    config: Config, world: int, memory_gb: float, tflops: float, utilisation: float,
+    text: int | None
+) -> str:
+    """The plan of every stage. tflops: a rank's peak. text: tokens of a row, None: by the data."""
     lines, hours = [], 0.0
     for stage in config.stage:
         model = meta_model(config, stage)
-        patches, context = model.clip.config.patches, model.llama.config.context
-        rows = sample_rows(config, stage, patches, context, text)
-        step = Step(model, config, stage, rows, machine)
-        lines += plan_stage(step)
-        hours += step.cost()[1]
-    lines.append(f"{hours:,.1f} hours at {machine.world} x {machine.tflops:g} TFLOP/s, "
-                 f"{machine.utilisation:.0%} of it reached; sending is not counted")
-    return "\n".join(lines)
+        row = average_row(config, stage, model, text)
+        frozen_llm, tower, trained = (count(part.parameters()) for part in (
+            model.llama, model.clip, model.adaptors[stage.adaptor]))
+        flops = step_flops(model, stage.adaptor, stage.batch, row.tokens,
+                           stage.batch * row.scored, config.recompute)
+        most = math.ceil(stage.batch / stage.micro_batch / world)  # micro-batches of a rank
+        share = most * stage.micro_batch / stage.batch
+        took = stage.steps * share * flops / (tflops * 1e12 * utilisation) / 3600
+        hours += took
+        lines += [
+            f"stage {stage.name}: trains {trained:,} weights; frozen LLM {frozen_llm:,}, "
+            f"frozen vision tower {tower:,}",
+            f"  {stage.steps} steps of {stage.batch} rows: {world} ranks x {most} micro-batches of "
+            f"{stage.micro_batch}; rows of {row.tokens} tokens, {row.scored} scored "
+            f"({row.source})", *table(model, config, stage, row, world, memory_gb),
+            f"  {flops / 1e12:,.1f} TFLOP in a step; {took:,.1f} hours", ""]
+    return "\n".join([*lines, f"{hours:,.1f} hours at {world} x {tflops:g} TFLOP/s, "
+                              f"{utilisation:.0%} of it reached; sending is not counted"])
+
+
+@one_line("training.plan")
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="TOML file, such as configs/iaa8.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a key, as for train.py")
+    parser.add_argument("--world", type=int, default=8, help="ranks [%(default)s]")
+    parser.add_argument("--memory-gb", type=float, default=80, help="of a rank [%(default)s]")
+    parser.add_argument("--tflops", type=float, default=312,
+                        help="peak of a rank in TFLOP/s [%(default)s: an A100 in bf16]")
+    parser.add_argument("--utilisation", type=float, default=0.4,
+                        help="share of that peak that is reached [%(default)s]")
+    parser.add_argument("--text-tokens", type=int,
+                        help="of a row beside its picture, half of them scored [the data's mean]")
+    args = parser.parse_args(argv)
+    if min(args.world, args.memory_gb, args.tflops, args.utilisation) <= 0:
+        parser.error("--world, --memory-gb, --tflops, --utilisation: above 0")
+    if args.text_tokens is not None and args.text_tokens < 2:
+        parser.error("--text-tokens: 2 or more, one of them scored")
+    print(plan(read_config(args.config, args.set), args.world, args.memory_gb, args.tflops,
+               args.utilisation, args.text_tokens))
+
+
+if __name__ == "__main__":
+    main()

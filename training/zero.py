@@ -1,407 +1,84 @@
-"""ZeRO by hand: training state shared out over the ranks, on plain collectives and flat buffers.
+"""ZeRO by hand: the training state in shards over the ranks, on plain collectives.
 
-Training a weight in mixed precision takes far more than the weight: an fp32 master copy, AdamW's
-two moments, a gradient. Data-parallel ranks that all hold all of it hold N copies of the same
-numbers. ZeRO (arXiv 1910.02054) keeps one, in N pieces, and moves pieces when they are needed.
+Training in mixed precision holds far more than the weights: an fp32 master copy of each trained
+weight, AdamW's two moments, a gradient. With plain data parallelism each of N ranks holds all of
+it. With ZeRO (arXiv 1910.02054) each rank holds one N-th, its *shard*, and gathers the rest when a
+pass needs it.
 
-What a rank holds, in bytes, for P trained and F frozen weights, N ranks; a weight that computes
-takes c bytes (2 in bf16, 4 in fp32), a gradient on its way r (c, or 4 with `reduce_fp32`):
+What a rank holds, in bytes, for P trained and F frozen weights. A weight takes c bytes in the
+compute dtype (2 in bf16, 4 in fp32), a gradient that is sent takes r (c, or 4 with `reduce_fp32`):
 
-    stage                      computes   master   moments   gradients        frozen
-    0  torch's DDP                 -         4P        8P    4P + 4P buckets    cF
-    1  optimizer shared out       cP       4P/N      8P/N    4P/N (or 4P*)      cF
-    2  gradients too              cP       4P/N      8P/N    4P/N               cF
-    3  weights too                 -       4P/N      8P/N    4P/N               cF/N (or cF)
+    stage                     weights   master   moments   gradients        frozen
+    0  torch's DDP                 -        4P        8P   4P + 4P buckets  cF
+    1  optimizer in shards        cP      4P/N      8P/N   4P/N (or 4P*)    cF
+    2  gradients too              cP      4P/N      8P/N   4P/N             cF
+    3  weights too                 -      4P/N      8P/N   4P/N             cF/N (or cF)
 
-At stage 0 the fp32 weights are their own masters. (*) with gradient accumulation: at every stage
-micro-batches are added up in fp32, at this one before anything is sent. While a pass runs, stages
-2 and 3 also hold the gradients of two units, r bytes a weight (one on its way, one being filled),
-and stage 3 the weights of two units, c bytes each (one in use, the next on its way). A *unit* is
-what is gathered together: a decoder layer, an embedding, a head with its norm.
+At stage 0 the masters compute. (*) Micro-batches are summed in fp32, at stage 1 before anything is
+sent. While a pass runs, stages 1 to 3 also hold the gradients of two units (one being filled, one
+being sent), stage 3 also the weights of two units (one in use, one prefetched). A *unit* is what is
+gathered together: a decoder layer, an embedding, a head.
 
-What a rank sends in a step, with A micro-batches, each term times (N - 1)/N:
+What a rank sends in a step of A micro-batches, each term times (N - 1)/N:
 
-    0   8P                 an all-reduce is a reduce-scatter and an all-gather
-    1   rP + cP            reduce-scatter of gradients, all-gather of updated weights
-    2   A rP + cP          the same, but only a shard of the gradients is kept
-    3   A (rP + 2cP)       weights are gathered for forward and for backward, gradients reduced
-        + 2 A cF           the frozen ones likewise; nothing with `shard_frozen` off
-                           (less: the last unit stays for backward, where weights that are only
-                           looked up, and those below `no_grad`, are not read again)
+    0   8P                     all_reduce of gradients = reduce_scatter and all_gather
+    1   rP + cP                reduce_scatter of gradients, all_gather of updated weights
+    2   A rP + cP              the same, with a reduce_scatter for each micro-batch
+    3   A (rP + 2cP + 2cF)     all_gather for the forward and again for the backward pass (2cF
+                               only where frozen weights are in shards; embeddings and the
+                               vision tower are not gathered again: plan.py counts exactly)
 
-`bytes_held` and `bytes_sent` say it exactly, with padding: a shard has ceil(n / N) elements.
-
-**Why it cannot hang.** A collective hangs when ranks disagree on which comes next, and what a rank
-computes depends on its rows: no picture, no projector; no rows, nothing at all. So no collective
-is started because a module ran. All of them stand in a *timetable*, one list of stops computed
-from the model alone: each unit in forward order, then each in backward order. A module that is
-about to run calls `walk(its stop)`, which goes through the list up to there, joining the
-collectives on the way, also those of units that this rank does not use. The end of the forward
-pass walks to the turn of the list, the end of the backward pass to its end. All ranks walk the
-same list, some stops with nobody getting on.
-
-**The hooks**, all in `Sharded.watch`: before a part runs, walk to its forward stop; when the
-gradient of its output is there, walk to its backward stop. Autograd runs nodes in the reverse of
-the order in which they were made, so that by then all units after this one have their gradients.
-
-**Freed and filled again.** Weights are views into their unit's flat buffer. Freeing it is resizing
-its storage to zero: tensors that autograd saved for backward keep pointing there, and find the
-weights again once the unit is gathered. Recomputation (`recompute`) happens between the same stops.
-
-A weight without a gradient in a step has a gradient of zero, at every stage and on one process.
+**Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
+what a rank runs depends on its rows: without a picture it runs no projector. So no module starts a
+collective of its own. All collectives of a micro-batch stand in one list, the timetable, which
+follows from the model alone: each unit in forward order, then each in backward order. Hooks on the
+modules call `advance_to(n)`, which does what the list says up to stop n, also for units that this
+rank does not use. docs/distributed.md draws it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-MASTER = 4  # bytes of an fp32 number
+from iaa import IAA
 
 
-class Unit:
-    """Weights that are gathered together, side by side in one flat buffer.
-
-    Each of the N ranks keeps its `shard`, the rank-th N-th of the buffer: fp32 masters of trained
-    weights, a piece of frozen ones as they are.
-    """
-
-    def __init__(self, weights: list[nn.Parameter]):
-        if len({(w.requires_grad, w.dtype) for w in weights}) > 1:
-            raise ValueError("a unit's weights must be of one dtype, and all trained or all frozen")
-        self.weights = weights
-        self.trained = weights[0].requires_grad
-        self.numel = sum(w.numel() for w in weights)
-
-    def padded(self, world: int) -> int:
-        """Elements of the flat buffer: a multiple of the ranks."""
-        return -(-self.numel // world) * world
-
-    def open(self, dtype: torch.dtype, device: torch.device, whole: bool) -> None:
-        """Allocate, fill the shard, make the weights views; `whole`: the buffer stays filled."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        self.size = self.padded(world) // world
-        self.first = rank * self.size
-        master = torch.float32 if self.trained else dtype
-        self.shard = torch.zeros(self.size, dtype=master, device=device)
-        for weight, there, here in self.overlaps():
-            self.shard[here] = weight.detach().flatten()[there]
-        self.shard.requires_grad_(self.trained)
-        self.flat = torch.zeros(self.size * world, dtype=dtype, device=device)
-        for weight, start in zip(self.weights, self.starts(), strict=True):
-            view = self.flat[start : start + weight.numel()].view(weight.shape)
-            if whole:
-                view.copy_(weight.detach())
-            weight.data = view
-        self.work, self.gradient = None, None
-        if not whole:
-            self.free()
-
-    def starts(self) -> list[int]:
-        """Where each weight begins in the flat buffer."""
-        return list(accumulate((w.numel() for w in self.weights), initial=0))[:-1]
-
-    def overlaps(self) -> Iterator[tuple[nn.Parameter, slice, slice]]:
-        """What this rank's shard holds: each weight, which of its elements, where in the shard."""
-        for weight, start in zip(self.weights, self.starts(), strict=True):
-            low = max(start, self.first)
-            high = min(start + weight.numel(), self.first + self.size)
-            if low < high:
-                yield (weight, slice(low - start, high - start),
-                       slice(low - self.first, high - self.first))
-
-    def send(self) -> None:
-        """Start filling the buffer from all ranks' shards."""
-        self.source = self.shard.detach().to(self.flat.dtype)  # kept until it has arrived
-        self.work = dist.all_gather_single(self.flat, self.source, async_op=True)
-
-    def gather(self) -> None:
-        """`send`, unless the buffer is filled or on its way."""
-        storage = self.flat.untyped_storage()
-        if not storage.size():
-            storage.resize_(self.flat.numel() * self.flat.element_size())
-            self.send()
-
-    def wait(self) -> None:
-        """Until the buffer is filled."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = self.source = None
-
-    def free(self) -> None:
-        """Give the buffer's memory back."""
-        self.flat.untyped_storage().resize_(0)
-
-    def collect(self, dtype: torch.dtype) -> None:
-        """Add the weights' gradients to the flat one, made in dtype where there is none; drop them.
-        """
-        if self.gradient is None:
-            self.gradient = torch.zeros(len(self.flat), dtype=dtype, device=self.flat.device)
-        for weight, start in zip(self.weights, self.starts(), strict=True):
-            if weight.grad is not None:
-                self.gradient[start : start + weight.numel()] += weight.grad.flatten()
-                weight.grad = None
-
-    def reduce(self, dtype: torch.dtype) -> tuple[list[dist.Work], list[Tensor]]:
-        """Start the sum of all ranks' flat gradients, sent in dtype; each rank receives its shard.
-
-        Returns the works, and the pieces that make the shard once they are added up. gloo has no
-        reduce-scatter of its own (it sends the whole sum to all, twice the bytes): there each rank
-        receives its piece from every other and adds them up, in fp32.
-        """
-        gradient, self.gradient = self.gradient.to(dtype), None
-        if dist.get_backend() != "gloo":
-            received = gradient.new_empty(self.size)
-            return [dist.reduce_scatter_single(received, gradient, async_op=True)], [received]
-        pieces, works = list(gradient.view(-1, self.size)), []
-        for other in range(len(pieces)):
-            if other != dist.get_rank():
-                works.append(dist.isend(pieces[other], other))
-                pieces[other] = torch.empty_like(pieces[other])
-                works.append(dist.irecv(pieces[other], other))
-        return works, pieces
-
-    def add(self, pieces: list[Tensor]) -> None:
-        """Add what `reduce` received to the shard's gradient, in fp32."""
-        first, *others = pieces  # one by one: a sum with a cast took 1.5 times as long
-        if self.shard.grad is None:
-            self.shard.grad = first.to(torch.float32, copy=True)
-        else:
-            self.shard.grad.add_(first)
-        for piece in others:
-            self.shard.grad.add_(piece)
-
-
-@dataclass
-class Stop:
-    """A stop of the timetable: a unit, and what happens to it here."""
-
-    unit: Unit
-    part: object  # which part of the model runs here
-    gather: bool  # weights are needed from here to the next stop
-    reduce: bool = False  # gradients are complete once the next stop is reached
-
-
-def timetable(parts: list, stage: int, shard_frozen: bool) -> tuple[list[Unit], list[Stop], int]:
-    """Units, all stops of a micro-batch, and the number of the first stop of the backward pass.
-
-    parts: in forward order, each with `first`, `last` (modules), `weights`, `again` (as in
-    parts.py). Works without a process group and on the meta device.
-    """
-    forward, groups, group_of = [], [], {}
-    for part in parts:
-        if not part.weights[0].requires_grad and not (stage == 3 and shard_frozen):
-            continue
-        shared = [group_of[w] for w in part.weights if w in group_of]  # with an earlier part:
-        group = shared[0] if shared else []  # both are one unit, which is gathered twice
-        if not shared:
-            groups.append(group)
-        for w in part.weights:
-            if w not in group_of:
-                group.append(w)
-                group_of[w] = group
-        forward.append((part, group))
-    units = [Unit(group) for group in groups]
-    unit_of = {w: unit for unit in units for w in unit.weights}
-    stops, seen, backward = [], set(), []
-    for part, group in forward:
-        unit = unit_of[group[0]]
-        stops.append(Stop(unit, part, gather=stage == 3))
-        if unit.trained or part.again:
-            complete = unit.trained and unit not in seen  # nothing earlier adds to its gradients
-            backward.append(Stop(unit, part, stage == 3 and part.again, complete))
-        seen.add(unit)
-    turn = len(stops)
-    stops += reversed(backward)  # autograd's order
-    if stops[turn].unit is not stops[turn - 1].unit:
-        raise ValueError("the last part of the forward pass must be the first of the backward pass")
-    return units, stops, turn
-
-
-class Sharded:
-    """Stages 1 to 3: the trained weights of `loss`, and at stage 3 the frozen ones, in shards.
-
-    loss: a module that takes a batch and returns a scalar. parts: as for `timetable`. unused:
-    frozen weights that no part needs; at stage 3 they are in shards too, and never gathered.
-    names: of the trained weights. Trained weights (fp32) become copies in `dtype`.
-    """
-
-    def __init__(
-        self,
-        loss: nn.Module,
-        parts: list,
-        unused: list[nn.Parameter],
-        names: dict[nn.Parameter, str],
-        stage: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        shard_frozen: bool = True,
-        reduce_fp32: bool = False,
-    ):
-        self.loss, self.names, self.stage, self.device = loss, names, stage, device
-        self.reduce_dtype = torch.float32 if reduce_fp32 else dtype
-        self.units, self.stops, self.turn = timetable(parts, stage, shard_frozen)
-        if stage == 3 and shard_frozen:
-            self.units += [Unit([weight]) for weight in unused]  # opened one by one: never whole
-        for unit in self.units:
-            unit.open(dtype if unit.trained else unit.weights[0].dtype, device, whole=stage < 3)
-        trained = [unit for unit in self.units if unit.trained]
-        self.masters = {names[unit.weights[0]]: unit.shard for unit in trained}
-        self.position, self.coming = -1, None
-        self.watch()
-
-    def watch(self) -> None:
-        """Install the hooks: each walks to a stop."""
-        for number, stop in enumerate(self.stops):
-            if number < self.turn:
-                stop.part.first.register_forward_pre_hook(lambda *_, n=number: self.walk(n))
-            elif number > self.turn:  # the first is walked to when the forward pass ends
-
-                def hook(module: nn.Module, inputs, output: Tensor, n: int = number) -> None:
-                    if output.requires_grad:
-                        output.register_hook(lambda gradient: self.walk(n))
-
-                stop.part.last.register_forward_hook(hook)
-
-    def walk(self, number: int) -> None:
-        """Go on to that stop, with everything on the way. Raises RuntimeError if it lies behind."""
-        if self.position > number:
-            raise RuntimeError(f"stop {number} was called after stop {self.position}: the model "
-                               "runs its parts in another order than they were listed in")
-        while self.position < number:
-            if self.position >= 0:
-                self.leave()
-            self.position += 1
-            if self.position < len(self.stops):
-                self.enter()
-
-    def enter(self) -> None:
-        """Have the stop's weights, and send for the next one's."""
-        for stop in self.stops[self.position : self.position + 2]:
-            if stop.gather:
-                stop.unit.gather()
-        self.stops[self.position].unit.wait()
-
-    def leave(self) -> None:
-        """Send the gradients if they are complete, free the weights unless the next stop is theirs.
-        """
-        stop, after = self.stops[self.position], self.stops[self.position + 1 :][:1]
-        if stop.gather and not (after and after[0].gather and after[0].unit is stop.unit):
-            stop.unit.free()
-        if stop.reduce:  # memory is given back first: `collect` takes as much again
-            self.arrive()
-            more = self.stage == 1 and not self.last  # micro-batches will add to it
-            stop.unit.collect(torch.float32 if more else self.reduce_dtype)
-            if not more:
-                self.coming = (stop.unit, *stop.unit.reduce(self.reduce_dtype))
-
-    def arrive(self) -> None:
-        """Wait for the gradients that are on their way, if any."""
-        if self.coming is not None:
-            unit, works, pieces = self.coming
-            for work in works:
-                work.wait()
-            unit.add(pieces)
-            self.coming = None
-
-    def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
-        """The loss of a micro-batch, its gradient (over `scored`) added to the shards'.
-
-        batch: None where this rank has no rows left. last: of the step.
-        """
-        self.last = last
-        loss = torch.zeros((), device=self.device) if batch is None else self.loss(batch)
-        self.walk(self.turn)
-        if loss.requires_grad:
-            (loss / scored).backward()
-        self.walk(len(self.stops))
-        self.arrive()
-        self.position = -1
-        return loss.detach()
-
-    @torch.no_grad()
-    def forward(self, batch) -> Tensor:
-        """The loss of a batch, without gradients. Every rank must call it, with any batch."""
-        loss = self.loss(batch)
-        self.walk(self.turn - 1)
-        last = self.stops[self.turn - 1]
-        if last.gather:
-            last.unit.free()
-        self.position = -1
-        return loss
-
-    def clip(self, limit: float) -> Tensor:
-        """Scale all gradients so that their norm, over all ranks, is at most `limit`; the norm."""
-        gradients = [shard.grad for shard in self.masters.values()]
-        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
-        square = norms.double().square().sum()
-        dist.all_reduce(square)
-        norm = square.sqrt().float()
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
-        return norm
-
-    def publish(self) -> None:
-        """After an update of the masters: everybody's copies (stage 3 has none)."""
-        if self.stage < 3:
-            for unit in self.units:
-                unit.send()
-            for unit in self.units:
-                unit.wait()
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, every rank has all trained weights whole."""
-        trained = [unit for unit in self.units if unit.trained]
-        for unit in trained:
-            unit.gather()
-            unit.wait()
-        yield
-        for unit in trained if self.stage == 3 else []:
-            unit.free()
-
-    def pieces(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
-        """What this rank keeps: name of a weight, master, which elements of the weight, where."""
-        for unit in self.units:
-            for weight, there, here in unit.overlaps() if unit.trained else ():
-                yield self.names[weight], unit.shard, there, here
-
-
-class Reaching(nn.Module):
-    """`loss` for DDP, which waits for every weight's gradient, or the word that it is unused.
-
-    Where a rank has no rows, or none that reach a trained weight, it gives all a gradient of zero.
-    """
+class TouchesAllWeights(nn.Module):
+    """`loss` with a gradient for DDP to wait for, also where no row reaches a trained weight."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
         self.loss = loss
 
     def forward(self, batch) -> Tensor:
-        """The loss of the batch, or of none."""
+        """The loss of the batch, zero where it is None."""
         loss = 0.0 if batch is None else self.loss(batch)
         if isinstance(loss, Tensor) and loss.requires_grad:
             return loss
         return loss + 0.0 * sum(weight.flatten()[0] for weight in self.parameters())
 
 
-class Replicated:
-    """Stage 0, with the methods of `Sharded`: one process, or torch's DDP."""
+class DataParallel:
+    """Stage 0: every rank holds everything. One process, or torch's DDP on several."""
 
     stage = 0
 
     def __init__(self, loss: nn.Module, masters: dict[str, nn.Parameter], world: int):
         self.loss, self.masters, self.world = loss, masters, world
-        self.run = Reaching(loss)
+        self.run = TouchesAllWeights(loss)
         if world > 1:
             self.run = DistributedDataParallel(self.run, find_unused_parameters=True)
 
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
-        """As `Sharded.forward_backward`; DDP sends with the last micro-batch."""
+        """The loss of a micro-batch. Its gradient, divided by `scored`, adds to the others'.
+
+        batch: None where this rank has no rows left. last: of the step's; DDP sends with it.
+        """
         if self.world > 1:
             self.run.require_backward_grad_sync = last
         loss = self.run(batch)
@@ -414,60 +91,329 @@ class Replicated:
         return self.loss(batch)
 
     def clip(self, limit: float) -> Tensor:
-        """Scale all gradients so that their norm is at most `limit`; the norm."""
+        """Scale all gradients so that their norm is at most `limit`. Returns the norm before."""
         for weight in self.masters.values():
-            if weight.grad is None:
+            if weight.grad is None:  # AdamW would skip it; stages 1 to 3 have a gradient of zero
                 weight.grad = torch.zeros_like(weight)
         return nn.utils.clip_grad_norm_(self.masters.values(), limit)
 
-    def publish(self) -> None:
-        """Nothing to do: all ranks have made the same update."""
+    def all_gather_weights(self) -> None:
+        """Nothing: all ranks have made the same update."""
 
-    def whole(self) -> nullcontext:
-        """All weights are whole."""
+    def gathered(self) -> nullcontext:
+        """Nothing: all ranks have all weights."""
         return nullcontext()
 
-    def pieces(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
-        """Every weight, whole, as its own master."""
+    def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
+        """As `ZeroSharded.owned_slices`, but every weight is whole and its own master."""
         for name, weight in self.masters.items():
-            everything = slice(0, weight.numel())
-            yield name, weight, everything, everything
+            yield name, weight, slice(0, weight.numel()), slice(0, weight.numel())
 
 
-def bytes_held(
-    units: list[Unit], stage: int, world: int, accumulation: int, c: int = 2
-) -> dict[str, int]:
-    """What a rank holds from step to step (the head's table), by kind, in bytes.
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: from the call of `module` on, `weights` are needed."""
 
-    units: from `timetable`, trained ones and, at stage 3, frozen ones that are in shards.
+    module: nn.Module
+    weights: list[nn.Parameter]
+    trained: bool  # all weights; else all are frozen
+    read_in_backward: bool  # by autograd; not where they are looked up, or run under no_grad
+
+
+def model_parts(model: IAA, workflow: str) -> list[Part]:
+    """The parts in the order in which `IAA.loss` calls them. A weight may be in two of them.
+
+    Written by hand after `IAA.loss`. A test watches the calls and compares.
     """
-    trained = sum(unit.numel for unit in units if unit.trained)
-    padded = sum(unit.padded(world) for unit in units if unit.trained)
-    frozen = sum(u.padded(world) * u.weights[0].element_size() for u in units if not u.trained)
-    if stage == 0:
-        buckets = MASTER * trained if world > 1 else 0
-        return {"computes": 0, "master": MASTER * trained, "moments": 2 * MASTER * trained,
-                "gradients": MASTER * trained + buckets, "frozen": 0}
-    shard = MASTER * padded // world
-    whole = MASTER * padded if stage == 1 and accumulation > 1 else 0  # until the last micro-batch
-    return {"computes": c * padded if stage < 3 else 0, "master": shard, "moments": 2 * shard,
-            "gradients": max(whole, shard), "frozen": frozen // world}
+
+    def part(*modules: nn.Module, read_in_backward: bool = True) -> Part:
+        weights = list(dict.fromkeys(w for module in modules for w in module.parameters()))
+        return Part(modules[0], weights, weights[0].requires_grad, read_in_backward)
+
+    adaptor = model.adaptors[workflow]
+    llama, insertion = model.llm(adaptor), adaptor.config.insertion
+    parts = [part(adaptor.embedding or llama.embedding, read_in_backward=False),
+             part(model.clip, read_in_backward=False), part(adaptor.projector)]
+    for i, layer in enumerate(llama.layers):
+        parts.append(part(layer))
+        if i in insertion:
+            n = insertion.index(i)
+            parts += map(part, [adaptor.layers[n], *adaptor.gates[n : n + 1]])
+    if adaptor.head is not None:
+        return [*parts, part(adaptor.norm, adaptor.head)]
+    return [*parts, part(llama.norm, llama.head or llama.embedding)]  # tied: the embedding again
 
 
-def bytes_sent(
-    units: list[Unit], stops: list[Stop], stage: int, world: int, accumulation: int,
-    c: int = 2, r: int = 2
-) -> int:
-    """What a rank sends in a step, in bytes, norms and counts left out; stops: `timetable`'s."""
-    trained = [unit for unit in units if unit.trained]
-    if stage == 0:
-        return 2 * MASTER * sum(u.numel for u in trained) * (world - 1) // world
-    size = sum(unit.padded(world) for unit in trained)
-    total = r * size * (1 if stage == 1 else accumulation) + (c * size if stage < 3 else 0)
-    pairs = zip([None, *stops], stops, strict=False)
-    gathers = [stop.unit for before, stop in pairs
-               if stop.gather and (before is None or before.unit is not stop.unit)]
-    for unit in gathers:
-        bytes_each = c if unit.trained else unit.weights[0].element_size()
-        total += accumulation * bytes_each * unit.padded(world)
-    return total * (world - 1) // world
+class Unit:
+    """Weights that are gathered together, one after the other in one flat buffer.
+
+    Rank k of N keeps the k-th N-th of the buffer, its shard: of trained weights in fp32 (the
+    masters), of frozen ones in their own dtype.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], trained: bool):
+        self.weights, self.trained = weights, trained
+        self.pending_gather = self.gradient = None
+
+    def padded(self, world: int) -> int:
+        """Elements of the buffer: those of all weights, rounded up to a multiple of `world`."""
+        return -(-sum(w.numel() for w in self.weights) // world) * world
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Copy the weights into the buffer, of `dtype`, and become views of it; fill the shard."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        numel, self.size = sum(w.numel() for w in self.weights), self.padded(world) // world
+        padding = self.weights[0].new_zeros(self.size * world - numel)
+        flat = torch.cat([*(w.detach().flatten() for w in self.weights), padding])
+        self.start = rank * self.size
+        self.shard = flat[self.start : self.start + self.size].to(device, copy=True)
+        self.shard.requires_grad_(self.trained)
+        self.flat = flat.to(device, dtype)
+        for weight, view in self.views(self.flat):
+            weight.data = view
+
+    def views(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each weight with its place in a flat tensor, a view of the weight's shape."""
+        start = 0
+        for weight in self.weights:
+            yield weight, flat[start : start + weight.numel()].view(weight.shape)
+            start += weight.numel()
+
+    def start_all_gather(self) -> None:
+        """Start to fill the buffer with all ranks' shards."""
+        source = self.shard.detach().to(self.flat.dtype)
+        work = dist.all_gather_single(self.flat, source, async_op=True)
+        self.pending_gather = work, source  # the source has to live until it is sent
+
+    def gather_if_freed(self) -> None:
+        """Start an all_gather, unless the buffer is full or being filled."""
+        storage = self.flat.untyped_storage()
+        if storage.size() == 0:
+            storage.resize_(self.flat.nbytes)
+            self.start_all_gather()
+
+    def wait_gathered(self) -> None:
+        """Wait until the buffer is full."""
+        if self.pending_gather is not None:
+            self.pending_gather[0].wait()
+            self.pending_gather = None
+
+    def free(self) -> None:
+        """Give the buffer's memory back. The weights, and what autograd has saved of them, stay
+        views of the buffer: they are right again once it is gathered."""
+        self.flat.untyped_storage().resize_(0)
+
+    def flatten_gradients(self, dtype: torch.dtype) -> None:
+        """Move the weights' gradients into a flat one of `dtype`, or add them to what is there."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.flat, dtype=dtype)
+        for weight, view in self.views(self.gradient):
+            if weight.grad is not None:
+                view += weight.grad
+                weight.grad = None
+
+    def start_reduce_scatter(self, dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
+        """Start to send the flat gradient in `dtype`: each rank receives its shard of the sum.
+
+        Returns the running collective and what it fills, for `accumulate`.
+        """
+        gradient, self.gradient = self.gradient.to(dtype), None
+        if dist.get_backend() == "gloo":  # its reduce_scatter sends the whole sum to every rank
+            received = torch.empty_like(gradient)  # this rank's shard as it is on each rank
+            return dist.all_to_all_single(received, gradient, async_op=True), received
+        received = gradient.new_empty(self.size)
+        return dist.reduce_scatter_single(received, gradient, async_op=True), received
+
+    def accumulate(self, received: Tensor) -> None:
+        """Add what a finished reduce_scatter has received to the shard's gradient, in fp32."""
+        if self.shard.grad is None:
+            self.shard.grad = torch.zeros_like(self.shard)
+        for shard in received.view(-1, self.size):
+            self.shard.grad += shard
+
+
+@dataclass
+class Stop:
+    """A stop of the timetable: a part runs, forward or backward."""
+
+    unit: Unit
+    module: nn.Module  # of the part
+    gather: bool  # the part reads the unit's weights
+    reduce: bool = False  # afterwards the unit's gradients are complete
+
+
+def timetable(
+    model: IAA, workflow: str, stage: int, shard_frozen: bool
+) -> tuple[list[Unit], list[Stop], int]:
+    """All units, the stops of a micro-batch, and the number of its first backward stop.
+
+    Needs no process group and no values: plan.py calls it on the meta device. Frozen weights are
+    in units at stage 3 only; those that no part needs are units of their own, never gathered.
+    """
+    frozen_too, unit_of, stops, backward = stage == 3 and shard_frozen, {}, [], []
+    for part in model_parts(model, workflow):
+        if not (part.trained or frozen_too):
+            continue
+        # Parts that share a weight, as a tied head and the embedding, are one unit.
+        shared = [unit_of[w] for w in part.weights if w in unit_of]
+        unit = shared[0] if shared else Unit([], part.trained)
+        unit.weights += [w for w in part.weights if w not in unit_of]
+        unit_of |= dict.fromkeys(part.weights, unit)
+        stops.append(Stop(unit, part.module, gather=stage == 3))
+        if part.trained or part.read_in_backward:
+            complete = part.trained and not shared  # the backward pass ends with the first of them
+            backward.append(Stop(unit, part.module, stage == 3 and part.read_in_backward, complete))
+    if frozen_too:
+        unit_of |= {w: Unit([w], False) for w in model.parameters() if w not in unit_of}
+    return list(dict.fromkeys(unit_of.values())), stops + backward[::-1], len(stops)
+
+
+class ZeroSharded:
+    """Stages 1 to 3: the workflow's trained weights in shards, at stage 3 also the frozen ones.
+
+    All weights move to `device`. Trained ones, in fp32 before, become copies in the model's dtype.
+    """
+
+    def __init__(
+        self, loss: nn.Module, model: IAA, workflow: str, stage: int, device: torch.device,
+        shard_frozen: bool, reduce_fp32: bool
+    ):
+        dtype = model.llama.dtype
+        self.loss, self.stage, self.device = loss, stage, device
+        self.names = {w: name for name, w in model.adaptors[workflow].named_parameters()}
+        self.reduce_dtype = torch.float32 if reduce_fp32 else dtype
+        self.units, self.stops, self.first_backward_stop = timetable(
+            model, workflow, stage, shard_frozen)
+        for unit in self.units:
+            unit.allocate(dtype, device)
+            if stage == 3:
+                unit.free()
+        self.trained = [unit for unit in self.units if unit.trained]
+        self.masters = {self.names[unit.weights[0]]: unit.shard for unit in self.trained}
+        self.position = -1  # number of the stop that runs; -1 between micro-batches
+        self.pending_reduce = None  # (unit, work, received) of a running reduce_scatter
+        for number, stop in enumerate(self.stops):
+            def hook(*_, number: int = number) -> None:
+                self.advance_to(number)
+
+            if number < self.first_backward_stop:
+                stop.module.register_forward_pre_hook(hook)
+            elif number > self.first_backward_stop:  # `forward_backward` advances to the first
+                # Runs once autograd has the gradient of the module's output. Autograd goes back in
+                # the order of the forward pass, so it is done with all later modules by then.
+                stop.module.register_full_backward_pre_hook(hook)
+
+    def advance_to(self, number: int) -> None:
+        """Go on through the timetable up to that stop. RuntimeError where it has been passed."""
+        if self.position > number:
+            raise RuntimeError(f"stop {number} after stop {self.position}: the model runs its "
+                               "parts in another order than `model_parts` lists them")
+        while self.position < number:
+            if self.position >= 0:
+                self.end_stop()
+            self.position += 1
+            if self.position < len(self.stops):
+                self.begin_stop()
+
+    def begin_stop(self) -> None:
+        """Have the stop's weights, and prefetch those of the next stop."""
+        for stop in self.stops[self.position : self.position + 2]:
+            if stop.gather:
+                stop.unit.gather_if_freed()
+        self.stops[self.position].unit.wait_gathered()
+
+    def end_stop(self) -> None:
+        """Free the stop's weights, unless the next stop reads them. Send complete gradients."""
+        stop, following = self.stops[self.position], self.stops[self.position + 1 :][:1]
+        if stop.gather and not any(s.gather and s.unit is stop.unit for s in following):
+            stop.unit.free()  # before the flat gradient takes as much memory again
+        if stop.reduce:
+            self.finish_reduce()  # so that one runs at a time
+            keep = self.stage == 1 and not self.last  # the next micro-batch adds to it
+            stop.unit.flatten_gradients(torch.float32 if keep else self.reduce_dtype)
+            if not keep:
+                self.pending_reduce = stop.unit, *stop.unit.start_reduce_scatter(self.reduce_dtype)
+
+    def finish_reduce(self) -> None:
+        """Wait for the running reduce_scatter, if there is one."""
+        if self.pending_reduce is not None:
+            unit, work, received = self.pending_reduce
+            work.wait()
+            unit.accumulate(received)
+            self.pending_reduce = None
+
+    def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
+        """As `DataParallel.forward_backward`. Every rank must call it, with or without rows."""
+        self.last = last
+        loss = torch.zeros((), device=self.device) if batch is None else self.loss(batch)
+        self.advance_to(self.first_backward_stop)
+        if loss.requires_grad:
+            (loss / scored).backward()
+        self.advance_to(len(self.stops))
+        self.finish_reduce()
+        self.position = -1
+        return loss.detach()
+
+    @torch.no_grad()
+    def forward(self, batch) -> Tensor:
+        """The loss of a batch, without gradients. Every rank must call it, with any batch."""
+        loss = self.loss(batch)
+        self.advance_to(self.first_backward_stop - 1)
+        if self.stage == 3:
+            self.stops[self.position].unit.free()
+        self.position = -1
+        return loss
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `limit`. Returns the norm before."""
+        shards = [master.grad for master in self.masters.values()]
+        square = nn.utils.get_total_norm(shards).square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        nn.utils.clip_grads_with_norm_(self.masters.values(), limit, norm)
+        return norm
+
+    def all_gather_weights(self) -> None:
+        """After an update of the masters, update all copies. Stage 3 has none."""
+        if self.stage < 3:
+            for unit in self.units:
+                unit.start_all_gather()
+            for unit in self.units:
+                unit.wait_gathered()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A context in which every rank has all trained weights."""
+        for unit in self.trained:
+            unit.gather_if_freed()
+            unit.wait_gathered()
+        yield
+        for unit in self.trained if self.stage == 3 else []:
+            unit.free()
+
+    def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
+        """What this rank keeps: a weight's name, its master, which elements, where in the master.
+        """
+        for unit in self.trained:
+            offset = -unit.start  # of a weight's first element from the shard's first
+            for weight in unit.weights:
+                low, high = max(offset, 0), min(offset + weight.numel(), unit.size)
+                if low < high:
+                    there, here = slice(low - offset, high - offset), slice(low, high)
+                    yield self.names[weight], unit.shard, there, here
+                offset += weight.numel()
+
+
+def build_state(
+    loss: nn.Module, model: IAA, workflow: str, stage: int, world: int, device: torch.device,
+    shard_frozen: bool = True, reduce_fp32: bool = False
+) -> DataParallel | ZeroSharded:
+    """The training state of a workflow at a ZeRO stage; on one rank every stage is stage 0.
+
+    loss: takes a batch, returns a scalar. shard_frozen: at stage 3, the frozen weights too.
+    reduce_fp32: gradients are sent in fp32, not in the model's dtype.
+    """
+    if world > 1 and stage > 0:
+        return ZeroSharded(loss, model, workflow, stage, device, shard_frozen, reduce_fp32)
+    adaptor = model.adaptors[workflow].to(device)
+    return DataParallel(loss, dict(adaptor.named_parameters()), world)
