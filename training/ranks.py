@@ -7,6 +7,7 @@ one line that says its rank and where it was. torchrun names the rank that faile
 """
 
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -45,6 +46,8 @@ class Ranks:
         # A failed collective is a RuntimeError, and so is a data loader's process that died.
         if isinstance(error, RuntimeError):
             loader = str(error).startswith("DataLoader worker")
+            if loader:  # torch's handler would raise the same again, wherever this process is
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if self.world > 1 or loader:
                 raise self.stopped(error) from error
         if error is None and self.world > 1:
