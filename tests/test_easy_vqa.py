@@ -1,4 +1,4 @@
-"""demo_data.py on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
+"""The demo's converter on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
 
 import json
 import sys
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from prepare_data import easy_vqa as demo_data
 from data import check_row
-from prepare_data.easy_vqa import easy_vqa, measure_shape, place
+from prepare_data.easy_vqa import COLOURS, easy_vqa, measure_shape, place
 
 DRAWN = {  # number -> colour, shape, box with exclusive ends
     0: ("blue", "rectangle", [10, 20, 41, 31]),
@@ -18,12 +17,11 @@ DRAWN = {  # number -> colour, shape, box with exclusive ends
     2: ("brown", "triangle", [30, 10, 61, 41]),
 }
 
-
 def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     """A shape on a pale ground, its edges as sharp as Pillow makes them."""
     image = Image.new("RGB", (64, 64), (240, 250, 245))
     pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), box
-    paint, inclusive = demo_data.COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
+    paint, inclusive = COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
     if shape == "rectangle":
         pen.rectangle(inclusive, fill=paint)
     elif shape == "circle":
@@ -31,7 +29,6 @@ def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     else:
         pen.polygon([(x1, y2 - 1), (x2 - 1, y2 - 1), ((x1 + x2 - 1) // 2, y1)], fill=paint)
     return image
-
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
@@ -49,19 +46,16 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", fake)
     return fake
 
-
 @pytest.mark.parametrize("number", DRAWN)
 def test_measured_as_drawn(number):
     """Colour, shape and box are those that were drawn."""
     assert measure_shape(np.asarray(draw(*DRAWN[number]))) == DRAWN[number]
-
 
 def test_place_in_words():
     """Ninths of the picture: literals."""
     assert place([0, 0, 10, 10], 64, 64) == "upper left"
     assert place([27, 27, 37, 37], 64, 64) == "middle"
     assert place([50, 30, 60, 34], 64, 64) == "middle right"
-
 
 def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     """Every row passes the check that training makes; a second run writes the same bytes."""
@@ -81,7 +75,6 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert first["boxes"] == [[10, 20, 41, 31]]
     assert first["conversations"][1]["value"] == "[0.16, 0.31, 0.64, 0.48]"
     assert first["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
-
 
 def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
     """Where the answers contradict the pixels, the picture is left out and counted."""
