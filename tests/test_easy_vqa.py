@@ -1,4 +1,4 @@
-"""The demo's converter on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
+"""easy-VQA on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
 
 import json
 import sys
@@ -17,6 +17,7 @@ DRAWN = {  # number -> colour, shape, box with exclusive ends
     2: ("brown", "triangle", [30, 10, 61, 41]),
 }
 
+
 def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     """A shape on a pale ground, its edges as sharp as Pillow makes them."""
     image = Image.new("RGB", (64, 64), (240, 250, 245))
@@ -29,6 +30,7 @@ def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     else:
         pen.polygon([(x1, y2 - 1), (x2 - 1, y2 - 1), ((x1 + x2 - 1) // 2, y1)], fill=paint)
     return image
+
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
@@ -46,16 +48,19 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", fake)
     return fake
 
+
 @pytest.mark.parametrize("number", DRAWN)
 def test_measured_as_drawn(number):
     """Colour, shape and box are those that were drawn."""
     assert measure_shape(np.asarray(draw(*DRAWN[number]))) == DRAWN[number]
+
 
 def test_place_in_words():
     """Ninths of the picture: literals."""
     assert place([0, 0, 10, 10], 64, 64) == "upper left"
     assert place([27, 27, 37, 37], 64, 64) == "middle"
     assert place([50, 30, 60, 34], 64, 64) == "middle right"
+
 
 def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     """Every row passes the check that training makes; a second run writes the same bytes."""
@@ -75,6 +80,7 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert first["boxes"] == [[10, 20, 41, 31]]
     assert first["conversations"][1]["value"] == "[0.16, 0.31, 0.64, 0.48]"
     assert first["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
+
 
 def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
     """Where the answers contradict the pixels, the picture is left out and counted."""
