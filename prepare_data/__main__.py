@@ -34,7 +34,8 @@ DATASETS = {  # command -> its reader, and the arguments that the reader takes
 def command_line() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+        "python -m prepare_data", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = "the demo's data, out of the package easy-vqa"
     command = commands.add_parser("easy-vqa", help=about, description=about)

@@ -17,6 +17,8 @@ from prepare_data.rows import Drop, Item, each, grounding_row, read_list
 
 MIN_SIDE = 0.02  # of the padded square: two decimals cannot say where a smaller box is
 MAX_BOXES = 20  # of a row; a longer list is dropped whole, since a cut one would teach to leave out
+BOX = [("image", "i8"), ("category", "i8"), ("crowd", "?"),
+       ("x", "f4"), ("y", "f4"), ("w", "f4"), ("h", "f4")]
 REFER_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # folder -> partition
 
 
@@ -102,7 +104,7 @@ def refcoco(path: Path, split: str) -> Iterator[Item]:
 
 
 def read_boxes(path: Path) -> Iterator[tuple]:
-    """(image, category, crowd, x, y, w, h) of each annotation; image -1 where it is malformed."""
+    """A BOX for each annotation; its image is -1 where it is malformed."""
     for entry in read_list(path, "annotations.item"):
         try:
             x, y, w, h = map(float, entry["bbox"])
@@ -119,10 +121,10 @@ def detections(path: Path, source: str, split: str) -> Iterator[Item]:
     about 60 bytes a box: 1.8 GB for the 30 million of Objects365.
     """
     names = entries(path, "categories", "name")
-    boxes = np.fromiter(read_boxes(path), "i8, i4, ?, f4, f4, f4, f4")
+    boxes = np.fromiter(read_boxes(path), BOX)
     # By image, then category. The sort is stable: equals stay in the order of the file.
-    order = np.lexsort((boxes["f1"], boxes["f0"]))
-    owners, taken = boxes["f0"][order], 0
+    order = np.lexsort((boxes["category"], boxes["image"]))
+    owners, taken = boxes["image"][order], 0
 
     def picture(image: dict) -> Iterator[Item]:
         nonlocal taken
