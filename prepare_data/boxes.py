@@ -1,221 +1,237 @@
 """Published data sets with boxes, one function each: from the published file to our rows.
 
-As in data_sources.py: a function yields rows, `Drop` and `Note`, in an order that depends on the
-file alone. Boxes of a whole annotation file wait in a database on disk, not in memory.
+As in `questions.py`, a function yields rows and Drops in an order that depends on the file alone.
 """
 
+import pickle
 import re
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import groupby
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
+
 from data import padded_square
-from prepare_data.source_files import is_whole, load_detections, read_plain_pickle
-from prepare_data.rows import NOT_XYWH, Drop, Item, Note, each, field, grounding_row, text
+from prepare_data.rows import Drop, Item, each, grounding_row, read_list
 
 MIN_SIDE = 0.02  # of the padded square: two decimals cannot say where a smaller box is
+MAX_BOXES = 20  # of a row; a longer list is dropped whole, since a cut one would teach to leave out
+BOX = [("image", "i8"), ("category", "i8"), ("crowd", "?"),
+       ("x", "f4"), ("y", "f4"), ("w", "f4"), ("h", "f4")]
 REFER_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # folder -> partition
 
 
-def refer_list(folder: Path) -> list:
+def corners(x: float, y: float, w: float, h: float, size: tuple[int, int]) -> list[float]:
+    """x1, y1, x2, y2 of a box given as x, y, width, height. Drop where it cannot be that."""
+    if w < 0 or h < 0 or x + w > 1.5 * size[0] or y + h > 1.5 * size[1]:
+        raise Drop("a box is not x, y, width, height: is it x1, y1, x2, y2?")
+    return [x, y, x + w, y + h]
+
+
+def entries(path: Path, part: str, *fields: str) -> dict[int, list]:
+    """id -> these fields of each entry in one list of an annotation file in COCO's form."""
+    try:
+        return {entry["id"]: [entry[name] for name in fields]
+                for entry in read_list(path, f"{part}.item")}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: an entry of {part!r} is malformed ({error})") from None
+
+
+# ---------------------------------------------------------------------------------- RefCOCO
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """An unpickler of lists, dicts, texts and numbers: it refuses to look up anything by name."""
+
+    def find_class(self, module: str, name: str):
+        """Called for every class and function that a pickle names: those are how code would run."""
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def refer_list(folder: Path) -> list[dict]:
     """The references in a folder of REFER's: `refs(unc).p` or, of RefCOCOg, `refs(umd).p`."""
     if folder.name not in REFER_SETS:
         raise ValueError(f"{folder}: the folder must be one of {', '.join(REFER_SETS)}")
     path = folder / f"refs({REFER_SETS[folder.name]}).p"
-    references = read_plain_pickle(path)
-    if not isinstance(references, list):
-        raise ValueError(f"{path}: a list of references is expected")
-    return references
-
-
-def evaluation_images(refer: Path) -> set[int]:
-    """COCO ids of all pictures in val and test of RefCOCO, RefCOCO+ and RefCOCOg, below `refer`."""
-    found = set()
-    for name in REFER_SETS:
-        for reference in refer_list(refer / name):
-            reference = reference if isinstance(reference, dict) else {}
-            number, split = reference.get("image_id"), reference.get("split")
-            if not is_whole(number) or type(split) is not str:
-                raise ValueError(f"{refer / name}: a reference without 'image_id' or 'split'")
-            if split != "train":
-                found.add(number)
-    return found
-
-
-def corners(x: float, y: float, w: float, h: float, width: int, height: int) -> list[float]:
-    """x1, y1, x2, y2 of a box given as x, y, width, height. Drop where it cannot be that."""
-    if w < 0 or h < 0 or x + w > 1.5 * width or y + h > 1.5 * height:
-        raise Drop(NOT_XYWH)
-    return [x, y, x + w, y + h]
-
-
-def refcoco_reference(
-    number: int, record, base: sqlite3.Connection, source: str, split: str, folder: str
-) -> Iterator[Item]:
-    """A box with one row for each sentence about it."""
-    if field(record, "split", str) != split:
-        raise Drop(f"of split {field(record, 'split', str)}", fault=False)
-    query = ("select images.id, name, width, height, crowd, x, y, w, h from boxes "
-             "join images on images.id = image where boxes.id = ?")
-    found = base.execute(query, [field(record, "ann_id", int)]).fetchone()
-    if found is None or found[0] != field(record, "image_id", int):
-        raise Drop("its box is not in instances.json")
-    _, name, width, height, crowd, *bbox = found
-    if crowd:
-        raise Drop("a crowd", fault=False)
-    box = corners(*bbox, width, height)
-    for sentence in field(record, "sentences", list):
+    with open(path, "rb") as file:
         try:
-            key = f"ref{field(record, 'ref_id', int)}/sent{field(sentence, 'sent_id', int)}"
-            yield grounding_row(source, split, key, folder + name, (width, height),
-                                text(sentence, "sent"), [box])
-        except Drop as drop:
-            yield drop
+            return list(PlainUnpickler(file, encoding="latin1").load())  # Python 2 wrote it
+        except Exception as error:  # damaged pickles raise a dozen kinds
+            raise ValueError(f"{path}: refused, not a pickle of plain values ({error})") from None
 
 
-def refcoco(path: Path, folder: str, split: str) -> Iterator[Item]:
+def evaluation_images(refer: Path) -> Set[int]:
+    """COCO ids of all pictures in val and test of RefCOCO, RefCOCO+ and RefCOCOg, below `refer`."""
+    try:
+        return {int(reference["image_id"]) for name in REFER_SETS
+                for reference in refer_list(refer / name) if reference["split"] != "train"}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{refer}: a reference is malformed ({error})") from None
+
+
+def refcoco(path: Path, split: str) -> Iterator[Item]:
     """RefCOCO, RefCOCO+ or RefCOCOg: REFER's folder with `instances.json` and `refs(...).p`.
 
-    The pickled references, some 50,000, are the one input that is in memory as a whole.
+    A row for each sentence about a box.
     """
     references = refer_list(path)
-    base = load_detections(path / "instances.json")
-    yield from malformed(base)
-    yield from each(references, refcoco_reference, base, path.name, split, folder)
+    images = entries(path / "instances.json", "images", "file_name", "width", "height")
+    boxes = entries(path / "instances.json", "annotations", "image_id", "bbox", "iscrowd")
+
+    def sentences(reference: dict) -> Iterator[Item]:
+        if reference["split"] != split:
+            raise Drop(f"of split {reference['split']}", malformed=False)
+        image, bbox, crowd = boxes.get(reference["ann_id"], (None, None, None))
+        if image != reference["image_id"]:
+            raise Drop("its box is not in instances.json")
+        if crowd:
+            raise Drop("a crowd", malformed=False)
+        name, *size = images[image]  # the reference's own "file_name" has a suffix
+        box = corners(*bbox, size)
+
+        def row(sentence: dict) -> Iterator[Item]:
+            key = f"ref{reference['ref_id']}/sent{sentence['sent_id']}"
+            yield grounding_row(path.name, split, key, f"coco/train2014/{name}", size,
+                                sentence["sent"], [box])
+
+        return each(reference["sentences"], row)
+
+    return each(references, sentences)
 
 
-def malformed(base: sqlite3.Connection) -> Iterator[Drop]:
-    """A Drop for each entry of an annotation file that is not as it should be."""
-    for (kind,) in base.execute("select kind from malformed"):
-        yield Drop(f"malformed or repeated entry of '{kind}'")
-    missing = ("select count(*) from boxes where image not in (select id from images) "
-               "or category not in (select id from categories)")
-    for _ in range(base.execute(missing).fetchone()[0]):
-        yield Drop("a box of an unknown picture or category")
+# ---------------------------------------------------------------------------------- detection
 
 
-def category_row(
-    number: int, group: list[tuple], source: str, split: str, folder: str, order: str, cap: int
-) -> Iterator[Item]:
-    """All boxes of one category in one picture. They are dropped whole: a cut list misleads."""
-    image, name, width, height, category, label = group[0][:6]
-    if source == "objects365":  # images/v1/patch8/a.jpg lies in patch8/a.jpg; names as "Cup/Mug"
-        name, label = "/".join(name.split("/")[-2:]), label.split("/")[0].lower()
-    if any(crowd for *_, crowd, _, _, _, _ in group):
-        raise Drop("a crowd, not every one of it boxed", fault=False)
-    boxes = []
-    for *_, x, y, w, h in group:
-        box = corners(x, y, w, h, width, height)
-        if w == 0 or h == 0:
-            yield Note("a box of no size left out")
-        elif box in boxes:
-            yield Note("a box given twice left out")
-        else:
-            boxes.append(box)
-    if not boxes:
-        raise Drop("no box of any size", fault=False)
-    if len(boxes) > cap:
-        raise Drop("more boxes than --max-boxes", fault=False)
-    smallest = MIN_SIDE * padded_square(width, height)[0]
-    if any(min(b[2] - b[0], b[3] - b[1]) < smallest for b in boxes):
-        raise Drop("a box too small for two decimals", fault=False)
-    if order != "file":
-        boxes.sort(key=(lambda b: (b[2] - b[0]) * (b[1] - b[3])) if order == "area" else None)
-    yield grounding_row(source, split, f"{image}/{category}", folder + name, (width, height),
-                        label, boxes)
+def read_boxes(path: Path) -> Iterator[tuple]:
+    """A BOX for each annotation; its image is -1 where it is malformed."""
+    for entry in read_list(path, "annotations.item"):
+        try:
+            x, y, w, h = map(float, entry["bbox"])
+            image, category = int(entry["image_id"]), int(entry["category_id"])
+            yield image, category, bool(entry["iscrowd"]), x, y, w, h
+        except (KeyError, TypeError, ValueError):
+            yield -1, 0, False, 0, 0, 0, 0
 
 
-def detections(
-    path: Path, source: str, split: str, folder: str, order: str, max_boxes: int
-) -> Iterator[Item]:
-    """Rows of a COCO-style annotation file, one a picture and category, in order of their ids."""
-    base = load_detections(path)
-    yield from malformed(base)
-    rows = base.execute(
-        "select images.id, images.name, width, height, category, categories.name, crowd, x, y, w, h"
-        " from boxes join images on images.id = image join categories on categories.id = category"
-        " order by image, category, boxes.id")
-    groups = (list(group) for _, group in groupby(rows, key=lambda row: (row[0], row[4])))
-    yield from each(groups, category_row, source, split, folder, order, max_boxes)
+def detections(path: Path, source: str, split: str) -> Iterator[Item]:
+    """Rows of an annotation file in COCO's form: one for each picture and category in it.
+
+    The file's boxes are not in the order of its pictures. They are kept as one table of numbers,
+    about 60 bytes a box: 1.8 GB for the 30 million of Objects365.
+    """
+    names = entries(path, "categories", "name")
+    boxes = np.fromiter(read_boxes(path), BOX)
+    # By image, then category. The sort is stable: equals stay in the order of the file.
+    order = np.lexsort((boxes["category"], boxes["image"]))
+    owners, taken = boxes["image"][order], 0
+
+    def picture(image: dict) -> Iterator[Item]:
+        nonlocal taken
+        start, stop = np.searchsorted(owners, [image["id"], image["id"] + 1])
+        taken += int(stop - start)
+        groups = groupby(boxes[order[start:stop]].tolist(), key=lambda box: box[1])
+        return each(groups, lambda group: category(image, group[0], list(group[1])))
+
+    def category(image: dict, number: int, found: list[tuple]) -> Iterator[Item]:
+        (label,), file, size = names[number], image["file_name"], (image["width"], image["height"])
+        if source == "objects365":  # v1/patch8/a.jpg lies in patch8/a.jpg; names are as "Cup/Mug"
+            file, label = "/".join(file.split("/")[-2:]), label.split("/")[0].lower()
+        if any(crowd for _, _, crowd, *_ in found):
+            raise Drop("a crowd, not every one of it boxed", malformed=False)
+        distinct = {tuple(corners(*box[3:], size)): None for box in found if box[5] and box[6]}
+        if len(distinct) < len(found):
+            yield Drop("a box of no size, or given twice", malformed=False)
+        if not distinct:
+            raise Drop("no box of any size", malformed=False)
+        if len(distinct) > MAX_BOXES:
+            raise Drop(f"more than {MAX_BOXES} boxes", malformed=False)
+        smallest = MIN_SIDE * padded_square(*size)[0]
+        if any(min(x2 - x1, y2 - y1) < smallest for x1, y1, x2, y2 in distinct):
+            raise Drop("a box too small for two decimals", malformed=False)
+        yield grounding_row(source, split, f"{image['id']}/{number}", f"{source}/{split}/{file}",
+                            size, label, sorted(distinct))  # by x1: the paper does not say how
+
+    yield from each(read_list(path, "images.item"), picture)
+    for _ in range(len(boxes) - taken):
+        yield Drop("a box is malformed, or of an unknown picture")
 
 
-def coco(path: Path, folder: str | None, order: str, max_boxes: int) -> Iterator[Item]:
+def coco(path: Path) -> Iterator[Item]:
     """COCO detection: `instances_train2017.json` with images, annotations, categories."""
-    split = path.stem.removeprefix("instances_")
-    folder = f"coco/{split}/" if folder is None else folder
-    return detections(path, "coco", split, folder, order, max_boxes)
+    return detections(path, "coco", path.stem.removeprefix("instances_"))
 
 
-def objects365(path: Path, folder: str, order: str, max_boxes: int) -> Iterator[Item]:
-    """Objects365 v2: `zhiyuan_objv2_train.json`, COCO's form; pictures in `FOLDER/patchN/`."""
-    split = path.stem.rpartition("_")[2]
-    return detections(path, "objects365", split, folder, order, max_boxes)
+def objects365(path: Path) -> Iterator[Item]:
+    """Objects365 v2: `zhiyuan_objv2_train.json`, in COCO's form."""
+    return detections(path, "objects365", path.stem.rpartition("_")[2])
+
+
+# ---------------------------------------------------------------------------------- Flickr30k
 
 
 def entity_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list]]:
-    """((width, height), boxes of each chain id) of an Annotations/*.xml: pixels counted from 1."""
+    """((width, height), boxes of each chain id) of an Annotations/*.xml.
+
+    The published pixels count from 1 and include both ends; ours count from 0, ends exclusive.
+    """
     content = path.read_bytes()
     if b"<!DOCTYPE" in content or b"<!ENTITY" in content or b"\0" in content:  # 0: UTF-16
-        raise Drop("the XML defines entities")
+        raise Drop("the XML defines entities")  # which can grow without bounds
     try:
         root = ElementTree.fromstring(content)
-        size = tuple(int(root.findtext(f"size/{name}")) for name in ("width", "height"))
-        if min(size) < 1:
-            raise ValueError(f"a picture of {size} pixels")
-        boxes = {}
-        for thing in root.iter("object"):
-            found = thing.find("bndbox")
-            if found is None:
-                continue
-            x1, y1, x2, y2 = (int(found.findtext(n)) for n in ("xmin", "ymin", "xmax", "ymax"))
-            for name in thing.iter("name"):
-                boxes.setdefault(name.text, []).append([x1 - 1, y1 - 1, x2, y2])
-    except (ElementTree.ParseError, LookupError, TypeError, ValueError):
+    except ElementTree.ParseError:
         raise Drop("the XML is broken") from None
-    return size, boxes
-
-
-def flickr_picture(
-    number: int, key: str, root: Path, unrelated: set, folder: str, max_boxes: int
-) -> Iterator[Item]:
-    """A row for each distinct phrase in the sentences about a picture that names boxes."""
-    if not re.fullmatch(r"\d{1,20}", key):
-        raise Drop("the picture's id is no number")
-    try:
-        sentences = (root / "Sentences" / f"{key}.txt").read_text(encoding="utf-8").splitlines()
-        size, boxes = entity_boxes(root / "Annotations" / f"{key}.xml")
-    except FileNotFoundError:
-        raise Drop("no Sentences or Annotations of a picture") from None
-    except UnicodeDecodeError:
-        raise Drop("the sentences are not UTF-8") from None
-    phrases = {}  # words -> chains that they name
-    for place, sentence in enumerate(sentences, 1):
-        if (key, str(place)) in unrelated:
-            yield Note("a sentence about another picture left out")
+    boxes = {}
+    for thing in root.iter("object"):
+        found = thing.find("bndbox")
+        if found is None:  # a scene, or something that nobody could box
             continue
-        for chain, words in re.findall(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]+)\]", sentence):
-            words = re.sub(r" ([,.;:!?'])", r"\1", words.strip()).lower()
-            phrases.setdefault(words, {})[chain] = None
-    for place, (words, chains) in enumerate(phrases.items()):
-        try:
-            if len(chains) > 1:
-                raise Drop("the phrase names different things in one picture", fault=False)
-            found = boxes.get(*chains)
-            if found is None:
-                raise Drop("the phrase has no box", fault=False)
-            if len(found) > max_boxes:
-                raise Drop("more boxes than --max-boxes", fault=False)
-            yield grounding_row("flickr30k", "train", f"{key}/{place}", f"{folder}{key}.jpg", size,
-                                words, sorted(found))
-        except Drop as drop:
-            yield drop
+        x1, y1, x2, y2 = (int(found.findtext(name)) for name in ("xmin", "ymin", "xmax", "ymax"))
+        for name in thing.iter("name"):
+            boxes.setdefault(name.text, []).append([x1 - 1, y1 - 1, x2, y2])
+    return (int(root.findtext("size/width")), int(root.findtext("size/height"))), boxes
 
 
-def flickr30k(path: Path, folder: str, max_boxes: int) -> Iterator[Item]:
-    """Flickr30k Entities: a folder with Annotations/, Sentences/, train.txt, UNRELATED_CAPTIONS."""
+def flickr30k(path: Path) -> Iterator[Item]:
+    """Flickr30k Entities: a folder with Annotations/, Sentences/, train.txt, UNRELATED_CAPTIONS.
+
+    A row for each distinct phrase that names boxes in the sentences about a picture.
+    """
     lines = (path / "UNRELATED_CAPTIONS").read_text(encoding="utf-8").splitlines()
     unrelated = {tuple(line.split()) for line in lines}
     keys = (path / "train.txt").read_text(encoding="utf-8").split()
-    return each(keys, flickr_picture, path, unrelated, folder, max_boxes)
+
+    def picture(key: str) -> Iterator[Item]:
+        if not re.fullmatch(r"\d{1,20}", key):
+            raise Drop("the picture's id is no number")
+        try:
+            sentences = (path / "Sentences" / f"{key}.txt").read_text(encoding="utf-8").splitlines()
+            size, boxes = entity_boxes(path / "Annotations" / f"{key}.xml")
+        except FileNotFoundError:
+            raise Drop("no Sentences or Annotations of a picture") from None
+        phrases = {}  # words -> chains that they name
+        for number, sentence in enumerate(sentences, 1):
+            if (key, str(number)) in unrelated:
+                yield Drop("a sentence about another picture", malformed=False)
+                continue
+            # [/EN#101/people/clothing Two cooks] stir ...
+            for chain, words in re.findall(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]+)\]", sentence):
+                words = re.sub(r" ([,.;:!?'])", r"\1", words.strip()).lower()
+                phrases.setdefault(words, set()).add(chain)
+
+        def phrase(numbered: tuple) -> Iterator[Item]:
+            number, (words, chains) = numbered
+            if len(chains) > 1:
+                raise Drop("the phrase names different things in one picture", malformed=False)
+            found = boxes.get(*chains)
+            if found is None:
+                raise Drop("the phrase has no box", malformed=False)
+            if len(found) > MAX_BOXES:
+                raise Drop(f"more than {MAX_BOXES} boxes", malformed=False)
+            yield grounding_row("flickr30k", "train", f"{key}/{number}",
+                                f"flickr30k-images/{key}.jpg", size, words, sorted(found))
+
+        yield from each(enumerate(phrases.items()), phrase)
+
+    return each(keys, picture)

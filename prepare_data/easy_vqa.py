@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from clip import open_image
+from common.files import new_folder
 from data import GROUNDING_PROMPT, boxes_to_text
 from prepare_data.rows import conversation
-from common.files import new_folder
 
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
@@ -83,11 +83,8 @@ def easy_vqa_rows(
 
 def easy_vqa(out: Path) -> Counter:
     """Write `out/{train,test}-{captions,questions,boxes}.jsonl` and pictures; returns counts."""
-    try:
-        import easy_vqa as package
-    except ImportError:
-        raise ValueError("the package easy-vqa is missing: "
-                         "pip install -r requirements-demo.txt") from None
+    import easy_vqa as package
+
     splits = (("train", package.get_train_questions, package.get_train_image_paths),
               ("test", package.get_test_questions, package.get_test_image_paths))
     report, files = Counter(), {}

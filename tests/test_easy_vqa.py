@@ -1,4 +1,4 @@
-"""demo_data.py on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
+"""easy-VQA on drawn pictures: colour, shape, box as drawn; valid rows; same bytes twice."""
 
 import json
 import sys
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from prepare_data import easy_vqa as demo_data
 from data import check_row
-from prepare_data.easy_vqa import easy_vqa, measure_shape, place
+from prepare_data.easy_vqa import COLOURS, easy_vqa, measure_shape, place
 
 DRAWN = {  # number -> colour, shape, box with exclusive ends
     0: ("blue", "rectangle", [10, 20, 41, 31]),
@@ -23,7 +22,7 @@ def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     """A shape on a pale ground, its edges as sharp as Pillow makes them."""
     image = Image.new("RGB", (64, 64), (240, 250, 245))
     pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), box
-    paint, inclusive = demo_data.COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
+    paint, inclusive = COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
     if shape == "rectangle":
         pen.rectangle(inclusive, fill=paint)
     elif shape == "circle":
