@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data import check_row
-from prepare_data.easy_vqa import COLOURS, easy_vqa, measure_shape, place
+from prepare_data.easy_vqa import COLOURS, easy_vqa, measure_shape
 
 DRAWN = {  # number -> colour, shape, box with exclusive ends
     0: ("blue", "rectangle", [10, 20, 41, 31]),
@@ -55,13 +55,6 @@ def test_measured_as_drawn(number):
     assert measure_shape(np.asarray(draw(*DRAWN[number]))) == DRAWN[number]
 
 
-def test_place_in_words():
-    """Ninths of the picture: literals."""
-    assert place([0, 0, 10, 10], 64, 64) == "upper left"
-    assert place([27, 27, 37, 37], 64, 64) == "middle"
-    assert place([50, 30, 60, 34], 64, 64) == "middle right"
-
-
 def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     """Every row passes the check that training makes; a second run writes the same bytes."""
     report = easy_vqa(tmp_path / "a")
@@ -79,7 +72,15 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     first = json.loads((tmp_path / "a" / "train-boxes.jsonl").read_text().splitlines()[0])
     assert first["boxes"] == [[10, 20, 41, 31]]
     assert first["conversations"][1]["value"] == "[0.16, 0.31, 0.64, 0.48]"
-    assert first["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
+    prompt = first["conversations"][0]["value"]
+    assert prompt.endswith("this sentence describes: blue rectangle")
+    first = json.loads((tmp_path / "a" / "train-captions.jsonl").read_text().splitlines()[0])
+    assert first["conversations"][1]["value"] == "A blue rectangle at [0.16, 0.31, 0.64, 0.48]."
+    for split, more in (("train", 2), ("test", 0)):  # the box is asked for in training rows only
+        rows = (tmp_path / "a" / f"{split}-questions.jsonl").read_text().splitlines()
+        row = json.loads(rows[0])
+        assert len(row["conversations"]) == 4 + more and row["independent"]
+        assert ("[0.16, 0.31, 0.64, 0.48]" in row["conversations"][-1]["value"]) == bool(more)
 
 
 def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
