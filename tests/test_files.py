@@ -75,7 +75,7 @@ def test_json_of_the_wrong_kind(tmp_path):
     path = tmp_path / "x.json"
     with pytest.raises(FileNotFoundError, match=r"x.json: no such file"):
         read_json(path)
-    for text, message in (('{"a": 1', "not JSON"), ("[" * 100_000, "not JSON"), ("{}", "'a' is mis"),
+    for text, message in (('{"a": 1', "not JSON"), ("[" * 100_000, "not JSON"), ("{}", "'a' is"),
                           ("[1]", "a JSON object is"), ('{"a": "1"}', "a = '1': expected int")):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"x.json: {message}"):

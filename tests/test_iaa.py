@@ -274,16 +274,6 @@ def test_features_stand_where_the_placeholders_stood():
 # Loss
 
 
-@pytest.mark.parametrize("name", ["c", "projector"])
-def test_loss_equals_full_logits_cross_entropy(name):
-    """The sum over scored positions is what all logits and ignore_index give."""
-    iaa, (tokens, images) = model(name), batch()
-    targets = scored(tokens, 1, 2, 7)
-    all_logits = logits(iaa, name, tokens, images).flatten(0, 1).float()
-    wanted = F.cross_entropy(all_logits, targets.flatten(), ignore_index=-100, reduction="sum")
-    torch.testing.assert_close(iaa.loss(tokens, targets, name, images), wanted)
-
-
 def test_loss_of_segments_is_the_sum_of_the_questions_alone():
     """Two questions behind one picture, blind to each other, cost what they cost one by one."""
     iaa, (tokens, images) = model("c"), batch(1)
@@ -297,20 +287,14 @@ def test_loss_of_segments_is_the_sum_of_the_questions_alone():
     torch.testing.assert_close(packed, sum(alone))
 
 
-def test_a_batch_without_targets_costs_nothing():
-    """No scored position: loss 0 with gradients of 0, not NaN."""
-    iaa, (tokens, images) = model("c"), batch()
-    loss = iaa.loss(tokens, scored(tokens), "c", images)
-    loss.backward()
-    assert loss.item() == 0
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in iaa.adaptors.parameters())
-
-
 @pytest.mark.parametrize("name", ["c", "projector", "own_llm"])
 def test_loss_in_pieces_keeps_no_logits(name, monkeypatch):
-    """6 scored positions by 2, by 4, or at once: one loss, one gradient; no piece keeps logits."""
+    """6 scored positions by 2, by 4, or at once: one loss, that of all logits, and one gradient.
+
+    In pieces no logits are kept for the backward pass.
+    """
     tokens, images = batch()
-    found = []
+    targets, found = scored(tokens, 1, 4, 7), []
     for rows in (6, 4, 2):
         monkeypatch.setattr("iaa.LOSS_ROWS", rows)
         iaa, kept = model(name).double(), []
@@ -320,11 +304,14 @@ def test_loss_in_pieces_keeps_no_logits(name, monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = iaa.loss(tokens, scored(tokens, 1, 4, 7), name, images)
+            loss = iaa.loss(tokens, targets, name, images)
         wide = {shape for shape in kept if shape in [(n, LLAMA.vocab_size) for n in (2, 4, 6)]}
         assert wide == ({(6, LLAMA.vocab_size)} if rows == 6 else set())
         loss.backward()
         found.append([loss, *(p.grad for p in iaa.adaptors.parameters())])
+    everything = logits(iaa, name, tokens, images).flatten(0, 1).float()
+    wanted = F.cross_entropy(everything, targets.flatten(), ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(found[0][0], wanted)
     for others in found[1:]:
         for a, b in zip(found[0], others, strict=True):
             assert (a - b).abs().max() <= 1e-6 * a.abs().max()

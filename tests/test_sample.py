@@ -1,5 +1,6 @@
 """sample.py: generation, streaming, chat, boxes, errors; on tiny random models."""
 
+import io
 import json
 import shutil
 
@@ -60,14 +61,14 @@ def test_sample_token():
     probs, generator = torch.tensor([[0.1, 0.5, 0.15, 0.25]]), torch.Generator().manual_seed(0)
 
     def shares(temperature, top_p):
-        drawn = sample_token(probs.log().expand(3000, 4), temperature, top_p, [generator] * 3000)
-        return drawn.bincount(minlength=4) / 3000
+        drawn = sample_token(probs.log().expand(2000, 4), temperature, top_p, [generator] * 2000)
+        return drawn.bincount(minlength=4) / 2000
 
     assert sample_token(probs.log(), 0, 1.0, []).tolist() == [1]
     sharp = probs[0] ** 2 / (probs[0] ** 2).sum()
     for temperature, top_p, wanted in (
         (1.0, 1.0, probs[0]), (1.0, 0.7, torch.tensor([0, 2 / 3, 0, 1 / 3])), (0.5, 1.0, sharp)):
-        torch.testing.assert_close(shares(temperature, top_p), wanted, atol=0.03, rtol=0)
+        torch.testing.assert_close(shares(temperature, top_p), wanted, atol=0.04, rtol=0)
     for temperature, top_p in ((1.0, 0.4), (1.0, 1e-9), (1e-38, 1.0), (5e-324, 0.5)):
         assert shares(temperature, top_p)[1] == 1  # greedy, not 0 / 0
 
@@ -197,14 +198,14 @@ def feed(monkeypatch, *lines):
     """Type `lines` at the prompt, then the end of input; an exception among them is raised."""
     left = list(lines)
 
-    def read(prompt):
-        print(prompt, end="")
-        line = left.pop(0) if left else EOFError()
-        if isinstance(line, BaseException):
-            raise line
-        return line
+    class Keyboard(io.TextIOWrapper):
+        def readline(self, *_):
+            line = left.pop(0) + "\n" if left and isinstance(left[0], str) else ""
+            if not line and left:
+                raise left.pop(0)
+            return line
 
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", Keyboard(io.BytesIO()))
 
 
 def main(run, *argv):
@@ -350,6 +351,14 @@ def test_chat_commands(run, picture, script, monkeypatch, capsys):
     assert len({len(call["ids"]) - len(text) for call, text in asked}) == 1  # without a history
 
 
+def test_what_is_typed_need_not_be_utf_8(run, script, monkeypatch):
+    """A terminal of another encoding does not end the chat."""
+    calls = script("yes")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), "utf-8"))
+    main(run)
+    assert "caf\ufffd?" in Tokenizer.load(run / "llama").decode(calls[0]["ids"])
+
+
 def test_ctrl_c(run, script, monkeypatch, capsys):
     """Within an answer it keeps what came, at the prompt it leaves; one question ends in a line."""
     calls = script([*b"half an ans", KeyboardInterrupt], "whole")
@@ -466,8 +475,8 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
         ((*prompt, "--dtype", "fp16"), "dtype 'fp16': one of auto, bf16, fp32"),
         ((*prompt, "--device", "gpu"), "device 'gpu' cannot be used here"),
         ((*prompt, "--boxes", tmp_path / "b.png"), "--image"),
-        ((*boxes, tmp_path / "b.xyz"), ".png or .jpg"),
-        ((*boxes, tmp_path / "no" / "b.png"), "no such folder"),
+        ((*boxes, tmp_path / "b.xyz"), "b.xyz: a .png or .jpg file in a folder that exists"),
+        ((*boxes, tmp_path / "no" / "b.png"), "b.png: a .png or .jpg file in a folder that"),
         (("--json",), "--json needs --prompt"), (("--prompt", " "), "empty"),
         *(((*prompt, option, value), f"{option} {value}") for option, value in (
             ("--max-tokens", 0), ("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0),
@@ -477,19 +486,14 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), [
-    ("iaa.json", ["llm"], 5, "llm = 5: expected str"),
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
     ("iaa.json", ["adaptors", "mm"], "nowhere", "nowhere/config.json: no such file"),
     ("iaa.json", ["vision"], "llama", "holds a model of kind 'llama', not 'clip'"),
-    ("llama/tokenizer.json", ["kind"], "bpe", "kind = 'bpe'"),
     ("llama/config.json", ["config", "width"], "48", "not as convert_weights.py writes it"),
-    ("llama/config.json", ["config", "heads"], 5, "heads = 5 is not a multiple"),
     ("clip/config.json", ["config", "mean"], 0.5, "not as convert_weights.py writes it"),
     ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),
     ("mm/config.json", ["prompt", "template"], "llama9", "template 'llama9': there are"),
     ("mm/config.json", ["base"], {}, "was trained on llama unknown"),
-    ("mm/config.json", ["adaptor", "insertion"], 3, "adaptor.insertion = 3: expected tuple"),
-    ("mm/config.json", ["adaptor", "depth"], 3, "unknown key 'depth' in"),
     ("mm/config.json", ["adaptor", "structure"], "d", "adaptor: structure = 'd': a, b or c"),
 ])
 def test_damaged_settings_are_one_line(run, picture, tmp_path, capsys, file, keys, value, message):
