@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip import Clip
-from common.files import new_folder
+from common.files import new_folder, write_json
 from iaa import (
     IAA,
     OFFICIAL_14_OF_32,
     Adaptor,
     AdaptorConfig,
-    Index,
     check_adaptor_name,
     evenly_spaced_layers,
     load_iaa,
-    read_tensors,
+    load_tensors,
 )
 from llama import Llama, LlamaConfig, set_recompute
 
@@ -360,9 +359,9 @@ def test_save_and_load_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize(("harm", "message"), [
     (lambda t: t.pop("layers.1.ffn.down.weight"),
-     "1 tensors are missing, such as layers.1.ffn.down.weight"),
-    (lambda t: t.update({"norm.weight": torch.ones(3)}), r"norm.weight is \[3\], expected: \[48\]"),
-    (lambda t: t.update(stranger=torch.ones(1)), r"stranger is \[1\], expected: no such tensor"),
+     'Missing key.* "layers.1.ffn.down.weight"'),
+    (lambda t: t.update({"norm.weight": torch.ones(3)}), r"size mismatch for norm.weight: .*\[3\]"),
+    (lambda t: t.update(stranger=torch.ones(1)), 'Unexpected key.* "stranger"'),
 ])
 def test_wrong_tensors_raise_naming_them(harm, message, tmp_path):
     """A missing, mis-shaped or unknown tensor is an error that names it."""
@@ -370,8 +369,9 @@ def test_wrong_tensors_raise_naming_them(harm, message, tmp_path):
     tensors = load_file(path)
     harm(tensors)
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=f"adaptor.safetensors: {message}"):
+    with pytest.raises(ValueError, match=f"adaptor.safetensors: .*{message}") as error:
         load(path.parent)
+    assert "\n" not in str(error.value)
 
 
 def test_broken_adaptors_are_one_line(tmp_path):
@@ -383,7 +383,7 @@ def test_broken_adaptors_are_one_line(tmp_path):
     whole = (folder / "adaptor.safetensors").read_bytes()
     for kept in (0, 5, len(whole) // 2, len(whole) - 1):
         (folder / "adaptor.safetensors").write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match="adaptor.safetensors: broken or cut short"):
+        with pytest.raises(ValueError, match="adaptor.safetensors: "):
             load(folder)
     (folder / "adaptor.safetensors").unlink()
     with pytest.raises(ValueError, match="adaptor.safetensors"):
@@ -398,12 +398,19 @@ def test_broken_adaptors_are_one_line(tmp_path):
 def test_a_part_of_the_tensors(tmp_path):
     """A stage may begin from some of them only, such as the projector, where that is asked for."""
     iaa = model("projector", "c")
-    folder = save(iaa, "projector", tmp_path / "first")
-    part = read_tensors(folder, iaa.adaptors["c"], torch.bfloat16, "cpu", partly=True)
-    assert {*part} == {f"projector.{n}.{p}" for n in ("up", "down") for p in ("weight", "bias")}
-    assert {tensor.dtype for tensor in part.values()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="tensors are missing"):
-        read_tensors(folder, iaa.adaptors["c"], torch.bfloat16, "cpu")
+    adaptor, source = iaa.adaptors["c"], iaa.adaptors["projector"].projector
+    before, folder = adaptor.state_dict(), save(iaa, "projector", tmp_path / "first")
+    assert digest(adaptor.projector) != digest(source)
+    load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
+    after = adaptor.state_dict()
+    assert digest(adaptor.projector) == digest(source)
+    assert all(torch.equal(after[n], before[n]) for n in after if not n.startswith("projector."))
+    assert all(weight.requires_grad for weight in adaptor.parameters())
+    with pytest.raises(ValueError, match="adaptor.safetensors: .*Missing key"):
+        load_tensors(adaptor, folder, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="no such tensor in this adaptor: embedding.weight"):
+        load_tensors(iaa.adaptors["projector"], save(iaa, "c", tmp_path / "c"), torch.float32,
+                     "cpu", strict=False)
 
 
 @pytest.mark.parametrize("name", ["", "two words", "a.b", "1st", "text", "items", "train"])
@@ -420,7 +427,8 @@ def folder(tmp_path, write_base):
     write_base(tmp_path / "llm", iaa.llama, BASE["llama"])
     write_base(tmp_path / "vision", iaa.clip, BASE["clip"])
     save(iaa, "c", tmp_path / "c"), save(iaa, "b", tmp_path / "b")
-    Index("llm", "vision", IMAGE, {"mm": "c", "grounding": "b"}).write(tmp_path)
+    write_json(tmp_path / "iaa.json", {"llm": "llm", "vision": "vision", "image_token": IMAGE,
+                                       "adaptors": {"mm": "c", "grounding": "b"}})
     return tmp_path
 
 

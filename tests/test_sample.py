@@ -478,9 +478,10 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
         ((*boxes, tmp_path / "b.xyz"), "b.xyz: a .png or .jpg file in a folder that exists"),
         ((*boxes, tmp_path / "no" / "b.png"), "b.png: a .png or .jpg file in a folder that"),
         (("--json",), "--json needs --prompt"), (("--prompt", " "), "empty"),
-        *(((*prompt, option, value), f"{option} {value}") for option, value in (
-            ("--max-tokens", 0), ("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0),
-            ("--top-p", 1.5), ("--seed", -1))),
+        ((*prompt, "--max-tokens", 0), "--max-tokens 0: must be 1 or more"),
+        *(((*prompt, *wrong), f"{wrong[0]}: ") for wrong in (
+            ("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0), ("--top-p", 1.5),
+            ("--seed", -1))),
     ):
         assert message in fails(capsys, run, *argv)
 
