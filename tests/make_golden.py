@@ -136,7 +136,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def pixels() -> None:
-    """What CLIPImageProcessor makes of the photographs and odd cut-outs, cropped and padded."""
+    """What CLIPImageProcessor makes of the photographs and odd cut-outs, padded to squares."""
     pictures = photographs()
     for name, picture in pictures.items():
         picture.save(GOLDEN / f"{name}.png", optimize=True)
@@ -154,10 +154,9 @@ def pixels() -> None:
         side = max(picture.size)
         square = Image.new("RGB", (side, side), colour)  # LLaVA's expand2square
         square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        for aspect, image in (("crop", picture), ("pad", square)):
-            values = processor(image, return_tensors="np")["pixel_values"][0]
-            key = f"{aspect} {name} {','.join(map(str, box or (0, 0, *picture.size)))}"
-            out[key] = torch.from_numpy(((values * std + mean) * 255).round().astype(np.uint8))
+        values = processor(square, return_tensors="np")["pixel_values"][0]
+        key = f"{name} {','.join(map(str, box or (0, 0, *picture.size)))}"
+        out[key] = torch.from_numpy(((values * std + mean) * 255).round().astype(np.uint8))
     save_file(out, GOLDEN / "pixels.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""ranks.py: which backend carries what; joining, losing and being lost are in test_train.py."""
+"""training/ranks.py: which backend carries what; the rest runs in test_train.py."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_backends(monkeypatch):
     assert Ranks(60).backend == "nccl"
     ranks, seen = Ranks(60, "gloo"), []
     assert (ranks.backend, ranks.device.type) == ("gloo", "cuda")
-    monkeypatch.setattr("ranks.dist.all_reduce", lambda total: seen.append(total.device.type))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda t: seen.append(t.device.type))
     ranks.world = 2
     assert ranks.sum(1.5) == 1.5 and seen == ["cpu"]
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -1,0 +1,134 @@
+"""tokenization/templates.py: chat templates letter by letter, and what of them is scored."""
+
+import io
+import itertools
+
+import make_golden_tokens as golden
+import pytest
+import sentencepiece
+
+from tokenization.templates import IMAGE, TEMPLATES, render, render_independent
+from tokenization.tokenizer import Tokenizer
+
+TURNS = [("user", IMAGE + " Q 1? "), ("assistant", "A\n"), ("user", "Q2"), ("assistant", "B")]
+LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>")
+CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<image>")
+each = pytest.mark.parametrize("kind", ["chatml", "llama3", "vicuna"])
+
+
+def greedy_pairs(names: tuple[str, ...], template: str) -> Tokenizer:
+    """A tokenizer that merges any two ASCII characters: what is encoded as one would show."""
+    ascii_bytes = [bytes([b]) for b in (10, *range(32, 127))]
+    words = [bytes([b]) for b in range(256)]
+    words += [a + b for a, b in itertools.product(ascii_bytes, repeat=2)]
+    specials = {name: len(words) + n for n, name in enumerate(names)}
+    return Tokenizer({word: n for n, word in enumerate(words)}, specials, template, "<image>",
+                     r"[\s\S]+")
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    """One of each chat template; vicuna's is a sentencepiece model trained on a few lines."""
+    lines = (line for line in golden.lines(300) if line.isascii() and "\0" not in line)
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=written, vocab_size=420, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, minloglevel=2, hard_vocab_limit=False)
+    specials = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    return {"llama3": greedy_pairs(LLAMA3, "llama3"), "chatml": greedy_pairs(CHATML, "chatml"),
+            "vicuna": Tokenizer(written.getvalue(), specials, "vicuna", "<unk>"),
+            "peer": sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())}
+
+
+def shown(tokenizer: Tokenizer, ids: list[int], scored: list[bool]) -> str:
+    """The text of ids: special tokens by name, images as #, what is scored between braces."""
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    names[tokenizer.image_id] = "#"
+    text, inside = "", False
+    for token, counts in zip(ids, scored, strict=True):
+        text += ("{" if counts and not inside else "}" if inside and not counts else "")
+        text += names.get(token) or tokenizer.decode([token])
+        inside = counts
+    return text + "}" * inside
+
+
+@pytest.mark.parametrize(("kind", "options", "wanted"), [
+    ("llama3", {"system": "S "},
+     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\n##\nQ 1?<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n{A<|eot_id|>}"
+     "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n{B<|eot_id|>}"),
+    ("chatml", {"system": "S"},
+     "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n##\nQ 1?<|im_end|>\n"
+     "<|im_start|>assistant\n{A<|im_end|>}\n"
+     "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n{B<|im_end|>}"),
+    ("vicuna", {"system": "S"},
+     "<s> S USER: ## \nQ 1? ASSISTANT:{ A</s>} USER: Q2 ASSISTANT:{ B</s>}"),
+    ("chatml", {"template": "plain"}, "##{A\n}"),
+    ("llama3", {"template": "plain"}, "<|begin_of_text|>##{A\n}"),
+])
+def test_letter_by_letter(tokenizers, kind, options, wanted):
+    """Each template, and what of it is scored (in braces): answers and their end tokens."""
+    rendered = render(tokenizers[kind], TURNS, image_tokens=2, **options)
+    assert shown(tokenizers[kind], *rendered) == wanted
+
+
+def test_vicuna_is_tokenised_as_in_llava(tokenizers):
+    """LLaVA cuts text at <image> and </s>; sentencepiece prefixes a space to each part."""
+    parts = ["S USER: ", "\nQ 1? ASSISTANT: A", "USER: Q2 ASSISTANT: B"]
+    first, second, third = (tokenizers["peer"].Encode(part) for part in parts)
+    ids, _ = render(tokenizers["vicuna"], TURNS, system="S", image_tokens=2)
+    assert ids == [1, *first, 0, 0, *second, 2, *third, 2]
+
+
+@each
+def test_system_message(tokenizers, kind):
+    """None is the template's default, "" none at all."""
+    form, tokenizer = TEMPLATES[kind], tokenizers[kind]
+    ids, scored = render(tokenizer, [("user", "Q")])
+    assert form.default_system in shown(tokenizer, ids, scored)
+    without = shown(tokenizer, *render(tokenizer, [("user", "Q")], system=""))
+    start = {"llama3": "<|begin_of_text|>", "vicuna": "<s>"}.get(kind, "")
+    assert without == f"{start}{form.user}{form.message_prefix}Q{form.answer}"
+
+
+@each
+def test_a_prompt_begins_what_is_trained(tokenizers, kind):
+    """The ids of a prompt are a prefix of the ids of the same conversation with its answer."""
+    for question in ("Hi", "\n x", "12 3", "é'll", "...", "<|im_end|>", "  ?  "):
+        for answer in ("yes", " 1", "\n\n- a", "'s", "👍"):
+            turns = [("user", question), ("assistant", answer)] * 2
+            whole, scored = render(tokenizers[kind], turns, image_tokens=3)
+            for asked in (1, 3):
+                prompt, _ = render(tokenizers[kind], turns[:asked], image_tokens=3)
+                assert whole[: len(prompt)] == prompt
+                assert scored[len(prompt)] and not scored[len(prompt) - 1]
+
+
+@each
+@pytest.mark.parametrize("image_tokens", [3, 0])
+def test_independent_questions_are_as_if_asked_alone(tokenizers, kind, image_tokens):
+    """The shared ids and one question's are those of a conversation of this question only."""
+    tokenizer = tokenizers[kind]
+    pairs = [("What colour?", "red"), ("  12 shapes?", "no, 1"), ("Round?", "yes")]
+    given = [(IMAGE * bool(image_tokens) + pairs[0][0], "red"), *pairs[1:]]
+    shared, questions = render_independent(tokenizer, given, None, "Be kind.", image_tokens)
+    for (question, answer), (ids, scored) in zip(pairs, questions, strict=True):
+        turns = [("user", IMAGE * bool(image_tokens) + question), ("assistant", answer)]
+        assert (shared + ids, [False] * len(shared) + scored) == render(
+            tokenizer, turns, None, "Be kind.", image_tokens)
+    assert len(render_independent(tokenizer, given, "plain", None, image_tokens)[1]) == 1
+
+
+def test_what_cannot_be_rendered(tokenizers):
+    """Turns that do not alternate, an unknown template, one whose special tokens are not there."""
+    chatml = tokenizers["chatml"]
+    for turns in ([], [("assistant", "x")], [("user", "x"), ("user", "y")], [("system", "x")]):
+        with pytest.raises(ValueError, match="user and assistant in turn"):
+            render(chatml, turns)
+    with pytest.raises(ValueError, match="'alpaca': there are llama3, chatml, vicuna, plain"):
+        render(chatml, [("user", "x")], template="alpaca")
+    with pytest.raises(ValueError, match="no special token '<|start_header_id|>'"):
+        render(chatml, [("user", "x")], template="llama3")
