@@ -68,9 +68,10 @@ def step_flops(
     """
     adaptor = model.adaptors[workflow]
     llm = model.llm(adaptor)
-    sizes, layers = llm.config, llm.config.layers + len(adaptor.layers)
-    inserted = count([*adaptor.layers.parameters(), *adaptor.gates.parameters()])
-    matrices = inserted + count(llm.layers.parameters())
+    sizes, layers = llm.config, len(llm.layers) + len(adaptor.layers)
+    layer = count(llm.layers[0].parameters())
+    inserted = layer * len(adaptor.layers) + count(adaptor.gates.parameters())
+    matrices = layer * len(llm.layers) + inserted
     trained = inserted if adaptor.llm is None else matrices
     again = matrices - layers * sizes.ffn * sizes.width if recompute else 0
     products = rows * tokens * (4 * matrices + 2 * trained + 2 * again)

@@ -1,9 +1,8 @@
 """ZeRO by hand: the training state in shards over the ranks, on plain collectives.
 
 Training in mixed precision holds far more than the weights: an fp32 master copy of each trained
-weight, AdamW's two moments, a gradient. With plain data parallelism each of N ranks holds all of
-it. With ZeRO (arXiv 1910.02054) each rank holds one N-th, its *shard*, and gathers the rest when a
-pass needs it.
+weight, AdamW's two moments, a gradient. Data-parallel ranks each hold all of it. With ZeRO (arXiv
+1910.02054) each of N ranks holds one N-th, its *shard*, and gathers the rest when a pass needs it.
 
 What a rank holds, in bytes, for P trained and F frozen weights. A weight takes c bytes in the
 compute dtype (2 in bf16, 4 in fp32), a gradient that is sent takes r (c, or 4 with `reduce_fp32`):
@@ -24,16 +23,16 @@ What a rank sends in a step of A micro-batches, each term times (N - 1)/N:
     0   8P                     all_reduce of gradients = reduce_scatter and all_gather
     1   rP + cP                reduce_scatter of gradients, all_gather of updated weights
     2   A rP + cP              the same, with a reduce_scatter for each micro-batch
-    3   A (rP + 2cP + 2cF)     all_gather for the forward and again for the backward pass (2cF
-                               only where frozen weights are in shards; embeddings and the
-                               vision tower are not gathered again: plan.py counts exactly)
+    3   A (rP + 2cP + 2cF)     all_gather for the forward and again for the backward pass
+
+2cF only where frozen weights are in shards. The backward pass does not gather embeddings and the
+vision tower again; plan.py counts exactly.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
 what a rank runs depends on its rows: without a picture it runs no projector. So no module starts a
-collective of its own. All collectives of a micro-batch stand in one list, the timetable, which
-follows from the model alone: each unit in forward order, then each in backward order. Hooks on the
-modules call `advance_to(n)`, which does what the list says up to stop n, also for units that this
-rank does not use. docs/distributed.md draws it.
+collective of its own. One list, the timetable, has all collectives of a micro-batch; it follows
+from the model alone. Hooks on the modules call `advance_to(n)`, which does what the list says up to
+stop n, also for units that this rank does not use. docs/distributed.md draws it.
 """
 
 from collections.abc import Iterator
@@ -121,10 +120,7 @@ class Part:
 
 
 def model_parts(model: IAA, workflow: str) -> list[Part]:
-    """The parts in the order in which `IAA.loss` calls them. A weight may be in two of them.
-
-    Written by hand after `IAA.loss`. A test watches the calls and compares.
-    """
+    """The parts in the order in which `IAA.loss` calls them; a test compares the two."""
 
     def part(*modules: nn.Module, read_in_backward: bool = True) -> Part:
         weights = list(dict.fromkeys(w for module in modules for w in module.parameters()))
@@ -145,10 +141,9 @@ def model_parts(model: IAA, workflow: str) -> list[Part]:
 
 
 class Unit:
-    """Weights that are gathered together, one after the other in one flat buffer.
+    """Weights that are gathered together, side by side in one flat buffer.
 
-    Rank k of N keeps the k-th N-th of the buffer, its shard: of trained weights in fp32 (the
-    masters), of frozen ones in their own dtype.
+    Rank k of N keeps the k-th N-th, its shard: of trained weights their fp32 masters.
     """
 
     def __init__(self, weights: list[nn.Parameter], trained: bool):
@@ -161,23 +156,17 @@ class Unit:
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Copy the weights into the buffer, of `dtype`, and become views of it; fill the shard."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        numel, self.size = sum(w.numel() for w in self.weights), self.padded(world) // world
-        padding = self.weights[0].new_zeros(self.size * world - numel)
+        world, sizes = dist.get_world_size(), [w.numel() for w in self.weights]
+        self.sizes = [*sizes, -sum(sizes) % world]  # the last one is padding
+        padding = self.weights[0].new_zeros(self.sizes[-1])
         flat = torch.cat([*(w.detach().flatten() for w in self.weights), padding])
-        self.start = rank * self.size
-        self.shard = flat[self.start : self.start + self.size].to(device, copy=True)
-        self.shard.requires_grad_(self.trained)
+        self.size = len(flat) // world
+        self.start = dist.get_rank() * self.size
+        shard = flat[self.start : self.start + self.size].to(device, copy=True)
+        self.shard = shard.requires_grad_(self.trained)
         self.flat = flat.to(device, dtype)
-        for weight, view in self.views(self.flat):
-            weight.data = view
-
-    def views(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each weight with its place in a flat tensor, a view of the weight's shape."""
-        start = 0
-        for weight in self.weights:
-            yield weight, flat[start : start + weight.numel()].view(weight.shape)
-            start += weight.numel()
+        for weight, view in zip(self.weights, self.flat.split(self.sizes), strict=False):
+            weight.data = view.view(weight.shape)
 
     def start_all_gather(self) -> None:
         """Start to fill the buffer with all ranks' shards."""
@@ -199,24 +188,20 @@ class Unit:
             self.pending_gather = None
 
     def free(self) -> None:
-        """Give the buffer's memory back. The weights, and what autograd has saved of them, stay
-        views of the buffer: they are right again once it is gathered."""
+        """Give the buffer's memory back. Weights, also as autograd saved them, stay views of it."""
         self.flat.untyped_storage().resize_(0)
 
     def flatten_gradients(self, dtype: torch.dtype) -> None:
         """Move the weights' gradients into a flat one of `dtype`, or add them to what is there."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.flat, dtype=dtype)
-        for weight, view in self.views(self.gradient):
+        for weight, view in zip(self.weights, self.gradient.split(self.sizes), strict=False):
             if weight.grad is not None:
-                view += weight.grad
+                view += weight.grad.flatten()
                 weight.grad = None
 
     def start_reduce_scatter(self, dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
-        """Start to send the flat gradient in `dtype`: each rank receives its shard of the sum.
-
-        Returns the running collective and what it fills, for `accumulate`.
-        """
+        """Start to sum all ranks' flat gradients, sent in `dtype`. Returns what it fills, too."""
         gradient, self.gradient = self.gradient.to(dtype), None
         if dist.get_backend() == "gloo":  # its reduce_scatter sends the whole sum to every rank
             received = torch.empty_like(gradient)  # this rank's shard as it is on each rank
@@ -247,8 +232,7 @@ def timetable(
 ) -> tuple[list[Unit], list[Stop], int]:
     """All units, the stops of a micro-batch, and the number of its first backward stop.
 
-    Needs no process group and no values: plan.py calls it on the meta device. Frozen weights are
-    in units at stage 3 only; those that no part needs are units of their own, never gathered.
+    Frozen weights are in units at stage 3 only; those that no part needs are never gathered.
     """
     frozen_too, unit_of, stops, backward = stage == 3 and shard_frozen, {}, [], []
     for part in model_parts(model, workflow):
@@ -293,15 +277,13 @@ class ZeroSharded:
         self.position = -1  # number of the stop that runs; -1 between micro-batches
         self.pending_reduce = None  # (unit, work, received) of a running reduce_scatter
         for number, stop in enumerate(self.stops):
-            def hook(*_, number: int = number) -> None:
-                self.advance_to(number)
-
             if number < self.first_backward_stop:
-                stop.module.register_forward_pre_hook(hook)
+                stop.module.register_forward_pre_hook(lambda *_, n=number: self.advance_to(n))
             elif number > self.first_backward_stop:  # `forward_backward` advances to the first
-                # Runs once autograd has the gradient of the module's output. Autograd goes back in
-                # the order of the forward pass, so it is done with all later modules by then.
-                stop.module.register_full_backward_pre_hook(hook)
+                # Called with the gradient of the module's output. Autograd goes back in the order
+                # of the forward pass: it is done with all later modules by then.
+                stop.module.register_full_backward_pre_hook(
+                    lambda *_, n=number: self.advance_to(n))
 
     def advance_to(self, number: int) -> None:
         """Go on through the timetable up to that stop. RuntimeError where it has been passed."""
@@ -392,8 +374,7 @@ class ZeroSharded:
             unit.free()
 
     def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
-        """What this rank keeps: a weight's name, its master, which elements, where in the master.
-        """
+        """What this rank keeps: a weight's name, its master, and which elements of the two."""
         for unit in self.trained:
             offset = -unit.start  # of a weight's first element from the shard's first
             for weight in unit.weights:
