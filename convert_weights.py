@@ -35,9 +35,9 @@ from common.files import new_folder, one_line, parse_dataclass, read_json, write
 from conversion.checkpoint_readers import (
     Named,
     Source,
-    open_files,
     open_gguf,
-    open_meta_shards,
+    open_hf_files,
+    open_meta_files,
     open_onnx,
 )
 from conversion.model_configs import (
@@ -225,31 +225,16 @@ def hf_clip_recipe(source: Source, settings: dict) -> Recipe:
 def open_meta(folder: Path) -> Checkpoint:
     """Meta's Llama folder."""
     params = Named(read_json(folder / "params.json"))
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no consolidated.*.pth in it")
-    source = open_meta_shards(paths)
+    source = open_meta_files(folder)
     recipe = llama_recipe(source, META_LLAMA, meta_config(params, source))
     version = "3.1" if recipe.config.rope_scaling else "3"
     return Checkpoint(source, {"": recipe},
                       read_meta_tokenizer(folder / "tokenizer.model", version))
 
 
-def hf_paths(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder: those in its index, or all of one kind."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{ending}.index.json"
-        if index.is_file():
-            homes = Named(read_json(index))["weight_map"].values()
-            return [folder / name for name in sorted(set(homes))]
-        if paths := sorted(folder.glob(f"{stem}*.{ending}")):
-            return paths
-    raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin in it")
-
-
 def open_hf(folder: Path, tower: dict) -> Checkpoint:
     """A Hugging Face folder, the official IAA release included."""
-    config, source = Named(read_json(folder / "config.json")), open_files(hf_paths(folder))
+    config, source = Named(read_json(folder / "config.json")), open_hf_files(folder)
     official = any(name.startswith("model.condition_layers.") for name in source.shapes)
     kind = "IAA" if official else config["model_type"]
     if kind in ("clip", "clip_vision_model"):

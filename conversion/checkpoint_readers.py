@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from common.files import read_json
+
 
 class Named(dict):
     """A dict whose missing keys are the user's error, not ours: ValueError with the name."""
@@ -87,10 +89,22 @@ def open_file(path: Path) -> Source:
     return Source(shapes, read)
 
 
-def open_files(paths: list[Path]) -> Source:
+def hf_paths(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder: those in its index, or all of one kind."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            homes = Named(read_json(index))["weight_map"].values()
+            return [folder / name for name in sorted(set(homes))]
+        if paths := sorted(folder.glob(f"{stem}*.{ending}")):
+            return paths
+    raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin in it")
+
+
+def open_hf_files(folder: Path) -> Source:
     """Hugging Face's layout: each tensor whole, in one of several files."""
     shapes, home = Named(), {}
-    for path in paths:
+    for path in hf_paths(folder):
         file = open_file(path)
         twice = shapes.keys() & file.shapes.keys()
         if twice:
@@ -100,8 +114,11 @@ def open_files(paths: list[Path]) -> Source:
     return Source(shapes, lambda name: home[name].read(name))
 
 
-def open_meta_shards(paths: list[Path]) -> Source:
+def open_meta_files(folder: Path) -> Source:
     """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no consolidated.*.pth in it")
     files = [open_file(path) for path in paths]
     slices = files[0].shapes
     for path, file in zip(paths, files, strict=True):
@@ -136,6 +153,9 @@ def open_gguf(path: Path) -> tuple[Source, Named]:
     with reading(path):
         reader = gguf.GGUFReader(path)
         fields = Named((name, field.contents()) for name, field in reader.fields.items())
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(f"{path}: one of {fields['split.count']} parts; join them first by "
+                         "llama.cpp's llama-gguf-split --merge")
     shapes = Named((t.name, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors)
     places = {t.name: (t.tensor_type, t.n_bytes, int(t.data_offset)) for t in reader.tensors}
 
