@@ -81,11 +81,11 @@ class WorkflowLM(TemplateLM):
         names = {number: name for name, number in self.words.special_tokens.items()}
         text = names.get(self.words.bos_id, "")
         if history and history[0]["role"] == "system":
-            text += form.system.format(form.space + history.pop(0)["content"].strip())
+            text += form.system.format(form.message_prefix + history.pop(0)["content"].strip())
         for place, turn in enumerate(history):
-            content = form.space + turn["content"].strip()
+            content = form.message_prefix + turn["content"].strip()
             if turn["role"] == "user":
-                text += (form.again if place else "") + form.user + content + form.answer
+                text += (form.between_turns if place else "") + form.user + content + form.answer
             elif place + 1 == len(history) and not add_generation_prompt:
                 text += content
             else:
