@@ -1,13 +1,13 @@
 """Score a model, and show that its text is as it was.
 
-    python -m evaluation retention README.md --model runs/demo     text against the LLM alone
+    python -m evaluation text-retention README.md --model runs/demo   against the LLM alone
     python -m evaluation easy-vqa data/easy-vqa --model runs/demo
-    python -m evaluation sheet data/easy-vqa --model runs/demo     its answers as one picture
+    python -m evaluation sheet data/easy-vqa --model runs/demo        its answers as one picture
     python -m evaluation refcoco DATA --images coco/train2014 --model runs/iaa8
     python -m evaluation mme DATA --model runs/iaa8
     python -m evaluation lmms mmbench_en_dev_static mmmu_val --model runs/iaa8
     python -m evaluation lm mmlu c-eval bbh humaneval math --model runs/iaa8
-    torchrun --nproc_per_node 8 -m evaluation mme ...              easy-vqa, refcoco, mme: 8 ranks
+    torchrun --nproc_per_node 8 -m evaluation mme ...                 8 ranks; all but `lm`
 
 Answers and scores go to `eval/WHAT/` in the model's folder. docs/evaluation.md explains the rest.
 """
@@ -39,9 +39,10 @@ BENCHMARKS = {"easy-vqa": easy_vqa, "refcoco": refcoco, "mme": mme}
 PATIENCE_S = 7200  # rank 0 waits so long for the slowest rank
 
 
-def load(args: argparse.Namespace, workflows: list[str], device: str | None = None) -> Chat:
-    """The model with these workflows, and its tokenizer."""
-    return Chat.load(args.model, args.dtype, args.device or device, args.quantize, workflows)
+def load(args: argparse.Namespace, workflows: list[str], ranks: Ranks) -> Chat:
+    """The model with these workflows, and its tokenizer; one of several ranks takes its own GPU."""
+    device = str(ranks.device) if ranks.world > 1 else args.device
+    return Chat.load(args.model, args.dtype, device, args.quantize, workflows)
 
 
 def answer(
@@ -50,7 +51,7 @@ def answer(
     """The records of the questions that the model has adaptors for; on rank 0, in their order."""
     there = Index.read(args.model).adaptors
     workflows = [name for name in max_tokens if name in there]
-    chat = load(args, workflows or [*max_tokens], str(ranks.device))  # raises where there is none
+    chat = load(args, workflows or [*max_tokens], ranks)  # raises where there is none of them
     questions = [question for question in questions if question.workflow in workflows]
     mine = questions[ranks.rank :: ranks.world]
     records = gather(ask(chat.model, chat.tokenizer, mine, max_tokens, args.batch), ranks)
@@ -81,7 +82,7 @@ def run_sheet(args: argparse.Namespace) -> None:
     print(out)
 
 
-def run_retention(args: argparse.Namespace) -> None:
+def run_text_retention(args: argparse.Namespace) -> None:
     """Compare each workflow, without pictures, with the LLM loaded afresh."""
     texts = [path.read_text(encoding="utf-8") for path in args.data]
     device = choose_device(args.device)
@@ -97,7 +98,7 @@ def run_retention(args: argparse.Namespace) -> None:
 
 
 def run_lm(args: argparse.Namespace) -> None:
-    """Score text benchmarks through lm-eval."""
+    """Score text benchmarks through lm-eval, in one process."""
     harness = import_harness("lm")
     manager = harness.open_tasks(args.tasks, args.include, args.allow_code_execution)
     run_tasks(args, args.workflow, lambda chat, name: harness.evaluate(
@@ -126,7 +127,7 @@ def run_tasks(
 ) -> None:
     """Evaluate each task on all ranks; its files and its table come as soon as it is done."""
     with Ranks(PATIENCE_S, "gloo") as ranks:
-        chat = load(args, [workflow], str(ranks.device))
+        chat = load(args, [workflow], ranks)
         for name in args.tasks:
             found = evaluate(chat, name)
             if found is not None:  # on rank 0
@@ -171,7 +172,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="the picture to write [MODEL/answers.png]")
     add("--seed", type=int, default=0, help="of the choice of pictures [%(default)s]")
     asking(add)
-    add = part("retention", run_retention, "Text against the frozen LLM alone: identical?")
+    add = part("text-retention", run_text_retention, "Text against the frozen LLM alone: identical?")
     add("data", type=Path, nargs="+", metavar="TEXT", help="text files to read")
     add("--workflow", nargs="+", help="text, or adaptors' names [all]")
     add("--limit", type=int, default=16, help="texts to continue, at most [%(default)s]")

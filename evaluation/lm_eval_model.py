@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -42,8 +41,6 @@ class WorkflowLM(TemplateLM):
         super().__init__()
         self.model, self.workflow, self.words = model, workflow, tokenizer
         self.specials = re.compile("(" + "|".join(map(re.escape, tokenizer.special_tokens)) + ")")
-        if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     # -------- text
 
@@ -124,15 +121,8 @@ class WorkflowLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in pieces of the context's length, each token predicted once."""
-        results = []
-        for request in requests:
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            ids, size = [self.prefix_token_id, *ids], self.model.llama.config.context - 1
-            parts = self._loglikelihood_tokens(
-                [(None, ids[i - 1 : i], ids[i : i + size]) for i in range(1, len(ids), size)])
-            results.append(sum(total for total, _ in parts))
-        return results
+        """Not supported: raises ValueError."""
+        raise ValueError("a task wants the likelihood of whole texts: use text-retention")
 
     # -------- answers
 
@@ -173,29 +163,6 @@ class WorkflowLM(TemplateLM):
             texts = [text.split(stop)[0] for text in texts]
         return texts
 
-    # -------- ranks, over gloo
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks, (ranks, ...)."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor, device="cpu") for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.cpu())
-        return torch.stack(parts)
-
-    def gather_object(self, obj, dst: int = 0) -> list | None:
-        """The objects of all ranks, on `dst`."""
-        if self.world_size == 1:
-            return [obj]
-        parts = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, parts, dst)
-        return parts
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 def open_tasks(names: list[str], include: Path | None, run_code: bool) -> TaskManager:
     """lm-eval's tasks and those of the folder `include`, with `names` checked.
@@ -224,8 +191,8 @@ def evaluate(
     manager: TaskManager,
     limit: int | None = None,
     run_code: bool = False,
-) -> tuple[Table, list[Record]] | None:
-    """A row with lm-eval's first figure in percent, and all samples; None on ranks but the first.
+) -> tuple[Table, list[Record]]:
+    """A row with lm-eval's first figure in percent, and all samples.
 
     Raises ValueError for a group that lm-eval has no figure for as a whole.
     """
@@ -235,8 +202,6 @@ def evaluate(
         limit=limit, task_manager=manager, apply_chat_template=True,
         system_instruction=template_of(tokenizer, None).default_system or None,
         confirm_run_unsafe_code=run_code, bootstrap_iters=0)
-    if found is None:
-        return None
     figures = found.get("groups", {}).get(task) or found["results"].get(task, {})
     metrics = [key for key, value in figures.items()
                if "," in key and isinstance(value, float) and "stderr" not in key]
