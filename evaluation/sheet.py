@@ -1,7 +1,7 @@
 """One picture of what a trained model does: held-out pictures of the demo with its answers.
 
-The model's boxes are drawn in blue, the right ones in dashed green. Where an answer is wrong, the
-right one stands below it in red.
+Right answers are green. Below a wrong one stands the right one in red. The model's boxes are blue,
+the right boxes are dashed.
 """
 
 import random
@@ -18,7 +18,7 @@ from evaluation.easy_vqa import answer_kind, is_right
 COLUMNS = 4
 WANTED = {"colour": 2, "shape": 2, "yes/no": 4, "box": 4}  # questions of each kind
 SIDE, MARGIN, LINES = 256, 24, 4  # of a picture and around it, in pixels; lines of text below it
-QUESTION_PX, ANSWER_PX, LINE_PX = 17, 20, 26
+QUESTION_PX, ANSWER_PX, LINE_PX, DASH = 17, 20, 26, 8
 INK, GREY, RED, GREEN, BLUE = "#1a1a1a", "#666666", "#d0021b", "#0a8f3c", "#1f5fff"
 
 
@@ -58,38 +58,39 @@ def draw_tile(
     sheet: Image.Image, corner: tuple[int, int], question: Question, record: Record
 ) -> None:
     """A picture, enlarged, its boxes, and below it the question and the answer."""
-    picture, pen, (left, top) = open_image(question.image), ImageDraw.Draw(sheet), corner
-    scale = SIDE / max(picture.size)
-    size = round(picture.width * scale), round(picture.height * scale)
-    sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), corner)
-    pen.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline="#cccccc")
-    answer, right, question_text = record["answer"], is_right(record), question.text
+    picture = open_image(question.image)
+    scale, text = SIDE / max(picture.size), question.text
+    tile = picture.resize([round(edge * scale) for edge in picture.size],
+                          Image.Resampling.LANCZOS)
     if "box" in record:
-        question_text = "Where is " + question.text.rpartition(": ")[2] + "?"
-        draw_dashed(pen, [v * scale + corner[i % 2] for i, v in enumerate(record["box"])])
-        for box in text_to_boxes(answer, *picture.size)[:1]:
-            pen.rectangle([v * scale + corner[i % 2] for i, v in enumerate(box)], outline=BLUE,
-                          width=3)
+        text = f"find: {text.rpartition(': ')[2]}"
+        draw_dashed(ImageDraw.Draw(tile), [round(v * scale) for v in record["box"]])
+        for box in text_to_boxes(record["answer"], *picture.size)[:1]:
+            ImageDraw.Draw(tile).rectangle([v * scale for v in box], outline=BLUE, width=3)
+    sheet.paste(tile, corner)
+    pen, (left, y) = ImageDraw.Draw(sheet), corner
+    pen.rectangle((left - 1, y - 1, left + tile.width, y + tile.height), outline="#cccccc")
     small, large = (ImageFont.load_default(px) for px in (QUESTION_PX, ANSWER_PX))
-    y = top + SIDE + 8
-    for line in wrap(question_text, small, 2):
-        pen.text((left, y), line, GREY, small)
-        y += LINE_PX
-    pen.text((left, y), wrap(answer or "(no answer)", large, 1)[0], INK, large)
+    right = is_right(record)
+    lines = [(line, GREY, small) for line in wrap(text, small, 2)]
+    lines.append((wrap(record["answer"] or "(no answer)", large, 1)[0], GREEN if right else INK,
+                  large))
     if not right:
-        expected = "the box in dashes" if "box" in record else record["expected"]
-        pen.text((left, y + LINE_PX), f"right: {expected}", RED, large)
+        expected = "the dashed box" if "box" in record else record["expected"]
+        lines.append((f"right: {expected}", RED, large))
+    for number, (line, colour, font) in enumerate(lines):
+        pen.text((left, y + SIDE + 8 + number * LINE_PX), line, colour, font)
 
 
-def draw_dashed(pen: ImageDraw.ImageDraw, box: list[float], dash: int = 8) -> None:
-    """A rectangle x1, y1, x2, y2 of dashes."""
-    x1, y1, x2, y2 = (round(v) for v in box)
-    for x in range(x1, x2, 2 * dash):
-        for y in (y1, y2):
-            pen.line((x, y, min(x + dash, x2), y), GREEN, 3)
-    for y in range(y1, y2, 2 * dash):
-        for x in (x1, x2):
-            pen.line((x, y, x, min(y + dash, y2)), GREEN, 3)
+def draw_dashed(pen: ImageDraw.ImageDraw, box: list[int]) -> None:
+    """A rectangle x1, y1, x2, y2 of dashes, its lines within it."""
+    x1, y1, x2, y2 = box
+    for start in range(0, max(x2 - x1, y2 - y1), 2 * DASH):
+        across, down = (range(a + start, min(a + start + DASH, b)) for a, b in ((x1, x2), (y1, y2)))
+        for side in (y1 + 1, y2 - 2):
+            pen.line([(x, side) for x in across], GREEN, 3)
+        for side in (x1 + 1, x2 - 2):
+            pen.line([(side, y) for y in down], GREEN, 3)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, lines: int) -> list[str]:
