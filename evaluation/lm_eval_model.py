@@ -1,25 +1,26 @@
 """The text benchmarks of Table 3 through lm-eval, whose model this file supplies.
 
-Only imported by `eval.py lm`: lm-eval is in requirements-eval.txt. Data sets are those that lm-eval
-finds; where no model hub is reachable, task files of one's own (`--include`) can name local files.
+Its packages are in requirements/lm-eval.txt. lm-eval downloads data sets from a model hub; where
+none is reachable, task files of one's own (`--include`) can name local files.
+
+Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 
 import torch
-import torch.distributed as dist
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from tokenization.templates import template_of
-from generate import generate
+from evaluation.answers import Record, Table
 from iaa import IAA
+from sample import generate
+from tokenization.templates import template_of
 from tokenization.tokenizer import Tokenizer
 
 TASKS = {  # the paper's name -> lm-eval's task and its number of examples
@@ -29,16 +30,8 @@ TASKS = {  # the paper's name -> lm-eval's task and its number of examples
     "humaneval": ("humaneval_instruct", 0),
     "math": ("minerva_math", 4),
 }
-PAPER = {  # Table 3
-    "mmlu": {"LLaVA-Llama3": 55.8, "IAA-8": 68.4},
-    "c-eval": {"LLaVA-Llama3": 40.5, "IAA-8": 51.3},
-    "bbh": {"LLaVA-Llama3": 44.6, "IAA-8": 52.8},
-    "humaneval": {"LLaVA-Llama3": 38.4, "IAA-8": 59.2},
-    "math": {"LLaVA-Llama3": 12.3, "IAA-8": 27.8},
-}
-BY_SUBJECT = ("c-eval", "bbh")  # officially the mean over subjects; lm-eval's is over questions
 BATCH_TOKENS = 8192
-MAX_ANSWER = 256  # where a task sets no limit
+MAX_TOKENS = 256  # of an answer, where a task sets no limit
 
 
 class WorkflowLM(TemplateLM):
@@ -48,9 +41,6 @@ class WorkflowLM(TemplateLM):
         super().__init__()
         self.model, self.workflow, self.words = model, workflow, tokenizer
         self.specials = re.compile("(" + "|".join(map(re.escape, tokenizer.special_tokens)) + ")")
-        self._device = model.llama.device
-        if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     # -------- text
 
@@ -61,7 +51,7 @@ class WorkflowLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the template, for lm-eval's cache."""
+        """The template's name, for lm-eval's records."""
         return f"iaa-{self.words.template}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -73,10 +63,9 @@ class WorkflowLM(TemplateLM):
     ) -> list[int]:
         """Ids; names of special tokens are these tokens. Begins with the LLM's start token."""
         start, special = self.words.bos_id, self.words.special_tokens
-        texts, names = (self.specials.split(string)[part::2] for part in (0, 1))
-        ids = self.words.encode(texts[0])
-        for name, text in zip(names, texts[1:], strict=True):
-            ids += [special[name], *self.words.encode(text)]
+        ids = []
+        for place, piece in enumerate(self.specials.split(string)):  # names are the odd pieces
+            ids += [special[piece]] if place % 2 else self.words.encode(piece)
         if add_special_tokens is not False and start is not None and ids[:1] != [start]:
             ids = [start, *ids]
         return ids
@@ -89,11 +78,11 @@ class WorkflowLM(TemplateLM):
         names = {number: name for name, number in self.words.special_tokens.items()}
         text = names.get(self.words.bos_id, "")
         if history and history[0]["role"] == "system":
-            text += form.system.format(form.space + history.pop(0)["content"].strip())
+            text += form.system.format(form.message_prefix + history.pop(0)["content"].strip())
         for place, turn in enumerate(history):
-            content = form.space + turn["content"].strip()
+            content = form.message_prefix + turn["content"].strip()
             if turn["role"] == "user":
-                text += (form.again if place else "") + form.user + content + form.answer
+                text += (form.between_turns if place else "") + form.user + content + form.answer
             elif place + 1 == len(history) and not add_generation_prompt:
                 text += content
             else:
@@ -103,14 +92,14 @@ class WorkflowLM(TemplateLM):
     # -------- likelihoods
 
     @torch.inference_mode()
-    def scored(self, rows: list[tuple[list[int], int]]) -> Iterator[tuple[int, Tensor]]:
+    def log_probs(self, rows: list[tuple[list[int], int]]) -> Iterator[tuple[int, Tensor]]:
         """(index, log-probabilities (n, V)) of the last n next tokens of each (ids, n)."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         while order:
             longest = len(rows[order[-1]][0])
             batch = [order.pop() for _ in order[-max(1, BATCH_TOKENS // longest) :]]
             padded = [rows[i][0] + [0] * (longest - len(rows[i][0])) for i in batch]
-            tokens = torch.tensor(padded, device=self._device)  # (B, T); pads come behind
+            tokens = torch.tensor(padded, device=self.model.llama.device)  # (B, T), padded right
             x = self.model(tokens, self.workflow)  # (B, T, D)
             for row, i in enumerate(batch):
                 ids, wanted = rows[i]
@@ -124,7 +113,7 @@ class WorkflowLM(TemplateLM):
             ids = (before + after)[-context - 1 :]
             by_row.setdefault((tuple(ids[:-1]), len(after)), []).append((number, ids[-len(after):]))
         rows, results = [(list(ids), n) for ids, n in by_row], [None] * len(requests)
-        for i, log_probs in self.scored(rows):
+        for i, log_probs in self.log_probs(rows):
             for number, after in by_row[tuple(rows[i][0]), rows[i][1]]:
                 wanted = torch.tensor(after, device=log_probs.device)
                 total = log_probs.gather(-1, wanted[:, None]).sum().item()
@@ -132,33 +121,25 @@ class WorkflowLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in pieces of the context's length, each token predicted once."""
-        results = []
-        for request in requests:
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            ids, size = [self.prefix_token_id, *ids], self.model.llama.config.context - 1
-            parts = self._loglikelihood_tokens(
-                [(None, ids[i - 1 : i], ids[i : i + size]) for i in range(1, len(ids), size)])
-            results.append(sum(total for total, _ in parts))
-        return results
+        """Not supported: raises ValueError."""
+        raise ValueError("a task wants the likelihood of whole texts: use text-retention")
 
     # -------- answers
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, cut ahead of the first of their stop texts."""
-        jobs, context = {}, self.model.llama.config.context
+        groups, context = {}, self.model.llama.config.context
         for number, request in enumerate(requests):
             text, settings = request.args
             if settings.get("do_sample") and settings.get("temperature", 1) != 0:
                 raise ValueError("a task wants sampling: only greedy answers are supported")
-            new = settings.get("max_gen_toks", MAX_ANSWER)
-            until = settings.get("until") or []
+            new, until = settings.get("max_gen_toks", MAX_TOKENS), settings.get("until") or []
             until = [until] if isinstance(until, str) else until
             key = (new, tuple(stop for stop in until if stop))  # "" would be in every text
             ids = self.tok_encode(text)[-(context - new) :]
-            jobs.setdefault(key, []).append((len(ids), number, ids))
+            groups.setdefault(key, []).append((len(ids), number, ids))
         results = [""] * len(requests)
-        for (new, until), group in jobs.items():
+        for (new, until), group in groups.items():
             group.sort()
             while group:
                 fitting = max(1, BATCH_TOKENS // (group[-1][0] + new))
@@ -182,40 +163,15 @@ class WorkflowLM(TemplateLM):
             texts = [text.split(stop)[0] for text in texts]
         return texts
 
-    # -------- ranks
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks in a row."""
-        if self._world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor, device="cpu") for _ in range(self._world_size)]
-        dist.all_gather(parts, tensor.cpu())
-        return torch.stack(parts)
-
-    def gather_object(self, obj, dst: int = 0) -> list | None:
-        """Objects of all ranks, on `dst`."""
-        if self._world_size == 1:
-            return [obj]
-        parts = [None] * self._world_size if self._rank == dst else None
-        dist.gather_object(obj, parts, dst)
-        return parts
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self._world_size > 1:
-            dist.barrier()
-
 
 def open_tasks(names: list[str], include: Path | None, run_code: bool) -> TaskManager:
-    """lm-eval's tasks and those of the folder `include`; each of `names` is loaded, as a test.
+    """lm-eval's tasks and those of the folder `include`, with `names` checked.
 
-    names: keys of TASKS, or of lm-eval's or `include`'s tasks and groups. Raises ValueError for any
-    other, and what lm-eval raises where a package is missing (ImportError, AssertionError).
+    names: keys of TASKS, or of lm-eval's or `include`'s tasks and groups. ValueError for any other,
+    or for a task that runs code where that is not allowed.
     """
     tasks = [TASKS.get(name, (name, None))[0] for name in names]
-    manager = TaskManager(include_path=str(include), include_defaults=False) if include else None
-    if manager is None or not all(task in manager.all_tasks for task in tasks):
-        manager = TaskManager(include_path=str(include) if include else None)  # slow: all tasks
+    manager = TaskManager(include_path=None if include is None else str(include))
     for task in tasks:
         if task not in manager.all_tasks or task in manager.all_tags:
             raise ValueError(f"lm-eval has no task or group {task!r}; there are "
@@ -224,10 +180,6 @@ def open_tasks(names: list[str], include: Path | None, run_code: bool) -> TaskMa
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     elif any(task.startswith("humaneval") for task in tasks):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
-    for name, task in zip(names, tasks, strict=True):
-        group = manager.load([task])["groups"].get(task)
-        if group is not None and not group.has_aggregation:
-            raise ValueError(f"lm-eval has no figure for {name} as a whole: name tasks of it")
     return manager
 
 
@@ -239,23 +191,22 @@ def evaluate(
     manager: TaskManager,
     limit: int | None = None,
     run_code: bool = False,
-) -> tuple[dict, list[dict]] | None:
-    """A row, lm-eval's first figure in percent beside the paper's, and all samples; rank 0's."""
+) -> tuple[Table, list[Record]]:
+    """A row with lm-eval's first figure in percent, and all samples.
+
+    Raises ValueError for a group that lm-eval has no figure for as a whole.
+    """
     task, shots = TASKS.get(name, (name, None))
     found = simple_evaluate(
         model=WorkflowLM(model, tokenizer, workflow), tasks=[task], num_fewshot=shots,
         limit=limit, task_manager=manager, apply_chat_template=True,
         system_instruction=template_of(tokenizer, None).default_system or None,
         confirm_run_unsafe_code=run_code, bootstrap_iters=0)
-    if found is None:  # not rank 0
-        return None
-    figures = found.get("groups", {}).get(task) or found["results"][task]
-    metric = next(key for key, value in figures.items()
-                  if "," in key and isinstance(value, float) and "stderr" not in key)
-    asked = found["n-samples"]
-    value = figures[metric]
-    if name in BY_SUBJECT:
-        value = mean(found["results"][subject][metric] for subject in asked)
-    row = {"metric": metric.split(",")[0], "score": 100 * value,
-           "asked": sum(part["effective"] for part in asked.values()), **PAPER.get(name, {})}
-    return row, [sample for samples in found["samples"].values() for sample in samples]
+    figures = found.get("groups", {}).get(task) or found["results"].get(task, {})
+    metrics = [key for key, value in figures.items()
+               if "," in key and isinstance(value, float) and "stderr" not in key]
+    if not metrics:
+        raise ValueError(f"lm-eval has no figure for {name} as a whole: name tasks of it")
+    row = {"metric": metrics[0].split(",")[0], "score": 100 * figures[metrics[0]],
+           "asked": sum(part["effective"] for part in found["n-samples"].values())}
+    return {name: row}, [sample for samples in found["samples"].values() for sample in samples]

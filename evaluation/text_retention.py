@@ -1,7 +1,9 @@
 """Is the text ability kept? A model's workflows against its LLM loaded afresh, on text files.
 
-The paper's claim (Fig. 1, Table 3): IAA's text workflow is the frozen LLM, a difference of zero;
-a LLaVA model, whose LLM is trained along (`own_llm`), has changed.
+The paper's claim (Fig. 1, Table 3): IAA's text workflow is the frozen LLM. No logit differs, by no
+bit. A LLaVA model has changed: its LLM is trained along (`own_llm`).
+
+Letters: T tokens, V vocabulary.
 """
 
 import math
@@ -11,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import generate
+from evaluation.answers import Table
 from iaa import IAA, TEXT
-from evaluation.scoring import Table
-from storage import load_base
+from llama import Llama
+from sample import generate
 from tokenization.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens read at once
-PROMPT, ANSWER = 32, 32  # tokens of a window that are continued, and of its continuation
+PROMPT, ANSWER = 32, 32  # tokens of a window that are continued, and tokens of the continuation
+BATCH = 16  # continuations at once
 
 
 def windows(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -32,31 +35,22 @@ def windows(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def greedy(model: IAA, workflow: str, prompts: list[list[int]]) -> list[list[int]]:
-    """Continuations of prompts of one length, some at a time."""
-    answers = []
-    for first in range(0, len(prompts), 16):
-        answers += generate(model, prompts[first : first + 16], None, workflow, ANSWER)
-    return answers
+    """The greedy continuations of prompts."""
+    return [ids for first in range(0, len(prompts), BATCH) for ids in generate(
+        model, prompts[first : first + BATCH], None, workflow, ANSWER)]
 
 
 @torch.inference_mode()
 def logits_of(model: IAA, workflow: str, ids: list[int]) -> Tensor:
-    """(T, V) fp32."""
-    tokens = torch.tensor([ids], device=model.llama.device)
+    """The logits of a window, (T, V) fp32."""
+    tokens = torch.tensor([ids], device=model.llama.device)  # (1, T)
     return model.logits(model(tokens, workflow), workflow)[0].float()
 
 
-def surprise(logits: Tensor, ids: list[int]) -> float:
-    """Sum of the cross-entropy of a window's tokens behind its first; logits (T, V)."""
+def negative_log_likelihood(logits: Tensor, ids: list[int]) -> float:
+    """The sum over a window's tokens but the first; logits (T, V)."""
     following = torch.tensor(ids[1:], device=logits.device)
     return F.cross_entropy(logits[:-1], following, reduction="sum").item()
-
-
-def perplexity(model: IAA, tokenizer: Tokenizer, text: str) -> float:
-    """Of the text workflow on a text, window by window."""
-    pieces = windows(tokenizer, [text])
-    total = sum(surprise(logits_of(model, TEXT, ids), ids) for ids in pieces)
-    return math.exp(total / sum(len(ids) - 1 for ids in pieces))
 
 
 def compare(
@@ -66,36 +60,37 @@ def compare(
     texts: list[str],
     answers: int,  # windows whose first tokens are continued, at most
 ) -> Table:
-    """A row for the base and for each workflow, without pictures.
+    """A row for the base and a row for each workflow, without pictures.
 
-    Columns: the largest difference of a logit from the base's, the perplexity of the texts, the
-    share of greedy continuations that are the base's (in percent), and how much was read.
+    Columns: the perplexity of the texts, the largest difference of a logit from the base's, whether
+    all logits are identical, how many tokens were read, and the share of greedy continuations that
+    equal the base's.
     """
     pieces = windows(Tokenizer.load(llm), texts)
     if not pieces:
         raise ValueError("the text files hold no text")
-    frozen, _ = load_base(llm, model.llama.dtype, str(model.llama.device))
+    frozen = Llama.load(llm, model.llama.dtype, model.llama.device)
     base = IAA(frozen, model.clip, model.image_token)
-    difference = dict.fromkeys(workflows, 0.0)
+    difference, identical = dict.fromkeys(workflows, 0.0), dict.fromkeys(workflows, True)
     loss = dict.fromkeys(["base", *workflows], 0.0)
     for ids in pieces:
         expected = logits_of(base, TEXT, ids)  # (T, V)
-        loss["base"] += surprise(expected, ids)
+        loss["base"] += negative_log_likelihood(expected, ids)
         for workflow in workflows:
             logits = logits_of(model, workflow, ids)
             gap = (logits - expected).abs().max().item()
             difference[workflow] = max(difference[workflow], gap)
-            loss[workflow] += surprise(logits, ids)
+            identical[workflow] &= torch.equal(logits, expected)  # False for NaN, too
+            loss[workflow] += negative_log_likelihood(logits, ids)
     scored = sum(len(ids) - 1 for ids in pieces)
     prompts = [ids[:PROMPT] for ids in pieces if len(ids) >= PROMPT][:answers]
     wanted = greedy(base, TEXT, prompts)
     table = {"base": {"perplexity": math.exp(loss["base"] / scored)}}
     for workflow in workflows:
-        table[workflow] = {
-            "perplexity": math.exp(loss[workflow] / scored),
-            "logit difference": difference[workflow],
-            "tokens": scored + len(pieces),
-        }
+        table[workflow] = {"perplexity": math.exp(loss[workflow] / scored),
+                           "logit difference": difference[workflow],
+                           "identical": "yes" if identical[workflow] else "NO",
+                           "tokens": scored + len(pieces)}
         if prompts:
             pairs = zip(greedy(model, workflow, prompts), wanted, strict=True)
             equal = sum(said == base_said for said, base_said in pairs)

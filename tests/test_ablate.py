@@ -1,149 +1,102 @@
-"""ablate.py: equal budgets, shared first stages, resuming run by run, the table."""
+"""Ablations: every variant of the TOML files has the same budget; finished runs are not repeated."""
 
 import json
-import shutil
 from pathlib import Path
 from statistics import stdev
 
 import pytest
-from PIL import Image
-from processes import held
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import save_file
 
 from evaluation import ablate
-from evaluation.ablate import VARIANTS, run_config, table
 from training.config import read_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUDGET = str(CONFIGS / "ablate.toml")
-IN_CONFIGS = {"a": "structure_a", "b": "structure_b", "frozen-ends": "frozen_ends",
-              "without-stage1": "without_stage1", "without-stage2": "without_stage2",
-              "llava": "llava"}
+VARIANTS = ablate.read_variants(CONFIGS / "ablations")
+
+
+def small(name: str, *given: str):
+    """A variant at the demo's size."""
+    variant = VARIANTS[name][1]
+    return read_config(BUDGET, ablate.settings_of_run(BUDGET, list(given), variant, Path("x"), 2))
+
+
+def test_the_variants_are_the_files():
+    """All of Tables 5 to 8 but what changes the data; the budget itself is iaa."""
+    files = {path.stem for path in (CONFIGS / "ablations").glob("*.toml")}
+    assert VARIANTS.keys() == files - {"data_1m2"} | {"iaa"}
+    assert VARIANTS["structure_a"][0].startswith("Table 5, row 1")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_the_same_budget(name):
-    """Steps and rows of all stages but the last add up to the same; the last is the same."""
-    whole, config = read_config(BUDGET, []), run_config(BUDGET, [], name, 2)
+    """The same steps in all, of the same batches; the last stage is the same."""
+    whole, config = read_config(BUDGET, []), small(name)
     assert sum(s.steps for s in config.stage) == sum(s.steps for s in whole.stage)
-    assert config.stage[-1] == whole.stage[-1]
+    assert config.stage[-1] == whole.stage[-1] and config.stage[-1].held_out
     assert {s.batch for s in config.stage} == {4}
-    assert (config.out, config.seed) == (f"runs/ablate/{name}-2", 2)
+    assert (config.out, config.seed) == ("x", 2)
 
 
-@pytest.mark.parametrize("name, file", IN_CONFIGS.items())
-def test_variants_are_those_of_the_whole_size(name, file):
-    """The laptop's variant is what the file in configs/ablations is: same parts, same stages."""
-    small = run_config(BUDGET, [], name, 0)
-    large = read_config(str(CONFIGS / "ablations" / f"{file}.toml"), [])
+@pytest.mark.parametrize("name", VARIANTS.keys() - {"iaa"})
+def test_variants_are_those_of_the_whole_size(name):
+    """The laptop's variant has the same parts and the same stages as its file says."""
+    large = read_config(str(CONFIGS / "ablations" / f"{name}.toml"), [])
     for key in ("structure", "own_embedding", "own_head", "own_llm", "insertion"):
-        assert getattr(small, key) == getattr(large, key)
-    assert [s.name for s in small.stage] == [s.name for s in large.stage]
+        assert getattr(small(name), key) == getattr(large, key)
+    assert [s.name for s in small(name).stage] == [s.name for s in large.stage]
 
 
 def test_settings_of_the_caller_count_for_every_variant():
-    """`--set` comes first, then the variant; a dropped stage's steps go to the first one left."""
-    config = run_config(BUDGET, ["pretrain_projector.steps=7", "out=x"], "without-stage1", 0)
-    assert [s.steps for s in config.stage] == [7 + 60, 50] and config.out == "x/without-stage1-0"
+    """A dropped stage's steps, the caller's own, go to the first one left."""
+    config = small("without_stage1", "pretrain_projector.steps=7")
+    assert [s.steps for s in config.stage] == [7 + 60, 50]
 
 
-# ------------------------------------------------------------------------------ on tiny models
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """The commands that `ablate` would run; in their place, the files that they write."""
+    seen = []
+
+    def run(*command):
+        seen.append(command)
+        if command[0] == "train.py":
+            out = next(word for word in command if word.startswith("out=")).removeprefix("out=")
+            folder = Path(out, "instruct", "adaptor")
+            folder.mkdir(parents=True)
+            save_file({"w": torch.zeros(1000, 2000)}, folder / "adaptor.safetensors")
+            for stage in ("pretrain_projector", "pretrain_adaptor", "instruct"):
+                Path(out, stage).mkdir(exist_ok=True)
+                (Path(out, stage) / "log.jsonl").write_text(
+                    json.dumps({"seconds": 60, "held_out": 0.25 + 0.5 * (out[-1] == "1")}) + "\n")
+        else:
+            folder = Path(command[command.index("--model") + 1], "eval", "easy-vqa")
+            folder.mkdir(parents=True)
+            (folder / "scores.json").write_text('{"right, %": {"all": 70.0}}')
+
+    monkeypatch.setattr(ablate, "run", run)
+    return seen
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, tiny_base):
-    """A folder with a tiny base, easy-VQA's layout of files and the config of a tiny budget."""
-    folder = tmp_path_factory.mktemp("lab")
-    tiny_base(folder)
-    Image.new("RGB", (20, 20), "red").save(folder / "a.png")
-    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
-    rows = [{"id": str(n), "image": "a.png", "workflow": "mm", "source": "t", "split": "train",
-             "conversations": turns} for n in range(4)]
-    for name in ("train-questions", "test-questions"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stages = "".join(f'[[stage]]\nname = "{name}"\ntrains = "{trains}"\nlr = 1e-3\nsteps = 2\n'
-                     f'data = ["{folder}/train-questions.jsonl"]\nbatch = 2\nmicro_batch = 2\n'
-                     f'held_out = ["{folder}/test-questions.jsonl"]\n'
-                     for name, trains in (("pretrain_projector", "projector"),
-                                          ("pretrain_adaptor", "adaptor"), ("instruct", "adaptor")))
-    (folder / "tiny.toml").write_text(
-        f'out = "{folder}/runs"\nllm = "{folder}/llama"\nvision = "{folder}/clip"\n'
-        f'images = "{folder}"\ninsertion = 2\nsystem = ""\nworkers = 0\n{stages}')
-    return folder
+def test_runs_and_table(commands, tmp_path, capsys):
+    """Each run is trained and asked once; the table has means and spreads; nothing is repeated."""
+    arguments = (BUDGET, [f"out={tmp_path}"], ["iaa", "structure_a"], 2, 300)
+    ablate.ablate(*arguments)
+    assert [command[0] for command in commands] == ["train.py", "-m"] * 4
+    assert f"out={tmp_path}/structure_a-1" in commands[-2] and 'structure="a"' in commands[-2]
+    assert commands[-1][-2:] == ("--limit", "300")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    spread = f"0.500 ± {stdev([0.25, 0.75]):.3f}"
+    assert lines[3].startswith("| structure_a | Table 5, row 1") and spread in lines[3]
+    assert lines[3].endswith("| 2 | 70.0 ± 0.0 | " + spread + " | 2.0 | 3.0 |")
+    ablate.ablate(*arguments)
+    assert len(commands) == 8
+    with pytest.raises(ValueError, match="no variant 'nothing'; there are: iaa, "):
+        ablate.ablate(BUDGET, [], ["nothing"], 1, 300)
 
 
-def run(lab, *names, seeds=1, questions=3, settings=()):
-    """ablate.py on the tiny budget."""
-    ablate.ablate(str(lab / "tiny.toml"), list(settings), list(names), seeds, questions)
-
-
-@pytest.fixture(scope="module")
-def done(lab):
-    """Three variants with two seeds each, finished."""
-    run(lab, "iaa", "a", "without-stage1", seeds=2)
-    return lab / "runs"
-
-
-def adaptor(folder):
-    """A run's trained tensors."""
-    return load_file(folder / "instruct" / "adaptor" / "adaptor.safetensors")
-
-
-def test_the_table_has_a_row_a_variant(done):
-    """Mean and standard deviation over the seeds beside the paper's figures."""
-    lines = (done / "table.md").read_text().splitlines()
-    assert len(lines) == 2 + 3 + 2 and lines[3].startswith("| a | 5 | structure a | 2 | ")
-    assert lines[3].endswith("| 1425.4 | 72.4 | 65.0 | 38.2 |")
-    scores = [json.loads((done / f"a-{seed}" / "score.json").read_text()) for seed in (0, 1)]
-    losses = [score["held_out"] for score in scores]
-    assert f"{sum(losses) / 2:.3f} ± {stdev(losses):.3f}" in lines[3]
-    assert scores[0]["questions"] == 3 and scores[0]["right"] in (0, pytest.approx(100))
-
-
-def test_finished_runs_are_not_repeated(lab, done, capsys):
-    """Nothing is written but the missing score of a run killed before it; other sizes rescore."""
-    (done / "a-1" / "score.json").unlink()
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
-    run(lab, "iaa", "a", "without-stage1", seeds=2)
-    said = capsys.readouterr().out
-    assert said.count("finished before\n") == 5 and (done / "a-1" / "score.json").is_file()
-    run(lab, "iaa", questions=4)
-    assert json.loads((done / "iaa-0" / "score.json").read_text())["questions"] == 4
-    assert table(done, 4).count("\n| iaa |") == 1 and table(done, 4).count("\n| a |") == 0
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")} == before
-
-
-def test_a_shared_first_stage_changes_nothing(lab, done, capsys):
-    """A run alone, which trains its own first stage, ends with the bits of one that took it."""
-    run(lab, "a", settings=[f"out={lab}/alone"])
-    assert "taken from" not in capsys.readouterr().out
-    own, shared = adaptor(lab / "alone" / "a-0"), adaptor(done / "a-0")
-    assert own.keys() == shared.keys() and all(own[k].equal(shared[k]) for k in own)
-
-
-def test_what_is_shared_is_the_same_seed_s_and_budget_s(lab, done, capsys):
-    """Another seed or number of steps does not fit, the same does."""
-    place = f"out={lab}/shared"
-    shutil.copytree(done / "iaa-0", lab / "shared" / "iaa-0")
-    run(lab, "b", seeds=2, settings=[place])
-    run(lab, "without-stage2", "llava", settings=[place])
-    taken = [line for line in capsys.readouterr().out.splitlines() if "taken from" in line]
-    names = [line.rpartition("/")[2] for line in taken]
-    assert names == ["iaa-0", "without-stage2-0"]  # b-0, llava-0; b-1 trained its own
-
-
-def test_two_processes_share_the_runs(lab, done, capsys):
-    """What another process is at is passed over, and is not in the table yet."""
-    place = lab / "two"
-    with held(place / "iaa-0", ".ablate-lock"):
-        run(lab, "iaa", "a", settings=[f"out={place}"])
-    assert capsys.readouterr().out.count("another process is at it") == 1
-    assert [path.parent.name for path in place.glob("*/score.json")] == ["a-0"]
-    assert "| a |" in (place / "table.md").read_text()
-
-
-def test_other_settings_do_not_mix(lab, done):
-    """A folder of runs made with another budget is refused before anything is trained."""
-    with pytest.raises(ValueError, match=r"iaa-0 was made with another stage: remove it"):
-        run(lab, "n0", "iaa", settings=["instruct.steps=3"])
-    assert not (done / "n0-0").exists()
+def test_a_failed_command_is_named():
+    """Its own message is above."""
+    with pytest.raises(ValueError, match="failed: python -c"):
+        ablate.run("-c", "raise SystemExit(1)")

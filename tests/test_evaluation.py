@@ -1,0 +1,480 @@
+"""Evaluation: questions in batches are asked alone; official rules; the commands end to end."""
+
+import contextlib
+import io
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from processes import processes
+
+from clip import preprocess
+from data import GROUNDING_PROMPT
+from evaluation import __main__ as evaluation
+from evaluation import easy_vqa, mme, refcoco, sheet
+from evaluation.answers import Question, answer_batch, ask, print_table, sample_questions
+from evaluation.text_retention import compare, windows
+from iaa import IAA, Adaptor, AdaptorConfig, load_iaa
+from sample import generate
+from tokenization.templates import render
+from tokenization.tokenizer import Tokenizer
+
+SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def picture(path, colour="red"):
+    """A file of 40 x 20 pixels."""
+    Image.new("RGB", (40, 20), colour).save(path)
+    return path
+
+
+def write_rows(path, rows):
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------------------------- questions
+
+
+@pytest.fixture
+def model(tmp_path, tiny_run):
+    """A tiny model whose random weights answer with many different tokens, and its tokenizer."""
+    tiny_run(tmp_path / "run")
+    iaa, folder = load_iaa(tmp_path / "run", torch.float32)
+    return iaa, Tokenizer.load(folder)
+
+
+def test_answers_of_a_batch_are_those_asked_alone(model, tmp_path):
+    """Pictures and lengths differ; each question gets the answer of a batch of its own."""
+    iaa, tokenizer = model
+    files = [picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue")]
+    texts = ["what?", "is there a red shape in it?", "how many", "a", "where is the triangle", "b?"]
+    questions = [Question(str(n), text, files[n % 2], ("mm", "grounding")[n == 4])
+                 for n, text in enumerate(texts)]
+    records = ask(iaa, tokenizer, questions, {"mm": 12, "grounding": 9}, 4)
+    got = {record["key"]: record["answer"] for record in records}
+    for question in questions:
+        form = iaa.adaptors[question.workflow].prompt
+        ids, _ = render(tokenizer, [("user", question.text)], form["template"], form["system"],
+                        iaa.clip.config.patches)
+        pixels = preprocess(Image.open(question.image), iaa.clip.config)[None]
+        answer, = generate(iaa, [ids], pixels, question.workflow,
+                           9 if question.workflow == "grounding" else 12, tokenizer.stop_ids)
+        assert got[question.key] == tokenizer.decode(answer).strip()
+    assert len(set(got.values())) > 3  # they differ: a mix-up would show
+    said = answer_batch(iaa, tokenizer, [("hi", None)], "text", 5)
+    ids, _ = render(tokenizer, [("user", "hi")])
+    assert said == [tokenizer.decode(generate(iaa, [ids], max_tokens=5)[0]).strip()]
+
+
+def test_a_limit_takes_whole_pictures(tmp_path):
+    """At random by the seed, the same every time, and never a part of a picture's questions."""
+    questions = [Question(key, "?", tmp_path / str(n // 2)) for n, key in enumerate("abcdefgh")]
+    assert sample_questions(questions, None, 0) == questions
+    taken = sample_questions(questions, 3, 0)
+    assert len(taken) == 4 and taken == sample_questions(questions, 3, 0)
+    assert all(sum(q.image == t.image for q in taken) == 2 for t in taken)
+    assert any(sample_questions(questions, 3, seed) != taken for seed in range(1, 9))
+
+
+def test_the_table(capsys):
+    """Columns as they first come, counts whole, other numbers rounded, gaps blank."""
+    print_table("t", {"a": {"score": 12.345, "asked": 3}, "long": {"score": 1.0, "x": "yes"}})
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "t        score     asked         x", "a         12.3         3          ",
+        "long       1.0                 yes"]
+
+
+# ---------------------------------------------------------------------------------- MME
+
+
+@pytest.fixture
+def mme_folder(tmp_path):
+    """Both published layouts: folders of pictures and texts, and all in one."""
+    root = tmp_path / "MME" / "MME_Benchmark_release_version"
+    for subtask in (*mme.PERCEPTION, *mme.COGNITION):
+        nested = subtask in ("artwork", "posters")
+        texts = root / subtask / ("questions_answers_YN" if nested else "")
+        pictures = root / subtask / ("images" if nested else "")
+        texts.mkdir(parents=True)
+        pictures.mkdir(exist_ok=True)
+        picture(pictures / "0001.jpg")
+        (texts / "0001.txt").write_text(
+            "Is it a café?  Please answer yes or no.\tYes\r\n"
+            "Is it a hat? Please answer yes or no.\tNo\n\n", encoding="utf-8")
+    return tmp_path / "MME"
+
+
+def test_mme_questions(mme_folder):
+    """14 subtasks; the prompt of the official file, which leaves one of two spaces."""
+    questions = mme.read(mme_folder)
+    assert len(questions) == 28 and len({q.key for q in questions}) == 28
+    first, second = (q for q in questions if q.facts["subtask"] == "artwork")
+    assert (first.text, second.text) == ("Is it a café? " + SUFFIX, "Is it a hat?" + SUFFIX)
+    assert first.image.parent.name == "images" and first.image.is_file()
+    assert first.facts == {"subtask": "artwork", "picture": "0001", "expected": "Yes"}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda root: (root / "count/0001.jpg").unlink(), "count: picture or text of 0001 is missing"),
+    (lambda root: (root / "count/0001.txt").write_text("Is it?\tYes\n"), "0001.txt: not two lines"),
+    (lambda root: (root / "count/0001.txt").write_text("a\tyes\nb\tno\n"), "Yes or No"),
+    (lambda root: (root / "count/0001.txt").write_bytes(b"\xff\tYes\nb\tNo\n"), "not UTF-8"),
+    (lambda root: (root / "OCR").rename(root / "ocr_"), "no OCR"),
+])
+def test_mme_damaged(mme_folder, damage, message):
+    """Half a download, another folder, swapped columns: one line each."""
+    damage(mme_folder / "MME_Benchmark_release_version")
+    with pytest.raises(ValueError, match=message) as error:
+        mme.read(mme_folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer, word", [
+    ("Yes", "yes"), ("yes.", "yes"), ("No, it is not", "no"), ("NO\n", "no"),
+    ("not sure", "no"),  # "no" within the first four characters
+    ("a yes", "other"), ("is no", "other"),  # " yes" and "no" come too late
+    ("it is no", "other"), ("unknown", "other"), ("", "other"), ("  yes", "other"),
+    (" no", "no"), ("yeno", "no"), ("noyes", "no"), ("I no", "no"),
+])
+def test_mme_reads_four_characters(answer, word):
+    """The first four characters of the lower-cased answer hold yes, or no."""
+    assert mme.yes_or_no(answer) == word
+
+
+def test_mme_score():
+    """Two pictures, right/right and right/wrong: acc 75, acc+ 50, together 125. Then the sums."""
+    def line(subtask, picture, expected, answer):
+        return {"subtask": subtask, "picture": picture, "expected": expected, "answer": answer}
+
+    pair = [line("existence", "1", "Yes", "Yes"), line("existence", "1", "No", "no"),
+            line("existence", "2", "Yes", "yes"), line("existence", "2", "No", "other words")]
+    assert mme.score(pair)["existence"] == {"score": 125.0, "asked": 4}
+    more = [line("OCR", "1", "Yes", "Yes"), line("OCR", "1", "No", "No"),
+            line("code_reasoning", "1", "Yes", "no"), line("code_reasoning", "1", "No", "no")]
+    table = mme.score(more + pair)
+    assert table["perception"] == {"score": 325.0, "asked": 6}
+    assert table["cognition"] == {"score": 50.0, "asked": 2}
+    assert list(table) == ["perception", "cognition", "existence", "OCR", "code_reasoning"]
+
+
+# ---------------------------------------------------------------------------------- RefCOCO
+
+OFFICIAL = {"sent_id": 34, "img_path": "a.png", "expression": "left mug",
+            "bbox": [10.0, 5.0, 30.0, 15.0], "width": 40, "height": 20}
+OURS = {"id": "refcocog/test/ref1/sent2", "image": "a.png", "source": "refcocog", "split": "test",
+        "width": 40, "height": 20, "boxes": [[0, 0, 9, 9]], "conversations": [
+            {"from": "human", "value": "<image>\n" + GROUNDING_PROMPT.format("mug") + "."},
+            {"from": "gpt", "value": "[0.0, 0.25, 0.22, 0.48]"}]}
+
+
+@pytest.fixture
+def expressions(tmp_path):
+    """A folder with a file of either form, and the pictures' root in it."""
+    (tmp_path / "images").mkdir()
+    picture(tmp_path / "images" / "a.png")
+    for name, row in (("REC_refcoco+_unc_testA", OFFICIAL), ("mine", OURS)):
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    return tmp_path
+
+
+def test_refcoco_questions(expressions):
+    """Set and split from the file's name or the row; the prompt without a final full stop."""
+    official, ours = refcoco.read(expressions, expressions / "images")
+    assert official.key == "refcoco+/testA/34" and official.workflow == "grounding"
+    assert official.text == GROUNDING_PROMPT.format("left mug")
+    assert ours.text == GROUNDING_PROMPT.format("mug") and ours.key == OURS["id"]
+    assert ours.facts == {"set": "refcocog test", "box": [0, 0, 9, 9], "width": 40, "height": 20}
+    rows = [{key: value for key, value in OFFICIAL.items() if key != "sent_id"}]
+    unnumbered, = refcoco.read(write_rows(expressions / "shikra.jsonl", rows),
+                               expressions / "images")
+    assert unnumbered.key == "shikra//1"  # by its line
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"bbox": [30, 5, 10, 15]}, "is not x1, y1, x2, y2 in pixels of 40 x 20"),  # x, y, w, h
+    ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "in pixels"), ({"bbox": [1, 2, 3]}, "unpack"),
+    ({"bbox": [10, 5, 90, 15]}, "in pixels"), ({"img_path": "../a.png"}, "is not below"),
+    ({"img_path": "/etc/passwd"}, "is not below"), ({"img_path": "b.png"}, "does not exist"),
+    ({"width": None}, ":1: "), ({"expression": None, "img_path": None}, ":1: "),
+])
+def test_refcoco_damaged(expressions, change, message):
+    """File and line are named; nothing outside of the root is read."""
+    path = write_rows(expressions / "REC_refcoco+_unc_testA.jsonl", [OFFICIAL | change])
+    with pytest.raises(ValueError, match=message) as error:
+        refcoco.read(path, expressions / "images")
+    assert f"{path.name}:1: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_refcoco_needs_its_pictures_and_whole_lines(expressions):
+    """No root, a missing field, a line cut off, an empty folder."""
+    with pytest.raises(ValueError, match="--images"):
+        refcoco.read(expressions, None)
+    path = expressions / "mine.jsonl"
+    path.write_text(json.dumps({k: v for k, v in OURS.items() if k != "boxes"}))
+    with pytest.raises(ValueError, match="mine.jsonl:1: 'boxes' is missing"):
+        refcoco.read(path, expressions)
+    path.write_text(json.dumps(OURS)[:-9])
+    with pytest.raises(ValueError, match="mine.jsonl:1: "):
+        refcoco.read(path, expressions)
+    with pytest.raises(FileNotFoundError, match="no .*jsonl"):
+        refcoco.read(expressions / "images", expressions)
+
+
+TRUTH = {"box": [100, 50, 300, 250], "width": 640, "height": 480}
+HIT, MISS = "[0.16, 0.2, 0.47, 0.52]", "[0.0, 0.12, 0.1, 0.3]"
+
+
+@pytest.mark.parametrize("answer, any_box, first, malformed, lenient", [
+    (HIT, 1, 1, 0, 1), (HIT.replace(" ", ""), 1, 1, 0, 1), (MISS, 0, 0, 0, 0),
+    (f"{MISS}; {HIT}", 1, 0, 0, 0),  # any of several boxes
+    (f"{MISS}; {MISS}", 0, 0, 0, 0),
+    (f"{HIT}; what?", 1, 1, 0, 1),  # what comes behind a hit is not looked at
+    (f"what?; {HIT}", 0, 0, 1, 1),  # a malformed piece ahead of it ends the reading
+    (f"The box is {HIT}", 0, 0, 1, 1), (f"{HIT}.", 0, 0, 1, 1), (f"{HIT}; ", 1, 1, 0, 1),
+    (f"{MISS}; ", 0, 0, 1, 0), (f"{MISS};{HIT}", 0, 0, 1, 0),  # joined without a space: one piece
+    ('{"bbox": [0.16, 0.2, 0.47, 0.52]}', 0, 0, 1, 1), ("{}", 0, 0, 1, 0),
+    ("", 0, 0, 1, 0), ("[0.16, 0.2, 0.47]", 0, 0, 1, 0), ("[a, b, c, d]", 0, 0, 1, 0),
+    ("0.16, 0.2, 0.47, 0.52", 1, 1, 0, 0), ("[0.16, 0.2, 0.47, 0.52, 9]", 1, 1, 0, 0),
+    ("[0.47, 0.52, 0.16, 0.2]", 0, 0, 0, 0), ("__import__('os')", 0, 0, 1, 0),
+    ("[1, 1.0, 1, 1]", 0, 0, 0, 0), ("[" * 5000, 0, 0, 1, 0),
+])
+def test_refcoco_rules(answer, any_box, first, malformed, lenient):
+    """The official rule (any), the first box, what stopped the reading, the first box in text."""
+    verdict = refcoco.box_verdict(TRUTH | {"answer": answer})
+    expected = {"any": any_box, "first": first, "malformed": malformed, "lenient": lenient}
+    assert verdict == {rule: bool(flag) for rule, flag in expected.items()}
+
+
+def test_refcoco_score():
+    """A row for each set and split: the official figure, two others, and malformed answers."""
+    records = [TRUTH | {"set": name, "answer": answer} for name, answer in (
+        ("refcoco val", f"{MISS}; {HIT}"), ("refcoco val", "?"), ("refcoco testA", HIT))]
+    table = refcoco.score(records)
+    assert table["refcoco val"] == {"official": 50.0, "first": 0.0, "malformed": 50.0,
+                                    "lenient": 0.0, "asked": 2}
+    assert table["refcoco testA"]["official"] == 100.0
+
+
+# ---------------------------------------------------------------------------------- easy-VQA
+
+
+def test_easy_vqa_score():
+    """Exactly the word, by kind; the commonest answer; boxes by the first in the text."""
+    def line(expected, answer, commonest):
+        return {"expected": expected, "answer": answer, "commonest": commonest}
+
+    words = [line("red", "red", "blue"), line("yes", "yes.", "yes"), line("no", "no", "yes")]
+    table = easy_vqa.score([*words, TRUTH | {"answer": f"It is {HIT}."}])
+    assert table["asked"] == {"colour": 1, "yes/no": 2, "all": 3, "boxes, IoU 0.5": 1}
+    assert table["commonest answer, %"] == {"colour": 0.0, "yes/no": 50.0,
+                                            "all": pytest.approx(100 / 3)}
+    assert table["right, %"] == {"colour": 100.0, "yes/no": 50.0, "all": pytest.approx(200 / 3),
+                                 "boxes, IoU 0.5": 100.0}
+    assert list(table)[-1] == "right, %"  # the line that everybody looks for ends the table
+
+
+@pytest.fixture
+def world(tmp_path, tiny_run):
+    """A model in `run`, and four pictures with seven questions and a box each in `data`."""
+    data = tmp_path / "data"
+    data.mkdir()
+    tiny_run(tmp_path / "run")
+
+    def row(number, turns, **extra):
+        said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+        said[0]["value"] = "<image>\n" + said[0]["value"]
+        return {"id": f"x/{number}", "image": f"{number}.png", "workflow": "mm",
+                "conversations": said, **extra}
+
+    for number in range(4):
+        picture(data / f"{number}.png", ("red", "blue", "teal", "gray")[number])
+    asked = [("what?", "red", "is it?", "yes"), ("which", "circle"), ("is", "no", "not?", "no"),
+             ("colour", "teal", "shape?", "circle")]
+    write_rows(data / "test-questions.jsonl", [row(n, turns) for n, turns in enumerate(asked)])
+    write_rows(data / "train-questions.jsonl",
+               [row(9, ["q", "blue", "q", "no", "q", "circle"]), row(9, ["q", "no"])])
+    write_rows(data / "test-boxes.jsonl",
+               [row(n, ["where?", "x"], id=f"box/{n}", width=40, height=20, boxes=[[0, 0, 9, 9]])
+                for n in range(4)])
+    return tmp_path
+
+
+def test_easy_vqa_questions(world):
+    """Each question alone, with the commonest training answer of its kind, and boxes."""
+    questions = easy_vqa.read(world / "data")
+    assert len(questions) == 11 and len({q.key for q in questions}) == 11
+    first = questions[0]
+    assert (first.key, first.text, first.workflow) == ("x/0/1", "what?", "mm")
+    assert [q.facts["commonest"] for q in questions[:3]] == ["blue", "no", "circle"]
+    assert questions[7].workflow == "grounding" and questions[7].facts["box"] == [0, 0, 9, 9]
+
+
+def go(world, *arguments):
+    """A command on the world's data and model, in fp32."""
+    what, *more = map(str, arguments)
+    evaluation.main([what, str(world / "data"), "--model", str(world / "run"), "--dtype", "fp32",
+                     *more])
+
+
+def answers(world):
+    """Key -> answer, as saved."""
+    lines = (world / "run/eval/easy-vqa/answers.jsonl").read_text().splitlines()
+    return {record["key"]: record["answer"] for record in map(json.loads, lines)}
+
+
+def test_a_benchmark_end_to_end(world, capsys):
+    """Every question once; answers and scores on disk; the last line has all shares."""
+    go(world, "easy-vqa", "--batch", 3)
+    said = capsys.readouterr()
+    assert "11 of 11 questions answered" in said.err and "computing in fp32" in said.err
+    table = said.out.splitlines()
+    assert table[-1].startswith("right, %") and len(table[-1].split()) == 2 + 5
+    assert list(answers(world)) == [q.key for q in easy_vqa.read(world / "data")]
+    line = (world / "run/eval/easy-vqa/answers.jsonl").read_text().splitlines()[0]
+    assert {"key", "prompt", "answer", "expected", "commonest"} <= json.loads(line).keys()
+    scores = json.loads((world / "run/eval/easy-vqa/scores.json").read_text())
+    assert scores["asked"]["all"] == 7 and scores["asked"]["boxes, IoU 0.5"] == 4
+
+
+def as_rank(world):
+    """The command on a rank: what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        go(world, "easy-vqa")
+    return out.getvalue()
+
+
+def test_two_ranks_share_the_questions(world):
+    """The answers of one process; one table, on rank 0."""
+    go(world, "easy-vqa")
+    alone = answers(world)
+    with processes(2, as_rank, world) as (_, result):
+        said = dict(result(120) for _ in range(2))
+    assert "right, %" in said[0] and said[1] == "" and answers(world) == alone
+
+
+def test_an_adaptor_that_is_not_there(world, capsys):
+    """Without grounding its questions are left out; without any adaptor there is nothing to ask."""
+    index = json.loads((world / "run" / "iaa.json").read_text())
+    del index["adaptors"]["grounding"]
+    (world / "run" / "iaa.json").write_text(json.dumps(index))
+    go(world, "easy-vqa")
+    assert "boxes" not in capsys.readouterr().out and len(answers(world)) == 7
+    (world / "run" / "iaa.json").write_text(json.dumps(index | {"adaptors": {}}))
+    with pytest.raises(SystemExit, match="no adaptor named 'mm'"):
+        go(world, "easy-vqa")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("mme", "."), "not MME's folder"), (("refcoco", "."), "--images FOLDER is needed"),
+    (("mme", ".", "--limit", "0"), "--limit 0: must be 1"),
+    (("easy-vqa", ".", "--model", "nowhere"), "train-questions.jsonl"),
+    (("text-retention", "nowhere.txt"), "nowhere.txt"),
+])
+def test_clear_errors(arguments, message, tmp_path, monkeypatch):
+    """One line that names the file or the option."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        evaluation.main(list(arguments))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- the sheet
+
+
+def test_the_sheet(world, capsys):
+    """One tile a question, no picture twice; a wrong answer has its right one in red."""
+    go(world, "sheet")
+    path = world / "run" / "answers.png"
+    assert capsys.readouterr().out.strip() == str(path)
+    with Image.open(path) as image:
+        assert image.size[0] == sheet.COLUMNS * (sheet.SIDE + sheet.MARGIN) + sheet.MARGIN
+    chosen = sheet.choose(easy_vqa.read(world / "data"), 0)
+    assert len({q.image for q in chosen}) == len(chosen) == 4
+    question = next(q for q in chosen if "expected" in q.facts)
+
+    def reds(answer):
+        record = {"key": question.key, **question.facts, "answer": answer}
+        colours = sheet.draw([question], [record]).getcolors(1 << 24)
+        return sum(count for count, (r, g, b) in colours if r > 180 and g < 60 and 10 < b < 60)
+
+    assert reds("nonsense") > 50 and reds(question.facts["expected"]) == 0
+
+
+# ---------------------------------------------------------------------------------- text
+
+TEXT = "Some text that is long enough for two windows of the comparison. " * 9
+
+
+@pytest.fixture
+def changed(tiny_base, tmp_path):
+    """A tiny model with adaptors: mm, and llava with an LLM of its own, a little changed."""
+    llama, clip = tiny_base(tmp_path)
+    iaa = IAA(llama, clip, 258)
+    for name, config in (("mm", AdaptorConfig((0, 2))),
+                         ("llava", AdaptorConfig((), own_embedding=False, own_head=False,
+                                                 own_llm=True))):
+        iaa.adaptors[name] = Adaptor(config, llama.config, clip.config.width)
+        iaa.adaptors[name].init_from_frozen(llama)
+    with torch.no_grad():
+        for weight in iaa.adaptors["llava"].parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    return iaa.eval(), tmp_path / "llama"
+
+
+def test_text_is_kept_and_llava_is_not(changed):
+    """The text workflow: exactly zero and every answer; a trained LLM: neither."""
+    table = compare(*changed, ["text", "llava"], [TEXT], 8)
+    assert table["text"]["logit difference"] == 0.0 and table["text"]["identical"] == "yes"
+    assert table["text"]["equal answers, %"] == 100.0 and table["text"]["answers"] == 2
+    assert table["text"]["perplexity"] == table["base"]["perplexity"]
+    assert table["llava"]["logit difference"] > 0.01 and table["llava"]["identical"] == "NO"
+    assert table["llava"]["perplexity"] != table["base"]["perplexity"]
+    assert table["llava"]["equal answers, %"] < 100
+    assert table["text"]["tokens"] == len(TEXT)
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_one_changed_weight_is_noticed(changed, value):
+    """The frozen LLM itself, altered in memory, is not what stands on disk."""
+    iaa, llm = changed
+    with torch.no_grad():
+        iaa.llama.layers[1].ffn.down.weight[0, 0] += value
+    assert compare(iaa, llm, ["text"], ["a short text"], 1)["text"]["identical"] == "NO"
+
+
+def test_perplexity_by_hand(changed):
+    """A text of one window: the mean of minus log p over its tokens but the first."""
+    iaa, llm = changed
+    ids = Tokenizer.load(llm).encode("a short text")
+    with torch.no_grad():
+        probs = iaa.logits(iaa(torch.tensor([ids]))).softmax(-1)[0]
+    expected = math.exp(-sum(math.log(probs[i, ids[i + 1]]) for i in range(len(ids) - 1))
+                        / (len(ids) - 1))
+    table = compare(iaa, llm, ["text"], ["a short text"], 4)
+    assert table["base"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert "answers" not in table["text"]  # too short to be continued
+
+
+def test_windows_start_as_texts_do(changed):
+    """Pieces of 512 tokens a text; with a start token, each behind it; no text is an error."""
+    tokenizer = Tokenizer.load(changed[1])
+    assert [len(ids) for ids in windows(tokenizer, ["x" * 600, "y", "zz"])] == [512, 88, 2]
+    tokenizer.bos_id = 256
+    assert [ids[:2] for ids in windows(tokenizer, ["y", ""])] == [[256, ord("y")]]
+    with pytest.raises(ValueError, match="no text"):
+        compare(*changed, ["text"], ["", "y"], 1)
+
+
+def test_text_retention_end_to_end(world, capsys):
+    """The line that says it."""
+    (world / "data.txt").write_text(TEXT)
+    evaluation.main(["text-retention", str(world / "data.txt"), "--model", str(world / "run"),
+                     "--dtype", "fp32"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == (f"text-only logits identical to the base model: yes ({len(TEXT)} tokens)")
+    assert [line.split()[0] for line in said[2:6]] == ["base", "text", "mm", "grounding"]
