@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 178_956_970  # Pillow's limit against pictures that unpack to fill the memory
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
 
@@ -55,11 +54,10 @@ class ClipConfig:
         for name in ("width", "layers", "heads", "ffn", "patch", "image_px"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
-        if self.image_px % self.patch:
-            raise ValueError(f"image_px = {self.image_px} is not a multiple of "
-                             f"patch = {self.patch}")
-        if self.width % self.heads:
-            raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
+        for whole, part in (("image_px", "patch"), ("width", "heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of "
+                                 f"{part} = {getattr(self, part)}")
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation = {self.activation!r}: quick_gelu or gelu")
         if self.aspect != "pad":
@@ -69,10 +67,7 @@ class ClipConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> tuple["ClipConfig", str]:
-        """The sizes and the weights' SHA-256, from the config.json that convert_weights.py wrote.
-
-        Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
-        """
+        """Sizes and SHA-256 from a folder's config.json. FileNotFoundError, ValueError naming it."""
         path = Path(folder, "config.json")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
@@ -152,10 +147,10 @@ class Clip(nn.Module):
         cls, folder: str | Path, dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> "Clip":
-        """The frozen model in `folder`, written by convert_weights.py, in eval mode.
+        """The frozen model that convert_weights.py wrote to `folder`, in eval mode.
 
-        dtype: None for that of the files. Raises FileNotFoundError, or ValueError naming the file
-        that is broken or the tensor that is missing, unknown or of another shape.
+        dtype: None for the files' own. Raises FileNotFoundError, or ValueError naming the file or
+        tensor that is wrong.
         """
         config, sha256 = ClipConfig.read(folder)
         with torch.device("meta"):  # shapes without storage: the values come from the files
@@ -164,9 +159,8 @@ class Clip(nn.Module):
         try:
             for file in sorted(Path(folder).glob("model-*.safetensors")):
                 tensors |= load_file(file, str(device))
-            stored = next(iter(tensors.values())).dtype if tensors else None
-            if dtype is not None:
-                tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            stored = next((tensor.dtype for tensor in tensors.values()), dtype)
+            tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
             model.load_state_dict(tensors, assign=True)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
@@ -186,21 +180,14 @@ class Clip(nn.Module):
 
 
 def open_image(path) -> Image.Image:
-    """The picture at `path` by `to_rgb`.
-
-    Raises FileNotFoundError, or ValueError where it is no picture, cut short, or absurdly large.
-    """
+    """The picture at `path` by `to_rgb`. FileNotFoundError; ValueError: no picture, or broken."""
     try:
         with Image.open(path) as file:
-            pixels = file.width * file.height
-            image = to_rgb(file) if pixels <= MAX_PIXELS else None
+            return to_rgb(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
+    except Exception as error:  # Pillow's decoders raise a dozen kinds, also for too many pixels
         raise ValueError(f"{path}: not a readable picture ({error})") from None
-    if image is None:
-        raise ValueError(f"{path}: {pixels} pixels, at most {MAX_PIXELS} are read")
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

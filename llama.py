@@ -64,22 +64,17 @@ class LlamaConfig:
     def __post_init__(self):
         if isinstance(self.rope_scaling, dict):  # as it comes out of config.json
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size",
-                     "ffn", "context"):
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn",
+                     "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads = {self.heads} is not a multiple of "
-                             f"kv_heads = {self.kv_heads}")
-        if self.head_size % 2:
-            raise ValueError(f"head_size = {self.head_size}: rotary positions need an even number")
+        if self.heads % self.kv_heads or self.head_size % 2:
+            raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "
+                             f"{self.kv_heads}, and head_size = {self.head_size} an even number")
 
     @classmethod
     def read(cls, folder: str | Path) -> tuple["LlamaConfig", str]:
-        """The sizes and the weights' SHA-256, from the config.json that convert_weights.py wrote.
-
-        Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
-        """
+        """Sizes and SHA-256 from a folder's config.json. FileNotFoundError, ValueError naming it."""
         path = Path(folder, "config.json")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
@@ -347,10 +342,10 @@ class Llama(nn.Module):
         cls, folder: str | Path, dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> "Llama":
-        """The frozen model in `folder`, written by convert_weights.py, in eval mode.
+        """The frozen model that convert_weights.py wrote to `folder`, in eval mode.
 
-        dtype: None for that of the files. Raises FileNotFoundError, or ValueError naming the file
-        that is broken or the tensor that is missing, unknown or of another shape.
+        dtype: None for the files' own. Raises FileNotFoundError, or ValueError naming the file or
+        tensor that is wrong.
         """
         config, sha256 = LlamaConfig.read(folder)
         with torch.device("meta"):  # shapes without storage: the values come from the files
@@ -359,9 +354,8 @@ class Llama(nn.Module):
         try:
             for file in sorted(Path(folder).glob("model-*.safetensors")):
                 tensors |= load_file(file, str(device))
-            stored = next(iter(tensors.values())).dtype if tensors else None
-            if dtype is not None:
-                tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            stored = next((tensor.dtype for tensor in tensors.values()), dtype)
+            tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
             model.load_state_dict(tensors, assign=True)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
