@@ -11,16 +11,16 @@ from processes import processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import iaa
-from training.checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
-from training.config import Config, StageConfig
-from data import Batch
 from common.device import DTYPES
+from data import Batch
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
-from training.ranks import Ranks
 from train import Loss, held_out_loss, make_optimizer, train_step
+from training.checkpoint import resume_state, save_state
+from training.config import Config, StageConfig
 from training.plan import bytes_held, bytes_sent
+from training.ranks import Ranks
 from training.zero import Unit, build_state, model_parts, timetable
 
 STEPS = 10

@@ -182,6 +182,13 @@ def bytes_sent(
     return total * (world - 1) // world
 
 
+def layer_activations(sizes: LlamaConfig, c: int, trained: bool) -> int:
+    """Bytes that autograd keeps of a decoder layer for each token."""
+    attention = (sizes.heads + sizes.kv_heads) * sizes.head_size
+    kept = 8 * sizes.width + 3 * c * (attention + sizes.ffn)
+    return kept + (c * (4 * sizes.width + sizes.ffn) if trained else 0)
+
+
 def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: Row) -> int:
     """Bytes that come and go with a micro-batch: what autograd keeps, and the logits."""
     sizes, c, micro = model.llama.config, model.llama.dtype.itemsize, stage.micro_batch
@@ -191,9 +198,7 @@ def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: 
         if part.trained and part.read_in_backward and zero == 0 and c < MASTER:
             copies += c * count(part.weights)  # of the masters, in the compute dtype
         if isinstance(part.module, DecoderLayer):
-            kept = 8 * width + 3 * c * ((sizes.heads + sizes.kv_heads) * sizes.head_size
-                                        + sizes.ffn)
-            kept += c * (4 * width + sizes.ffn) if part.trained else 0
+            kept = layer_activations(sizes, c, part.trained)
             largest = max(largest, kept)
             total += micro * row.tokens * (c * width if config.recompute else kept)
     total += micro * row.tokens * largest if config.recompute else 0
