@@ -245,11 +245,11 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
                    for w in adaptor.parameters()}
         gradients = [w.grad for w in [*masters, *adaptor.parameters()] if w.grad is not None]
         gradients = {g.data_ptr(): g.nbytes for g in gradients}
-        found.update(
-            weights=sum(trained.values()) if zero else 0,
-            master=sum(m.nbytes for m in masters),
-            gradients=sum(gradients.values()),
-            frozen=sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0)
+        frozen = sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0
+        found.update({
+            "trained weights": sum(trained.values()) if zero else 0,
+            "fp32 masters": sum(m.nbytes for m in masters),
+            "gradients": sum(gradients.values()), "frozen weights": frozen})
 
     def reduce(unit: Unit, dtype: torch.dtype) -> tuple:
         waiting = [u.gradient.nbytes for u in state.units if u.gradient is not None]

@@ -159,12 +159,13 @@ def bytes_held(
     frozen = sum(unit.padded(world) for unit in units if not unit.trained)
     if stage == 0:
         buckets = MASTER * numel if world > 1 else 0
-        return {"frozen": 0, "weights": 0, "master": MASTER * numel, "moments": 2 * MASTER * numel,
-                "gradients": MASTER * numel + buckets}
+        return {"frozen weights": 0, "trained weights": 0, "fp32 masters": MASTER * numel,
+                "moments": 2 * MASTER * numel, "gradients": MASTER * numel + buckets}
     whole = stage == 1 and accumulation > 1  # until the last micro-batch
     shard = MASTER * padded // world
-    return {"frozen": c * frozen // world, "weights": c * padded if stage < 3 else 0,
-            "master": shard, "moments": 2 * shard, "gradients": MASTER * padded if whole else shard}
+    return {"frozen weights": c * frozen // world,
+            "trained weights": c * padded if stage < 3 else 0, "fp32 masters": shard,
+            "moments": 2 * shard, "gradients": MASTER * padded if whole else shard}
 
 
 def bytes_sent(
@@ -216,7 +217,7 @@ def memory_and_traffic(
     units, stops, _ = timetable(model, stage.adaptor, zero, config.shard_frozen)
     held = bytes_held(units, zero, world, accumulation, c)
     if zero < 3 or not config.shard_frozen:
-        held["frozen"] = c * count([*model.llama.parameters(), *model.clip.parameters()])
+        held["frozen weights"] = c * count([*model.llama.parameters(), *model.clip.parameters()])
     held["activations"] = activations(model, config, stage, zero, row)
     gathered = [c * stop.unit.padded(world) if stop.gather else 0 for stop in stops]
     sent = max(r * unit.padded(world) for unit in units if unit.trained) if zero else 0
