@@ -11,16 +11,16 @@ from processes import processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import iaa
-from training.checkpoint import resume_state, save_state
 from clip import Clip, ClipConfig
-from training.config import Config, StageConfig
-from data import Batch
 from common.device import DTYPES
+from data import Batch
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
-from training.ranks import Ranks
 from train import Loss, held_out_loss, make_optimizer, train_step
+from training.checkpoint import resume_state, save_state
+from training.config import Config, StageConfig
 from training.plan import bytes_held, bytes_sent
+from training.ranks import Ranks
 from training.zero import Unit, build_state, model_parts, timetable
 
 STEPS = 10
@@ -245,11 +245,11 @@ def held(ranks: Ranks, kind: str, zero: int, cuts: int, dtype: str) -> dict:
                    for w in adaptor.parameters()}
         gradients = [w.grad for w in [*masters, *adaptor.parameters()] if w.grad is not None]
         gradients = {g.data_ptr(): g.nbytes for g in gradients}
-        found.update(
-            weights=sum(trained.values()) if zero else 0,
-            master=sum(m.nbytes for m in masters),
-            gradients=sum(gradients.values()),
-            frozen=sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0)
+        frozen = sum(u.shard.nbytes for u in state.units if not u.trained) if zero else 0
+        found.update({
+            "trained weights": sum(trained.values()) if zero else 0,
+            "fp32 masters": sum(m.nbytes for m in masters),
+            "gradients": sum(gradients.values()), "frozen weights": frozen})
 
     def reduce(unit: Unit, dtype: torch.dtype) -> tuple:
         waiting = [u.gradient.nbytes for u in state.units if u.gradient is not None]

@@ -159,12 +159,13 @@ def bytes_held(
     frozen = sum(unit.padded(world) for unit in units if not unit.trained)
     if stage == 0:
         buckets = MASTER * numel if world > 1 else 0
-        return {"frozen": 0, "weights": 0, "master": MASTER * numel, "moments": 2 * MASTER * numel,
-                "gradients": MASTER * numel + buckets}
+        return {"frozen weights": 0, "trained weights": 0, "fp32 masters": MASTER * numel,
+                "moments": 2 * MASTER * numel, "gradients": MASTER * numel + buckets}
     whole = stage == 1 and accumulation > 1  # until the last micro-batch
     shard = MASTER * padded // world
-    return {"frozen": c * frozen // world, "weights": c * padded if stage < 3 else 0,
-            "master": shard, "moments": 2 * shard, "gradients": MASTER * padded if whole else shard}
+    return {"frozen weights": c * frozen // world,
+            "trained weights": c * padded if stage < 3 else 0, "fp32 masters": shard,
+            "moments": 2 * shard, "gradients": MASTER * padded if whole else shard}
 
 
 def bytes_sent(
@@ -182,6 +183,13 @@ def bytes_sent(
     return total * (world - 1) // world
 
 
+def layer_activations(sizes: LlamaConfig, c: int, trained: bool) -> int:
+    """Bytes that autograd keeps of a decoder layer for each token."""
+    attention = (sizes.heads + sizes.kv_heads) * sizes.head_size
+    kept = 8 * sizes.width + 3 * c * (attention + sizes.ffn)
+    return kept + (c * (4 * sizes.width + sizes.ffn) if trained else 0)
+
+
 def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: Row) -> int:
     """Bytes that come and go with a micro-batch: what autograd keeps, and the logits."""
     sizes, c, micro = model.llama.config, model.llama.dtype.itemsize, stage.micro_batch
@@ -191,9 +199,7 @@ def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: 
         if part.trained and part.read_in_backward and zero == 0 and c < MASTER:
             copies += c * count(part.weights)  # of the masters, in the compute dtype
         if isinstance(part.module, DecoderLayer):
-            kept = 8 * width + 3 * c * ((sizes.heads + sizes.kv_heads) * sizes.head_size
-                                        + sizes.ffn)
-            kept += c * (4 * width + sizes.ffn) if part.trained else 0
+            kept = layer_activations(sizes, c, part.trained)
             largest = max(largest, kept)
             total += micro * row.tokens * (c * width if config.recompute else kept)
     total += micro * row.tokens * largest if config.recompute else 0
@@ -211,7 +217,7 @@ def memory_and_traffic(
     units, stops, _ = timetable(model, stage.adaptor, zero, config.shard_frozen)
     held = bytes_held(units, zero, world, accumulation, c)
     if zero < 3 or not config.shard_frozen:
-        held["frozen"] = c * count([*model.llama.parameters(), *model.clip.parameters()])
+        held["frozen weights"] = c * count([*model.llama.parameters(), *model.clip.parameters()])
     held["activations"] = activations(model, config, stage, zero, row)
     gathered = [c * stop.unit.padded(world) if stop.gather else 0 for stop in stops]
     sent = max(r * unit.padded(world) for unit in units if unit.trained) if zero else 0
