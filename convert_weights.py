@@ -340,7 +340,8 @@ def convert(
                       f"image {tokenizer.image_token}")
         if adaptors:  # a whole model, for sample.py
             vision = "clip" if "clip" in parts else os.path.relpath(clip.resolve(), out.resolve())
-            Index("llama", vision, tokenizer.image_id, {n: n for n in adaptors}).write(new)
+            index = Index("llama", vision, tokenizer.image_id, {n: n for n in adaptors})
+            write_json(new / "iaa.json", asdict(index))
 
 
 def main() -> None:
