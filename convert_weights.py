@@ -331,13 +331,17 @@ def convert(
         for name, recipe in parts.items():
             kind = dtype or ("fp32" if isinstance(recipe.config, ClipConfig) else "bf16")
             write_model(new / name, source, recipe, DTYPES[kind], base)
-            if isinstance(recipe.config, LlamaConfig):
-                tokenizer.save(new / name)
             size = sum(map(prod, recipe.shapes.values())) / 1e6
             print(f"{out / name}: {len(recipe.shapes)} tensors, {size:.1f} M parameters in {kind}")
+            if isinstance(recipe.config, LlamaConfig):
+                tokenizer.save(new / name)
+                print(f"{out / name}: tokenizer of {tokenizer.vocab_size} tokens, chat template "
+                      f"{tokenizer.template}, start {tokenizer.bos_id}, stop {tokenizer.stop_ids}, "
+                      f"image {tokenizer.image_token}")
         if adaptors:  # a whole model, for sample.py
             vision = "clip" if "clip" in parts else os.path.relpath(clip.resolve(), out.resolve())
-            Index("llama", vision, tokenizer.image_id, {n: n for n in adaptors}).write(new)
+            index = Index("llama", vision, tokenizer.image_id, {n: n for n in adaptors})
+            write_json(new / "iaa.json", asdict(index))
 
 
 def main() -> None:

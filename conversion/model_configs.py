@@ -77,15 +77,17 @@ def hf_llama_config(config: Named) -> LlamaConfig:
 
 def gguf_config(metadata: Named, source: Source) -> LlamaConfig:
     """From a GGUF's metadata. ValueError if no RopeScaling makes its table of rotary factors."""
-    allow_only(metadata, {"general.architecture": ("llama",), "llama.rope.scaling.type": ("none",)})
     fields = Named((name.removeprefix("llama."), value) for name, value in metadata.items())
+    allow_only(fields, {"general.architecture": ("llama",)})
     width, heads = fields["embedding_length"], fields["attention.head_count"]
+    head_size = fields.get("attention.key_length", width // heads)
+    allow_only(fields, {"rope.scaling.type": ("none",), "rope.scale_linear": (1.0,),
+                        "rope.dimension_count": (head_size,)})
     epsilon = fields["attention.layer_norm_rms_epsilon"]
     config = LlamaConfig(
         vocab_size=source.shapes["token_embd.weight"][0], width=width, layers=fields["block_count"],
         heads=heads, kv_heads=fields.get("attention.head_count_kv", heads),
-        head_size=fields.get("attention.key_length", width // heads),
-        ffn=fields["feed_forward_length"], context=fields["context_length"],
+        head_size=head_size, ffn=fields["feed_forward_length"], context=fields["context_length"],
         rope_theta=fields.get("rope.freq_base", 10000.0),
         norm_eps=float(f"{epsilon:.6g}"),  # 1e-05, not its nearest fp32
         tied="output.weight" not in source.shapes,

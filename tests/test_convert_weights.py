@@ -321,7 +321,20 @@ def test_gguf_of_a_sentencepiece_model(tmp_path, llama, tokenizer_model):
     assert Tokenizer.load(tmp_path / "out").kind == "sentencepiece"
 
 
-def save_gguf(path: Path, tensors: dict, kind: str, tokenizer: str = "gpt2") -> None:
+@pytest.mark.parametrize(("add", "value", "message"), [
+    ("add_rope_dimension_count", 8, "rope.dimension_count = 8 is not supported, only 16"),
+    ("add_rope_scaling_type", "yarn", "rope.scaling.type = 'yarn' is not supported, only none")])
+def test_rotary_settings_of_gguf_that_are_refused(tmp_path, llama, add, value, message):
+    gguf = pytest.importorskip("gguf")
+    value = gguf.RopeScalingType(value) if isinstance(value, str) else value
+    save_gguf(tmp_path / "in.gguf", to_gguf(llama), "F16", more=lambda w: getattr(w, add)(value))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "in.gguf", tmp_path / "out")
+
+
+def save_gguf(
+    path: Path, tensors: dict, kind: str, tokenizer: str = "gpt2", more=lambda writer: None
+) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(3)
@@ -339,6 +352,7 @@ def save_gguf(path: Path, tensors: dict, kind: str, tokenizer: str = "gpt2") -> 
     writer.add_token_list(["<|im_start|>", "<|im_end|>", "<empty_output>", *words])
     writer.add_token_types([3, 3, 3] + [1] * 256)
     writer.add_token_merges(["a zz"])
+    more(writer)
     quantised = gguf.GGMLQuantizationType[kind]
     for name, tensor in tensors.items():
         values = tensor.numpy().astype(np.float32)
