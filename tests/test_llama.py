@@ -222,7 +222,7 @@ def test_a_cache_grows_and_is_cut():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"kv_heads": 4}, "heads = 6 is not a multiple of kv_heads = 4"),
+    ({"kv_heads": 4}, "heads = 6 must be a multiple of kv_heads = 4"),
     ({"head_size": 7}, "head_size = 7"),
     ({"layers": 0}, "layers = 0: must be 1 or more"),
 ])
