@@ -278,8 +278,8 @@ def open_checkpoint(path: Path, tower: dict) -> Checkpoint:
         source = open_onnx(path)
         return Checkpoint(source, {"": clip_recipe(source, DINOV2, DINOV2_SETTINGS | tower)})
     if path.suffix == ".pt":
-        raise ValueError("OpenAI's archive holds code and is not read; its weights are in the "
-                         "Hugging Face folder openai/clip-vit-large-patch14-336 too")
+        raise ValueError(".pt files are not read, as OpenAI's hold code; the same weights are in "
+                         "the Hugging Face folder openai/clip-vit-large-patch14-336")
     raise ValueError(f"not a known format. Known: {KNOWN}")
 
 
