@@ -52,8 +52,11 @@ class ClipConfig:
         for name in ("mean", "std"):  # lists, as read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("width", "layers", "heads", "ffn", "patch", "image_px"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean, std = {self.mean}, {self.std}: three numbers each, std above 0")
         for whole, part in (("image_px", "patch"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of "
@@ -73,8 +76,9 @@ class ClipConfig:
             raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
         try:
             meta = json.loads(path.read_text())
-            if meta["kind"] != "clip":
-                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'clip'")
+            if meta["kind"] != "clip" or not isinstance(meta["sha256"], str):
+                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'clip', or has "
+                                 "no SHA-256")
             return cls(**meta["config"]), meta["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not as convert_weights.py writes it ({error})") from None
@@ -88,8 +92,6 @@ class ClipConfig:
 SIZES = {
     "ViT-L/14-336": ClipConfig(1024, 24, 16, 4096, 14, 336),
     "ViT-L/14": ClipConfig(1024, 24, 16, 4096, 14, 224),
-    "ViT-B/16": ClipConfig(768, 12, 12, 3072, 16, 224),
-    "ViT-B/32": ClipConfig(768, 12, 12, 3072, 32, 224),
 }
 
 

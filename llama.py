@@ -66,8 +66,12 @@ class LlamaConfig:
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn",
                      "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
+        scaling = self.rope_scaling or RopeScaling(1.0)
+        if min(self.rope_theta, *vars(scaling).values()) <= 0:
+            raise ValueError(f"rope_theta = {self.rope_theta}, {scaling}: numbers above 0")
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "
                              f"{self.kv_heads}, and head_size = {self.head_size} an even number")
@@ -80,8 +84,9 @@ class LlamaConfig:
             raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
         try:
             meta = json.loads(path.read_text())
-            if meta["kind"] != "llama":
-                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'llama'")
+            if meta["kind"] != "llama" or not isinstance(meta["sha256"], str):
+                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'llama', or has "
+                                 "no SHA-256")
             return cls(**meta["config"]), meta["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not as convert_weights.py writes it ({error})") from None

@@ -224,7 +224,7 @@ def test_a_cache_grows_and_is_cut():
 @pytest.mark.parametrize(("change", "message"), [
     ({"kv_heads": 4}, "heads = 6 must be a multiple of kv_heads = 4"),
     ({"head_size": 7}, "head_size = 7"),
-    ({"layers": 0}, "layers = 0: must be 1 or more"),
+    ({"layers": 0}, "layers = 0: must be a whole number, 1 or more"),
 ])
 def test_impossible_sizes_raise(change, message):
     """A config that contradicts itself names the key and the value."""
