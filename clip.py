@@ -56,7 +56,7 @@ class ClipConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean, std = {self.mean}, {self.std}: three numbers each, std above 0")
+            raise ValueError(f"mean, std = {self.mean}, {self.std}: three numbers each, std > 0")
         for whole, part in (("image_px", "patch"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of "
@@ -70,7 +70,7 @@ class ClipConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> tuple["ClipConfig", str]:
-        """Sizes and SHA-256 from a folder's config.json. FileNotFoundError, ValueError naming it."""
+        """Sizes and SHA-256 from config.json. Raises FileNotFoundError, or ValueError naming it."""
         path = Path(folder, "config.json")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")

@@ -281,8 +281,7 @@ class IAA(nn.Module):
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
         """x (B, T, D) with projected image features in place of the placeholders' embeddings."""
-        slots = tokens == self.image_token  # (B, T)
-        wanted = len(images) * self.clip.config.patches
+        slots, wanted = tokens == self.image_token, len(images) * self.clip.config.patches  # (B, T)
         if slots.sum() != wanted:
             raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
                              f"of {self.clip.config.patches} tokens ({wanted})")

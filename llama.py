@@ -78,7 +78,7 @@ class LlamaConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> tuple["LlamaConfig", str]:
-        """Sizes and SHA-256 from a folder's config.json. FileNotFoundError, ValueError naming it."""
+        """Sizes and SHA-256 from config.json. Raises FileNotFoundError, or ValueError naming it."""
         path = Path(folder, "config.json")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")

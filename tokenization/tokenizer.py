@@ -12,6 +12,7 @@ import base64
 import codecs
 import json
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -143,11 +144,6 @@ class Tokenizer:
         """Text of `ids`; incomplete UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def stream(self) -> Callable[..., str]:
-        """A function of the next ids that returns the text now complete; `final=True` ends it."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda *ids, final=False: decoder.decode(self.decode_bytes(ids), final)
-
     def special(self, name: str) -> int:
         """Id of a special token. ValueError where there is none of that name."""
         if name not in self.special_tokens:
@@ -166,3 +162,22 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except ValueError:
             raise ValueError(f"{path}:{number}: {line[:40]!r} is not 'base64 number'") from None
     return ranks
+
+
+class Stream:
+    """Token ids in, text out, in pieces that add up to the answer without outer white space."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]):
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.shown = "", ""
+        self.times: list[float] = []  # of each token
+
+    def add(self, token: int) -> None:
+        """Take a token and pass on what is complete: half a character and white space wait."""
+        self.times.append(time.perf_counter())
+        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        new = self.text.strip()[len(self.shown) :]
+        self.shown += new
+        if new:
+            self.on_text(new)
