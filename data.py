@@ -40,9 +40,6 @@ class RowError(ValueError):
     """One row cannot be used; the message says why."""
 
 
-# ---------------------------------------------------------------------------------- rows
-
-
 @dataclass
 class Example:
     """One row as token ids: (T,) int64 each. Positions and segments: of independent questions."""
@@ -158,7 +155,7 @@ class JsonlDataset(Dataset):
         return len(self.starts)
 
     def where(self, index: int) -> str:
-        """file:line of a row."""
+        """The file and the line of a row."""
         return f"{self.paths[np.searchsorted(self.ends, index, 'right')]}:{self.lines[index]}"
 
     def row(self, index: int) -> dict:
@@ -190,7 +187,7 @@ class JsonlDataset(Dataset):
         except RowError as error:
             raise RowError(f"{self.where(index)}: {error}") from None
 
-    def fetch(self, index: int) -> tuple[Example, Tensor | None, list[str]]:
+    def __getitem__(self, index: int) -> tuple[Example, Tensor | None, list[str]]:
         """A row, or the next that can be used; what was skipped, and why.
 
         Raises ValueError where none of `MAX_SKIPPED` in a row can: more likely a wrong root, or a
@@ -203,8 +200,6 @@ class JsonlDataset(Dataset):
             except RowError as error:
                 skipped.append(str(error))
         raise ValueError(f"none of {len(skipped)} rows in a row can be used: {skipped[0]}")
-
-    __getitem__ = fetch
 
 
 def path_below(root: Path, name: str) -> Path:
@@ -341,8 +336,7 @@ def loader(
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Takes nothing from the global random state. Workers end with the iterator. One that dies is a
-    RuntimeError "DataLoader worker ...", here or, by SIGCHLD, wherever the process is.
+    Workers end with the iterator. One that dies is a RuntimeError "DataLoader worker ...".
     """
     own_random = torch.Generator()  # else torch draws the workers' seed from the global state
     words = dataset.tokenizer

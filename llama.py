@@ -69,9 +69,6 @@ class LlamaConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
-        scaling = self.rope_scaling or RopeScaling(1.0)
-        if min(self.rope_theta, *vars(scaling).values()) <= 0:
-            raise ValueError(f"rope_theta = {self.rope_theta}, {scaling}: numbers above 0")
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "
                              f"{self.kv_heads}, and head_size = {self.head_size} an even number")
@@ -94,8 +91,7 @@ class LlamaConfig:
 
 SIZES = {
     "3-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192),
-    "3.1-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 131072,
-                          rope_scaling=RopeScaling(8.0)),
+    "3.1-8B": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 131072, 5e5, RopeScaling(8.0)),
     "3.2-1B": LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, 131072,
                           rope_scaling=RopeScaling(32.0), tied=True),
     "3.2-3B": LlamaConfig(128256, 3072, 28, 24, 8, 128, 8192, 131072,
@@ -162,10 +158,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def attention_mask(
-    tokens: int,
-    past: int = 0,
-    segments: Tensor | None = None,
-    device: torch.device | str | None = None,
+    tokens: int, past: int = 0, segments: Tensor | None = None, device=None
 ) -> Tensor | None:
     """Which token sees which: bool (B or 1, 1, T, S) with S = past + T, True = visible.
 
@@ -303,11 +296,7 @@ class DecoderLayer(nn.Module):
         self.recompute = False  # activation checkpointing: keep only the input for backward
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); takes the cache's next slot where a cache is given."""
         if self.recompute and torch.is_grad_enabled():

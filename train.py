@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip import Clip, ClipConfig, open_image, preprocess
-from common.device import DTYPES, choose_dtype
+from common.device import DTYPES, Ranks, choose_dtype
 from common.files import new_folder, one_line, read_json, write_json
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
@@ -40,9 +40,7 @@ from tokenization.templates import render
 from tokenization.tokenizer import Tokenizer
 from training.checkpoint import check_settings, remove, resume_state, save_state
 from training.config import Config, StageConfig, adaptor_config, longest_row, read_config
-from training.log import Log
-from training.plan import stage_flops
-from training.ranks import Ranks
+from training.log import Log, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops

@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
-from common.device import CHOICES, DTYPES, choose_device, choose_dtype
+from common.device import CHOICES, DTYPES, Ranks, choose_device, choose_dtype
 from common.files import one_line
 from evaluation import easy_vqa, mme, refcoco, sheet, text_retention
 from evaluation.answers import (
@@ -33,7 +33,6 @@ from evaluation.answers import (
 )
 from iaa import TEXT, Index, load_iaa
 from sample import Chat
-from training.ranks import Ranks
 
 BENCHMARKS = {"easy-vqa": easy_vqa, "refcoco": refcoco, "mme": mme}
 PATIENCE_S = 7200  # rank 0 waits so long for the slowest rank

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
+from common.device import Ranks
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from iaa import IAA, TEXT
 from sample import generate
 from tokenization.templates import render
 from tokenization.tokenizer import Tokenizer
-from training.ranks import Ranks
 
 PROGRESS_SECONDS = 10
 Record = dict  # a line of answers.jsonl: "key", "prompt", "answer" and the question's facts

@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from common.device import Ranks
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -41,7 +42,6 @@ from common.files import one_line
 from iaa import IAA, Adaptor
 from llama import DecoderLayer, Llama
 from training.plan import frozen_config
-from training.ranks import Ranks
 from train import Loss, Run, make_optimizer, share_out, train_step
 
 PAIRS = [("ZeRO-0", "DDP"), ("ZeRO-1", "DDP"), ("ZeRO-2", "DDP"), ("ZeRO-3", "FSDP2"),

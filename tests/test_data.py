@@ -186,18 +186,18 @@ def test_bad_rows_are_skipped_and_named(tmp_path):
     noise.save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     noise.save(tmp_path / "exif.jpg", dpi=(72, 72), exif=b"Exif\0\0of no known kind")
-    example, image, skipped = dataset.fetch(0)
+    example, image, skipped = dataset.__getitem__(0)
     for number, (said, reason) in enumerate(zip(skipped, BAD_ROWS.values(), strict=True), 1):
         assert f"rows.jsonl:{number}: " in said and reason in said and "\n" not in said
     assert torch.equal(example.tokens, encode_row(good, CHATML, 2).tokens)
-    assert image.shape == (3, 4, 4) and dataset.fetch(len(BAD_ROWS))[2] == []
+    assert image.shape == (3, 4, 4) and dataset.__getitem__(len(BAD_ROWS))[2] == []
     only_bad = dataset_of(["{...", "[...]"], tmp_path)
     with pytest.raises(ValueError, match="none of 2 rows in a row can be used: .*rows.jsonl:2: "):
-        only_bad.fetch(1)
+        only_bad.__getitem__(1)
     mostly_bad = dataset_of(["{..."] * data.MAX_SKIPPED + [good], tmp_path)
     with pytest.raises(ValueError, match="none of 100 rows in a row can be used: .*rows.jsonl:1: "):
-        mostly_bad.fetch(0)
-    assert len(mostly_bad.fetch(1)[2]) == 99
+        mostly_bad.__getitem__(0)
+    assert len(mostly_bad.__getitem__(1)[2]) == 99
 
 
 # Batches

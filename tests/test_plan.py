@@ -13,15 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import clip
 import llama
 from clip import Clip, ClipConfig
-from common.device import DTYPES
+from common.device import DTYPES, Ranks
 from data import UNSCORED, Batch
 from iaa import IAA, Adaptor
 from llama import DecoderLayer, Llama, LlamaConfig, set_recompute
 from train import Loss, make_optimizer, train_step
 from training import plan as planned
 from training.config import Config, StageConfig, adaptor_config, read_config
-from training.plan import Row, average_row, frozen_config, memory_and_traffic, meta_model
-from training.ranks import Ranks
+from training.log import Row, average_row, meta_model, stage_flops, step_flops
+from training.plan import frozen_config, memory_and_traffic
 from training.zero import build_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -29,6 +29,12 @@ LLAMA = LlamaConfig(1000, 64, 6, 4, 2, 16, 192, 512)
 CLIP = ClipConfig(32, 3, 2, 64, 4, 16, feature_norm=True)  # 16 patches
 ROW = Row(60, 20)
 OWN_LLM = {"insertion": 0, "own_llm": True, "own_embedding": False, "own_head": False}
+
+
+def on_meta(config: Config, stage: StageConfig) -> IAA:
+    """The stage's model on the meta device, from its folders."""
+    sizes = LlamaConfig.read(config.llm)[0], ClipConfig.read(config.vision)[0]
+    return meta_model(config, stage, *sizes)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +143,7 @@ def test_memory_of_a_step_is_as_planned(base, settings):
     """With two micro-batches the fullest moment of a step within 15 %; with one, never more."""
     for batch in (8, 4):
         config, stage = run_of(base, **settings, batch=batch)
-        held, sent = memory_and_traffic(meta_model(config, stage), config, stage, ROW, 1)
+        held, sent = memory_and_traffic(on_meta(config, stage), config, stage, ROW, 1)
         measured, size = peak(base, settings | {"batch": batch}), sum(held.values())
         assert sent == 0
         assert 0.87 * size < measured < 1.15 * size if batch == 8 else measured < 1.15 * size
@@ -156,7 +162,7 @@ def test_flops_are_those_of_the_products(base, settings):
         embedding.requires_grad_(True)  # so that gradients flow through all layers, as of a picture
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, batch.targets, "mm").backward()
-    count = planned.step_flops(model, "mm", 4, ROW.tokens, 4 * ROW.scored, config.recompute)
+    count = step_flops(model, "mm", 4, ROW.tokens, 4 * ROW.scored, config.recompute)
     # torch's count leaves out attention on a CPU, which is what the formula has for it.
     layers = LLAMA.layers + len(model.adaptors["mm"].layers)
     times = 18 if config.recompute else 14
@@ -232,7 +238,7 @@ def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
     tiny_base(tmp_path)
     config, stage = run_of(tmp_path)
     stage = replace(stage, data=[str(tmp_path / "rows.jsonl")], template="plain")
-    model = meta_model(config, stage)
+    model = on_meta(config, stage)
     patches = model.clip.config.patches
     assert average_row(config, stage, model) == Row(patches + 100, 50)
     row = {"id": "1", "image": "1.png", "workflow": "mm", "conversations": [
@@ -246,5 +252,5 @@ def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
     cut = replace(config, max_tokens=patches + 2)
     assert average_row(cut, stage, model).tokens == patches + 2  # as in training
     assert average_row(config, stage, model, 30) == Row(patches + 30, 15)
-    step = planned.step_flops(model, "mm", stage.batch, found.tokens, stage.batch * found.scored)
-    assert planned.stage_flops(config, stage) == stage.steps * step
+    step = step_flops(model, "mm", stage.batch, found.tokens, stage.batch * found.scored)
+    assert stage_flops(config, stage) == stage.steps * step

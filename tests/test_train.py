@@ -18,12 +18,11 @@ from PIL import Image
 from processes import processes
 from safetensors.torch import load_file
 
-from common.device import fast_dtype
+from common.device import Ranks, fast_dtype
 from train import lr_at, main, train
 from training import checkpoint
 from training.config import StageConfig, read_config
 from training.log import Log
-from training.ranks import Ranks
 from training.zero import DataParallel
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import iaa
 from clip import Clip, ClipConfig
-from common.device import DTYPES
+from common.device import DTYPES, Ranks
 from data import Batch
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
@@ -20,7 +20,6 @@ from train import Loss, held_out_loss, make_optimizer, train_step
 from training.checkpoint import resume_state, save_state
 from training.config import Config, StageConfig
 from training.plan import bytes_held, bytes_sent
-from training.ranks import Ranks
 from training.zero import Unit, build_state, model_parts, timetable
 
 STEPS = 10

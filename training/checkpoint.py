@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.device import Ranks
 from common.files import flush, read_json, write_json, writing
-from training.ranks import Ranks
 from training.zero import DataParallel, ZeroSharded
 
 MANIFEST = "state.json"

@@ -1,24 +1,111 @@
-"""The log of a training stage: a line of JSON for each step, and progress on the screen."""
+"""What a training step costs, a stage's log, and the time that is left."""
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from clip import Clip, ClipConfig
+from common.device import DTYPES, Ranks
 from common.files import write_text, writing
-from data import Batch
-from iaa import IAA
-from training.config import StageConfig
-from training.plan import step_flops
-from training.ranks import Ranks
+from data import UNSCORED, Batch, JsonlDataset, RowError, encode_row
+from iaa import IAA, Adaptor
+from llama import Llama, LlamaConfig
+from tokenization.tokenizer import Tokenizer
+from training.config import Config, StageConfig, adaptor_config, longest_row
 
 PRINT_S = 15  # seconds between two lines of progress where they cannot be rewritten
 RECENT = 20  # steps over which the rate is measured
+TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
+SAMPLED = 64  # rows that are looked at where it is
+
+
+def count(weights) -> int:
+    """Elements of all weights, each weight once."""
+    return sum(w.numel() for w in set(weights))
+
+
+def step_flops(
+    model: IAA, workflow: str, rows: int, tokens: int, scored: int, recompute: bool = False
+) -> int:
+    """FLOPs of the forward and backward pass over `rows` rows of `tokens` tokens each.
+
+    The one definition for log, plan and benchmark. A weight of the decoder layers and gates takes 2
+    FLOPs a token forward and 2 for the activations' gradient, a trained one 2 more for its own.
+    The LM head takes the same for each of the `scored` positions of all rows. Attention takes
+    4 H E forward and 10 H E backward (it scores again) a layer and pair of tokens of a row, masked
+    pairs too. recompute: layers run forward once more, without their last product. The vision
+    tower, the projector and the loss are left out.
+    """
+    adaptor = model.adaptors[workflow]
+    llm = model.llm(adaptor)
+    sizes, layers = llm.config, len(llm.layers) + len(adaptor.layers)
+    layer = count(llm.layers[0].parameters())
+    inserted = layer * len(adaptor.layers) + count(adaptor.gates.parameters())
+    matrices = layer * len(llm.layers) + inserted
+    trained = inserted if adaptor.llm is None else matrices
+    again = matrices - layers * sizes.ffn * sizes.width if recompute else 0
+    products = rows * tokens * (4 * matrices + 2 * trained + 2 * again)
+    head_trained = adaptor.head is not None or adaptor.llm is not None
+    head = scored * sizes.vocab_size * sizes.width * (6 if head_trained else 4)
+    pairs = rows * tokens**2 * layers
+    return products + head + pairs * sizes.heads * sizes.head_size * (18 if recompute else 14)
+
+
+def stage_flops(config: Config, stage: StageConfig) -> int:
+    """FLOPs of all steps of a stage, by the average row of its data."""
+    model = meta_model(config, stage, LlamaConfig.read(config.llm)[0],
+                       ClipConfig.read(config.vision)[0])
+    row = average_row(config, stage, model)
+    return stage.steps * step_flops(model, stage.adaptor, stage.batch, row.tokens,
+                                    stage.batch * row.scored)
+
+
+def meta_model(config: Config, stage: StageConfig, sizes: LlamaConfig, vision: ClipConfig) -> IAA:
+    """The stage's model on the meta device, its trained weights in fp32."""
+    dtype = DTYPES["bf16" if config.dtype == "auto" else config.dtype]
+    with torch.device("meta"):
+        model = IAA(Llama(sizes).to(dtype), Clip(vision).to(dtype), 0)
+        settings = adaptor_config(config, stage, sizes.layers)
+        model.adaptors[stage.adaptor] = Adaptor(settings, sizes, vision.width)
+    return model
+
+
+@dataclass(frozen=True)
+class Row:
+    """An average row: its tokens, those of its picture included, and how many are scored."""
+
+    tokens: int
+    scored: int
+    source: str = "assumed"
+
+
+def average_row(config: Config, stage: StageConfig, model: IAA, text: int | None = None) -> Row:
+    """A picture and `text` tokens; text None: the mean of some rows of the data, where it is there.
+    """
+    patches = model.clip.config.patches
+    there = all(Path(path).is_file() for path in (config.llm + "/config.json", *stage.data))
+    examples = []
+    if text is None and there:
+        tokenizer, dataset = Tokenizer.load(config.llm), JsonlDataset(stage.data, config.images)
+        longest = longest_row(config, model.llama.config.context)
+        for index in range(0, len(dataset), -(-len(dataset) // SAMPLED)):
+            with contextlib.suppress(RowError):
+                examples.append(encode_row(dataset.row(index), tokenizer, patches,
+                                           stage.template or None, config.system, longest))
+    if not examples:
+        text = TEXT_TOKENS if text is None else text
+        return Row(patches + text, text // 2)
+    tokens = sum(len(e.tokens) for e in examples) / len(examples)
+    scored = sum(int((e.targets != UNSCORED).sum()) for e in examples) / len(examples)
+    return Row(math.ceil(tokens), math.ceil(scored), f"mean of {len(examples)} rows of the data")
 
 
 class Log:

@@ -22,71 +22,24 @@ Letters: as in llama.py; c bytes of a weight that computes, r of a gradient that
 """
 
 import argparse
-import contextlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 import clip
 import llama
-from clip import Clip, ClipConfig
-from common.device import DTYPES
+from clip import ClipConfig
 from common.files import one_line
-from data import UNSCORED, JsonlDataset, RowError, encode_row
-from iaa import IAA, LOSS_ROWS, Adaptor
-from llama import DecoderLayer, Llama, LlamaConfig
-from tokenization.tokenizer import Tokenizer
-from training.config import Config, StageConfig, adaptor_config, longest_row, read_config
+from iaa import IAA, LOSS_ROWS
+from llama import DecoderLayer, LlamaConfig
+from training.config import Config, StageConfig, longest_row, read_config
+from training.log import Row, average_row, count, meta_model, step_flops
 from training.zero import Stop, Unit, model_parts, timetable
 
 MASTER = 4  # bytes of an fp32 number
 LOGIT = 3 * MASTER  # bytes of a logit when its gradient is made: itself, its log-probability, that
-TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
-SAMPLED = 64  # rows that are looked at where it is
 VARIANTS = ((0, True), (1, True), (2, True), (3, True), (3, False))  # ZeRO stage, shard_frozen
-
-
-def count(weights) -> int:
-    """Elements of all weights, each weight once."""
-    return sum(w.numel() for w in set(weights))
-
-
-def step_flops(
-    model: IAA, workflow: str, rows: int, tokens: int, scored: int, recompute: bool = False
-) -> int:
-    """FLOPs of the forward and backward pass over `rows` rows of `tokens` tokens each.
-
-    The one definition for log, plan and benchmark. A weight of the decoder layers and gates takes 2
-    FLOPs a token forward and 2 for the activations' gradient, a trained one 2 more for its own.
-    The LM head takes the same for each of the `scored` positions of all rows. Attention takes
-    4 H E forward and 10 H E backward (it scores again) a layer and pair of tokens of a row, masked
-    pairs too. recompute: layers run forward once more, without their last product. The vision
-    tower, the projector and the loss are left out.
-    """
-    adaptor = model.adaptors[workflow]
-    llm = model.llm(adaptor)
-    sizes, layers = llm.config, len(llm.layers) + len(adaptor.layers)
-    layer = count(llm.layers[0].parameters())
-    inserted = layer * len(adaptor.layers) + count(adaptor.gates.parameters())
-    matrices = layer * len(llm.layers) + inserted
-    trained = inserted if adaptor.llm is None else matrices
-    again = matrices - layers * sizes.ffn * sizes.width if recompute else 0
-    products = rows * tokens * (4 * matrices + 2 * trained + 2 * again)
-    head_trained = adaptor.head is not None or adaptor.llm is not None
-    head = scored * sizes.vocab_size * sizes.width * (6 if head_trained else 4)
-    pairs = rows * tokens**2 * layers
-    return products + head + pairs * sizes.heads * sizes.head_size * (18 if recompute else 14)
-
-
-def stage_flops(config: Config, stage: StageConfig) -> int:
-    """FLOPs of all steps of a stage, by the average row of its data."""
-    model = meta_model(config, stage)
-    row = average_row(config, stage, model)
-    return stage.steps * step_flops(model, stage.adaptor, stage.batch, row.tokens,
-                                    stage.batch * row.scored)
 
 
 def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
@@ -104,47 +57,6 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
         raise ValueError(f"{folder}: no such folder; to plan without it, name a size: "
                          f"--set {key}=NAME, one of {', '.join(module.SIZES)}")
     return module.SIZES[max(fitting, key=len)]
-
-
-def meta_model(config: Config, stage: StageConfig) -> IAA:
-    """The stage's model on the meta device, its trained weights in fp32."""
-    sizes, vision = frozen_config(config.llm, "llama"), frozen_config(config.vision, "clip")
-    dtype = DTYPES["bf16" if config.dtype == "auto" else config.dtype]
-    with torch.device("meta"):
-        model = IAA(Llama(sizes).to(dtype), Clip(vision).to(dtype), 0)
-        settings = adaptor_config(config, stage, sizes.layers)
-        model.adaptors[stage.adaptor] = Adaptor(settings, sizes, vision.width)
-    return model
-
-
-@dataclass(frozen=True)
-class Row:
-    """An average row: its tokens, those of its picture included, and how many are scored."""
-
-    tokens: int
-    scored: int
-    source: str = "assumed"
-
-
-def average_row(config: Config, stage: StageConfig, model: IAA, text: int | None = None) -> Row:
-    """A picture and `text` tokens; text None: the mean of some rows of the data, where it is there.
-    """
-    patches = model.clip.config.patches
-    there = all(Path(path).is_file() for path in (config.llm + "/config.json", *stage.data))
-    examples = []
-    if text is None and there:
-        tokenizer, dataset = Tokenizer.load(config.llm), JsonlDataset(stage.data, config.images)
-        longest = longest_row(config, model.llama.config.context)
-        for index in range(0, len(dataset), -(-len(dataset) // SAMPLED)):
-            with contextlib.suppress(RowError):
-                examples.append(encode_row(dataset.row(index), tokenizer, patches,
-                                           stage.template or None, config.system, longest))
-    if not examples:
-        text = TEXT_TOKENS if text is None else text
-        return Row(patches + text, text // 2)
-    tokens = sum(len(e.tokens) for e in examples) / len(examples)
-    scored = sum(int((e.targets != UNSCORED).sum()) for e in examples) / len(examples)
-    return Row(math.ceil(tokens), math.ceil(scored), f"mean of {len(examples)} rows of the data")
 
 
 def bytes_held(
@@ -258,7 +170,8 @@ def plan(
     """The plan of every stage. tflops: a rank's peak. text: tokens of a row, None: by the data."""
     lines, hours = [], 0.0
     for stage in config.stage:
-        model = meta_model(config, stage)
+        sizes = frozen_config(config.llm, "llama"), frozen_config(config.vision, "clip")
+        model = meta_model(config, stage, *sizes)
         row = average_row(config, stage, model, text)
         frozen_llm, tower, trained = (count(part.parameters()) for part in (
             model.llama, model.clip, model.adaptors[stage.adaptor]))
