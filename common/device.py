@@ -1,8 +1,9 @@
 """Which device and which dtype to compute with, and this process's place among the ranks.
 
-Every command asks the same functions. Processors differ by a factor of 200 in bf16: two cores of a Zen 4 multiply bf16 matrices 3 times as
-fast as fp32 ones, two cores of a Zen 2 (AVX2 only, as many laptops) 200 times as slowly. Processor
-flags do not tell which kernels torch has for them, so a CPU is timed.
+Every command asks the same functions. Processors differ by a factor of 200 in bf16: two cores of a
+Zen 4 multiply bf16 matrices 3 times as fast as fp32 ones, two cores of a Zen 2 (AVX2 only, as many
+laptops) 200 times as slowly. Processor flags do not tell which kernels torch has for them, so a CPU
+is timed.
 
 `torchrun` starts the ranks of a run and tells each one its number in environment variables. NCCL
 carries the data between GPUs, gloo between CPUs. A rank that is dead or frozen makes the
