@@ -138,50 +138,46 @@ def run_tasks(
 # ---------------------------------------------------------------------------------- command line
 
 
+def add_command(parts, name: str, run: Callable, about: str, asks: bool = True) -> Callable:
+    """A subcommand with the options that all have, and those of asking; its `add_argument`."""
+    sub = parts.add_parser(name, help=about, description=about, allow_abbrev=False)
+    sub.set_defaults(run=run)
+    add = sub.add_argument
+    add("--model", type=Path, default=Path("runs/demo"), help="folder of a run [%(default)s]")
+    add("--dtype", default="auto", help=f"{', '.join(CHOICES)} [%(default)s]")
+    add("--device", help="cuda, mps, cpu [the first that there is]")
+    if asks:
+        add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
+        add("--quantize", choices=["int8"], help="weights of LLM and adaptors, as in sample.py")
+    return add
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises ValueError for a number that is none."""
+    """The command line. Raises ValueError for a --limit or --batch below 1."""
     parser = argparse.ArgumentParser(prog="python -m evaluation", description="Score a model.",
                                      allow_abbrev=False)
     parts = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-
-    def part(name: str, run: Callable, about: str) -> Callable:
-        """A subcommand with what all have; its `add_argument`."""
-        sub = parts.add_parser(name, help=about, description=about, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        sub.add_argument("--model", type=Path, default=Path("runs/demo"),
-                         help="folder of a run of train.py [%(default)s]")
-        sub.add_argument("--dtype", default="auto", help=f"{', '.join(CHOICES)} [%(default)s]")
-        sub.add_argument("--device", help="cuda, mps, cpu [the first that there is]")
-        return sub.add_argument
-
-    def asking(add: Callable) -> None:
-        """The options of a subcommand that asks questions."""
-        add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
-        add("--quantize", choices=["int8"], help="weights of LLM and adaptors as sample.py does")
-
     for name, benchmark in BENCHMARKS.items():
-        add = part(name, run_benchmark, benchmark.__doc__.splitlines()[0])
+        add = add_command(parts, name, run_benchmark, benchmark.__doc__.splitlines()[0])
         add("data", type=Path, metavar="DATA", help="the published file or folder")
         add("--images", type=Path, help="root of the pictures, where DATA has none")
         add("--limit", type=int, help="questions of each workflow, by whole pictures [all]")
         add("--seed", type=int, default=0, help="of the choice of pictures [%(default)s]")
-        asking(add)
-    add = part("sheet", run_sheet, "One picture with answers of the demo's model.")
+    add = add_command(parts, "sheet", run_sheet, "Answers of the demo's model as one picture.")
     add("data", type=Path, metavar="DATA", help="as of easy-vqa")
     add("--out", type=Path, help="the picture to write [MODEL/answers.png]")
     add("--seed", type=int, default=0, help="of the choice of pictures [%(default)s]")
-    asking(add)
-    add = part("text-retention", run_text_retention, "Text against the frozen LLM alone: identical?")
+    add = add_command(parts, "text-retention", run_text_retention,
+                      "Text against the frozen LLM alone: identical?", asks=False)
     add("data", type=Path, nargs="+", metavar="TEXT", help="text files to read")
     add("--workflow", nargs="+", help="text, or adaptors' names [all]")
     add("--limit", type=int, default=16, help="texts to continue, at most [%(default)s]")
-    for name, run in (("lm", run_lm), ("lmms", run_lmms)):
-        add = part(name, run, f"Benchmarks {'of text' if name == 'lm' else 'with pictures'} "
-                              f"through {name}-eval.")
+    for name, run, about in (("lm", run_lm, "Benchmarks of text through lm-eval."),
+                             ("lmms", run_lmms, "Benchmarks with pictures through lmms-eval.")):
+        add = add_command(parts, name, run, about)
         add("tasks", nargs="+", metavar="TASK", help="see docs/evaluation.md")
-        add("--include", type=Path, metavar="FOLDER", help="further task files")
+        add("--include", type=Path, metavar="FOLDER", help="task files in place of the harness's")
         add("--limit", type=int, help="questions of each task [all]")
-        asking(add)
         if name == "lm":
             add("--workflow", default=TEXT, help="text, or an adaptor's name [%(default)s]")
             add("--allow-code-execution", action="store_true",

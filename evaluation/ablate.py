@@ -14,20 +14,17 @@
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from statistics import mean, stdev
 
-from safetensors import safe_open
-
 from common.files import one_line, read_json, write_text
 from training.config import read_config
 
 VARIANTS = Path("configs/ablations")
-HEAD = ("name", "variant", "seeds", "right, %", "held-out loss", "trained, M", "min")
+HEAD = ("name", "variant", "seeds", "right, %", "held-out loss", "min")
 
 
 def read_variants(folder: Path) -> dict[str, tuple[str, list[str]]]:
@@ -45,7 +42,9 @@ def read_variants(folder: Path) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def settings_of_run(config: str, given: list[str], variant: list[str], out: Path, seed: int):
+def settings_of_run(
+    config: str, given: list[str], variant: list[str], out: Path, seed: int
+) -> list[str]:
     """The settings of one run: the caller's, the variant's, its folder, and the whole budget."""
     settings = [*given, *variant, f"out={out}", f"seed={seed}"]
     whole, kept = (sum(stage.steps for stage in read_config(config, some).stage)
@@ -65,11 +64,7 @@ def result(folder: Path, config: str, settings: list[str]) -> dict[str, float]:
     scores, stages = read_json(folder / "eval/easy-vqa/scores.json"), read_config(config, settings)
     log = [json.loads(line) for stage in stages.stage
            for line in (folder / stage.name / "log.jsonl").read_text().splitlines()]
-    path = folder / stages.stage[-1].name / "adaptor" / "adaptor.safetensors"
-    with safe_open(path, "pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
     return {"right": scores["right, %"]["all"], "held_out": log[-1]["held_out"],
-            "trained": sum(map(math.prod, shapes)) / 1e6,
             "minutes": sum(line["seconds"] for line in log) / 60}
 
 
@@ -83,8 +78,7 @@ def table(variants: dict[str, tuple[str, list[str]]], results: dict[str, list[di
     for name, runs in results.items():
         columns = {key: [found[key] for found in runs] for key in runs[0]}
         rows.append((name, variants[name][0], str(len(runs)), cell(columns["right"], ".1f"),
-                     cell(columns["held_out"], ".3f"), f"{columns['trained'][0]:.1f}",
-                     f"{mean(columns['minutes']):.1f}"))
+                     cell(columns["held_out"], ".3f"), f"{mean(columns['minutes']):.1f}"))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -33,8 +33,9 @@ def read_words(data: Path) -> list[Question]:
     counts = {kind: Counter() for kind in KINDS}
 
     def count(row: dict, number: int) -> list[Question]:
-        for turn in row["conversations"][1::2]:
-            counts[answer_kind(turn["value"])][turn["value"]] += 1
+        words = [turn["value"] for turn in row["conversations"][1::2]]
+        for answer in (word for word in words if not word.startswith("[")):  # that is a box
+            counts[answer_kind(answer)][answer] += 1
         return []
 
     def make(row: dict, number: int) -> list[Question]:

@@ -1,6 +1,6 @@
 """The text benchmarks of Table 3 through lm-eval, whose model this file supplies.
 
-Its packages are in requirements/lm-eval.txt. lm-eval downloads data sets from a model hub; where
+Its packages are in requirements/lm-eval.txt. lm-eval downloads data sets from a model hub. Where
 none is reachable, task files of one's own (`--include`) can name local files.
 
 Letters: B batch, T tokens, D width, V vocabulary.
@@ -53,10 +53,6 @@ class WorkflowLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """The template's name, for lm-eval's records."""
         return f"iaa-{self.words.template}"
-
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """What tells one template from another in lm-eval's records."""
-        return repr(template_of(self.words, None)) if chat_template else ""
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
@@ -165,21 +161,21 @@ class WorkflowLM(TemplateLM):
 
 
 def open_tasks(names: list[str], include: Path | None, run_code: bool) -> TaskManager:
-    """lm-eval's tasks and those of the folder `include`, with `names` checked.
+    """lm-eval's tasks, or in their place those of the folder `include`, with `names` checked.
 
-    names: keys of TASKS, or of lm-eval's or `include`'s tasks and groups. ValueError for any other,
-    or for a task that runs code where that is not allowed.
+    names: keys of TASKS, or tasks and groups. ValueError for any other, or for one that runs code
+    where that is not allowed.
     """
     tasks = [TASKS.get(name, (name, None))[0] for name in names]
-    manager = TaskManager(include_path=None if include is None else str(include))
-    for task in tasks:
-        if task not in manager.all_tasks or task in manager.all_tags:
-            raise ValueError(f"lm-eval has no task or group {task!r}; there are "
-                             f"{', '.join(TASKS)}, its own, and those of --include")
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     elif any(task.startswith("humaneval") for task in tasks):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
+    manager = TaskManager(include_path=None if include is None else str(include),
+                          include_defaults=include is None)
+    for task in tasks:
+        if task not in manager.all_tasks or task in manager.all_tags:
+            raise ValueError(f"no task or group {task!r} in {include or 'lm-eval'}")
     return manager
 
 

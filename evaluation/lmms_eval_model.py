@@ -1,8 +1,8 @@
 """Benchmarks with pictures through lmms-eval, whose model this file supplies.
 
-MMBench, MMMU and a hundred more: lmms-eval has their data, prompts and scorers. Its packages need
-an environment of their own, requirements/lmms-eval.txt. It downloads data sets from a model hub;
-where none is reachable, task files of one's own (`--include`) can name local files.
+MMBench, MMMU and a hundred more: lmms-eval has their data, prompts and scorers. Its packages
+(requirements/lmms-eval.txt) need an environment of their own. It downloads data sets from a model
+hub. Where none is reachable, task files of one's own (`--include`) can name local files.
 """
 
 from pathlib import Path
@@ -82,7 +82,7 @@ def evaluate(
     model: IAA,
     tokenizer: Tokenizer,
     name: str,
-    include: Path | None = None,  # a folder of task files
+    include: Path | None = None,  # a folder of task files, in place of those of lmms-eval
     limit: int | None = None,
     batch: int = 32,
 ) -> tuple[Table, list[Record]] | None:
@@ -90,9 +90,10 @@ def evaluate(
 
     Raises ValueError for an unknown name.
     """
-    manager = TaskManager(include_path=None if include is None else str(include))
+    manager = TaskManager(include_path=None if include is None else str(include),
+                          include_defaults=include is None)
     if name not in manager.all_tasks:
-        raise ValueError(f"lmms-eval has no task or group {name!r}, nor has --include")
+        raise ValueError(f"no task or group {name!r} in {include or 'lmms-eval'}")
     found = simple_evaluate(
         model=PictureLM(model, tokenizer, batch), tasks=[name], task_manager=manager, limit=limit,
         bootstrap_iters=0, distributed_executor_backend="torchrun")

@@ -1,12 +1,10 @@
-"""Ablations: every variant of the TOML files has the same budget; finished runs are not repeated."""
+"""Ablations: variants of the TOML files with the same budget; finished runs are not repeated."""
 
 import json
 from pathlib import Path
 from statistics import stdev
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from evaluation import ablate
 from training.config import read_config
@@ -62,12 +60,9 @@ def commands(monkeypatch, tmp_path):
     def run(*command):
         seen.append(command)
         if command[0] == "train.py":
-            out = next(word for word in command if word.startswith("out=")).removeprefix("out=")
-            folder = Path(out, "instruct", "adaptor")
-            folder.mkdir(parents=True)
-            save_file({"w": torch.zeros(1000, 2000)}, folder / "adaptor.safetensors")
+            out = [word for word in command if word.startswith("out=")][-1].removeprefix("out=")
             for stage in ("pretrain_projector", "pretrain_adaptor", "instruct"):
-                Path(out, stage).mkdir(exist_ok=True)
+                Path(out, stage).mkdir(parents=True)
                 (Path(out, stage) / "log.jsonl").write_text(
                     json.dumps({"seconds": 60, "held_out": 0.25 + 0.5 * (out[-1] == "1")}) + "\n")
         else:
@@ -89,7 +84,7 @@ def test_runs_and_table(commands, tmp_path, capsys):
     lines = (tmp_path / "table.md").read_text().splitlines()
     spread = f"0.500 ± {stdev([0.25, 0.75]):.3f}"
     assert lines[3].startswith("| structure_a | Table 5, row 1") and spread in lines[3]
-    assert lines[3].endswith("| 2 | 70.0 ± 0.0 | " + spread + " | 2.0 | 3.0 |")
+    assert lines[3].endswith("| 2 | 70.0 ± 0.0 | " + spread + " | 3.0 |")
     ablate.ablate(*arguments)
     assert len(commands) == 8
     with pytest.raises(ValueError, match="no variant 'nothing'; there are: iaa, "):

@@ -296,7 +296,8 @@ def world(tmp_path, tiny_run):
              ("colour", "teal", "shape?", "circle")]
     write_rows(data / "test-questions.jsonl", [row(n, turns) for n, turns in enumerate(asked)])
     write_rows(data / "train-questions.jsonl",
-               [row(9, ["q", "blue", "q", "no", "q", "circle"]), row(9, ["q", "no"])])
+               [row(9, ["q", "blue", "q", "no", "q", "circle"]), row(9, ["q", "no"]),
+                *[row(9, ["box?", "[0.1, 0.2, 0.3, 0.4]"])] * 3])  # no answer to a question
     write_rows(data / "test-boxes.jsonl",
                [row(n, ["where?", "x"], id=f"box/{n}", width=40, height=20, boxes=[[0, 0, 9, 9]])
                 for n in range(4)])

@@ -1,22 +1,21 @@
-"""harness.py: lm-eval sees the workflow that plain calls of the model see. Needs lm-eval."""
+"""lm-eval sees the workflow that plain calls of the model see. Needs lm-eval."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from tokenization.templates import render
-from generate import generate
+from evaluation import __main__ as evaluation
 from iaa import IAA
+from sample import generate
+from tokenization.templates import render
+from tokenization.tokenizer import Tokenizer
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: requirements/lm-eval.txt")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-import eval as evaluation  # noqa: E402
-from evaluation.lm_eval_model import BY_SUBJECT, WorkflowLM, evaluate, open_tasks  # noqa: E402
-from tokenization.tokenizer import Tokenizer
+from evaluation.lm_eval_model import WorkflowLM, evaluate, open_tasks  # noqa: E402
 
 
 @pytest.fixture
@@ -53,21 +52,6 @@ def test_likelihoods(lm):
         assert greedy == all(log_probs[i].argmax() == ids[0, i + 1] for i in places)
 
 
-def test_rolling_predicts_each_token_once(lm):
-    """A text beyond the context, in pieces: all its tokens, none twice."""
-    seen = []
-
-    def note(requests, **kwargs):
-        seen.extend(requests)
-        return [(-1.0 * len(after), True) for _, _, after in requests]
-
-    lm._loglikelihood_tokens = note
-    text = "".join(chr(33 + i % 90) for i in range(1000))
-    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,))) == [-1000.0]
-    assert bytes(token for _, _, after in seen for token in after).decode() == text
-    assert all(len(before + after) <= 401 and len(before) == 1 for _, before, after in seen)
-
-
 def test_answers_stop_and_are_cut(lm):
     """Cut ahead of the stop text, and no token is made once all answers hold one."""
     texts = ["one", "two two", "three three three"]
@@ -82,6 +66,8 @@ def test_answers_stop_and_are_cut(lm):
     assert cut == [text.split(stop)[0] for text in free]
     with pytest.raises(ValueError, match="greedy"):
         lm.generate_until(requests("generate_until", ("x", {"do_sample": True, "temperature": 1})))
+    with pytest.raises(ValueError, match="text-retention"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("x",)))
 
 
 def test_the_chat_form_is_the_models_own(lm):
@@ -140,21 +126,20 @@ def right_answers(parts, rows) -> list[bool]:
     return found
 
 
-def test_local_task_files(parts, tasks, monkeypatch):
+def test_local_task_files(parts, tasks):
     """lm-eval itself, on tasks and data files of our own, without a network: a task, a group."""
     folder, rows = tasks
     sums, more = (right_answers(parts, rows[name]) for name in ("sums", "more"))
     manager = open_tasks(["sums", "both"], folder, False)
-    row, samples = evaluate(*parts, "text", "sums", manager)
-    assert row == {"metric": "acc", "score": pytest.approx(100 * sum(sums) / 6), "asked": 6}
+    table, samples = evaluate(*parts, "text", "sums", manager)
+    assert table == {"sums": {"metric": "acc", "score": pytest.approx(100 * sum(sums) / 6),
+                              "asked": 6}}
     assert len(samples) == 6
-    row, _ = evaluate(*parts, "text", "both", manager)
+    table, _ = evaluate(*parts, "text", "both", manager)
+    row = table["both"]
     assert row["score"] == pytest.approx(100 * sum(sums + more) / 8) and row["asked"] == 8
-    monkeypatch.setattr("harness.BY_SUBJECT", (*BY_SUBJECT, "both"))
-    row, _ = evaluate(*parts, "text", "both", manager)
-    assert row["score"] == pytest.approx(100 * (sum(sums) / 6 + sum(more) / 2) / 2)
     with pytest.raises(ValueError, match="no figure for bare as a whole"):
-        open_tasks(["bare"], folder, False)
+        evaluate(*parts, "text", "bare", open_tasks(["bare"], folder, False))
 
 
 def test_what_cannot_be_asked_is_said_first(tasks):
@@ -166,25 +151,15 @@ def test_what_cannot_be_asked_is_said_first(tasks):
         open_tasks(["humaneval"], None, False)
 
 
-def test_a_finished_task_is_not_asked_again(parts, tasks, tmp_path, monkeypatch, capsys):
-    """eval.py lm: figure and answers of each task in a folder; the same command goes on."""
-    run = tmp_path / "base"
+def test_the_command(parts, tasks, tmp_path, capsys):
+    """`evaluation lm`: figure and answers of each task in a folder of its own."""
+    run = tmp_path / "base"  # of `parts`
     index = {"llm": "llama", "vision": "clip", "image_token": 258, "adaptors": {}}
     (run / "iaa.json").write_text(json.dumps(index))
-
-    def go(*names: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval.py", "lm", *names, "--include", str(tasks[0]),
-                                          "--model", str(run)])
-        evaluation.main()
-        return capsys.readouterr().out
-
-    go("sums")
+    evaluation.main(["lm", "sums", "more", "--include", str(tasks[0]), "--model", str(run),
+                     "--dtype", "fp32"])
+    said = capsys.readouterr().out
+    assert "sums" in said and "more" in said
     answers = (run / "eval" / "lm" / "sums" / "answers.jsonl").read_text().splitlines()
     assert len(answers) == 6 and {"doc", "resps"} <= json.loads(answers[0]).keys()
-    seen = []
-    monkeypatch.setattr("harness.evaluate", lambda *args: seen.append(args[3]) or (
-        {"metric": "acc", "score": 50.0, "asked": 2}, []))
-    said = go("sums", "more")
-    assert seen == ["more"] and "sums" in said and "50.0" in said
-    with pytest.raises(SystemExit, match="was made with another"):
-        go("sums", "--limit", "2")
+    assert json.loads((run / "eval" / "lm" / "more" / "scores.json").read_text())["more"]["asked"]
