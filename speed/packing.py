@@ -1,16 +1,16 @@
-"""A loaded model's matrices stored for fast inference on a CPU: packed for oneDNN, or as int8.
+"""A loaded model's matrices stored for fast inference: in oneDNN's own layout, or as int8.
 
-- `pack` exchanges every matrix of the frozen LLM and of the adaptors in place, once, at the start;
-  a packed model cannot be trained or saved. Norms, embeddings and the vision tower stay.
-- Adaptors and LLM are packed alike, so the text workflow keeps the bits of the packed LLM alone;
-  another kernel rounds otherwise than the plain one, as another batch size does.
-
-One token through all matrices of SmolLM2-135M took, in ms on one core of a Zen 4: `F.linear` in
-fp32 46, in bf16 35; packed 38 and 20; int8 19 (what it saves is memory: half of bf16). 16 tokens,
-on the same core busier: `F.linear` 138 and 75; packed 85 and 37.
+- `pack` exchanges every matrix of the frozen LLM and of the adaptors in place, once, at the start.
+  A packed model cannot be trained or saved. Norms, embeddings and the vision tower stay.
+- The LLM and the adaptors are packed alike, so the text workflow keeps the bits of the packed LLM
+  alone. Another kernel rounds otherwise than the plain one, as another batch size does.
+- The operators are private to torch. A model that is not packed gives the same answers.
 
 Letters: B batch, T tokens.
 """
+
+import functools
+import time
 
 import torch
 import torch.nn.functional as F
@@ -18,47 +18,86 @@ from torch import Tensor, nn
 
 from llama import Linear, Llama
 
-FEW = 4  # tokens up to which the int8 kernel beats a product with the weights made bf16 again
-TOKENS = 16  # that oneDNN chooses its blocks for: as good for 1, and better for more, than 1
+FEW = 8  # tokens up to which the int8 kernel beats a product with dequantised weights
+PACKED_FOR = 16  # tokens that oneDNN chooses its layout for: good for one, and for a prompt
+
+
+def onednn_computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies matrices of `dtype` on `device` with the processor's own speed."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., inputs) times a weight (outputs, inputs), packed or not, in one dtype."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class PackedLinear(nn.Module):
-    """A `Linear` without bias in oneDNN's blocks: `F.linear` puts a weight into these each time."""
+    """A `Linear` without bias in oneDNN's layout, which `F.linear` makes anew at each call."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TOKENS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype, which must be the weight's."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return onednn_linear(x, self.weight)
+
+
+def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (T, inputs) times an int8 weight (outputs, inputs) with bf16 scales (outputs,).
+
+    torch has a vectorised kernel for bf16 activations alone, also on processors without bf16
+    instructions. With fp32 ones the same operator takes 8 times as long.
+    """
+    return torch._weight_int8pack_mm(x.bfloat16(), weight, scale).to(x.dtype)
+
+
+def dequantised(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The same by a product in x's dtype: what many tokens are fastest with."""
+    linear = onednn_linear if onednn_computes(x.dtype, x.device) else F.linear
+    return linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+
+
+@functools.cache
+def kernel_is_faster(dtype: torch.dtype) -> bool:
+    """Whether one token goes faster through `int8_kernel` on this CPU: both ways are timed once."""
+    x = torch.ones(1, 1024, dtype=dtype)
+    weight, scale = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
+    seconds = {int8_kernel: float("inf"), dequantised: float("inf")}
+    for _ in range(5):
+        for way in seconds:
+            start = time.perf_counter()
+            way(x, weight, scale)
+            seconds[way] = min(seconds[way], time.perf_counter() - start)
+    return seconds[int8_kernel] < seconds[dequantised]
 
 
 class Int8Linear(nn.Module):
-    """A `Linear` without bias as int8 weights, a scale for each output; activations stay bf16.
+    """A `Linear` without bias as int8 weights with a scale for each output.
 
-    Activations in int8 too (a scale a token, `torch._int_mm`) took 15 ms in place of 19 for one
-    token, but raised perplexity by 2.0 %; weights alone raise it by 0.3 %.
+    One token or a few go through the int8 kernel, a prompt through a product in the model's dtype.
+    Activations are not quantised: in int8 too they raised perplexity by 2.0 %, weights alone do
+    by 0.3 % (SmolLM2-135M).
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
         values = weight.detach().float()
-        scale = (values.abs().amax(1).clamp(min=1e-30) / 127).to(weight.dtype)  # (outputs,)
-        values = (values / scale.float()[:, None]).round().clamp(-127, 127)  # by what is kept of it
+        scale = (values.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # (outputs,)
+        values = (values / scale.float()[:, None]).round().clamp(-127, 127)
         self.register_buffer("weight", values.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.kernel = (  # the CPU's own for few tokens; its loop reads past rows of another length
-            weight.shape[0] % 16 == weight.shape[1] % 32 == 0
-            and weight.dtype == torch.bfloat16 and not weight.is_cuda)
+        aligned = weight.shape[0] % 16 == weight.shape[1] % 32 == 0  # else the kernel reads beyond
+        self.kernel = aligned and weight.device.type == "cpu" and kernel_is_faster(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype."""
         rows = x.flatten(0, -2)  # (B T, inputs)
-        if self.kernel and len(rows) <= FEW:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)  # (B T, outputs)
-            return y.unflatten(0, x.shape[:-1])
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        multiply = int8_kernel if self.kernel and len(rows) <= FEW else dequantised
+        return multiply(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
 
 
 def pack(model: nn.Module, int8: bool = False) -> None:
@@ -66,13 +105,8 @@ def pack(model: nn.Module, int8: bool = False) -> None:
 
     Without int8, a model stays as it is where oneDNN has no kernels for its dtype and device.
     """
-    dtypes, device = {p.dtype for p in model.parameters()}, next(model.parameters()).device.type
-    blocks = device == "cpu" and torch.backends.mkldnn.is_available()
-    if torch.bfloat16 in dtypes:
-        blocks = blocks and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if torch.float16 in dtypes:
-        blocks = blocks and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    if not int8 and not blocks:
+    weight = next(model.parameters())
+    if not int8 and not onednn_computes(weight.dtype, weight.device):
         return
     stored = Int8Linear if int8 else PackedLinear
     for module in list(model.modules()):
