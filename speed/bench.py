@@ -6,7 +6,7 @@
   its question up to the first token; training: forward, backward and AdamW on rows with pictures.
 - The variants of a kind take turns, so that whatever else the machine does hits all of them. A rate
   is a median. "times ours" is the median of the ratios within a turn.
-- A first turn warms up, and its time decides how many follow within the kind's share of ten minutes.
+- A first turn warms up. Its time decides how many follow within the kind's part of ten minutes.
 - "of limit": FLOPs that are needed / time / measured rate of matrix products (prefill, picture,
   training); bytes that must be read / time / measured bandwidth (decode).
 - `--llm 3-8B --vision large-patch14-336` takes sizes by their names, with random weights.
@@ -19,6 +19,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -43,8 +44,7 @@ PROMPT, NEW, QUESTION = 320, 32, 32  # tokens
 ROWS, ROW_TEXT, SCORED = 4, 300, 20  # of a training step; tokens of a row beside its picture
 DEMO = ("weights/smollm2", "weights/dinov2-84px")
 WORKFLOW = "mm"
-Work = Callable[[], tuple[float, ...]]  # measures once: seconds of each of a kind's figures
-Needs = dict[str, tuple[int, float]]  # figure -> tokens, and the seconds that the limit would take
+Work = Callable[[], tuple[float, ...]]  # measures once; returns the seconds of each figure
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -161,13 +161,23 @@ def decode_bytes(model: IAA, workflow: str, context: int, weight: int, cache: in
 # ---------------------------------------------------------------------------------- kinds
 
 
-def ours_generating(model: IAA, workflow: str, prompt: Tensor) -> Work:
-    """Seconds of the prompt up to its first new token, and of `NEW` tokens after it."""
+@dataclass
+class Case:
+    """A variant: how it is measured, and its figures, one for each of the seconds that come out."""
+
+    work: Work
+    figures: dict[str, tuple[int, float]]  # name -> tokens, seconds that the limit would take; 0: ?
+
+
+def ours_generating(
+    model: IAA, workflow: str, prompt: Tensor, images: Tensor | None = None, new: int = NEW
+) -> Work:
+    """Seconds of the prompt up to its first new token, and of `new` tokens after it."""
 
     def work() -> tuple[float, float]:
         times = []
         start = time.perf_counter()
-        generate(model, prompt.tolist(), None, workflow, NEW + 1,
+        generate(model, prompt.tolist(), images, workflow, new + 1,
                  on_token=lambda *_: times.append(time.perf_counter()))
         return times[0] - start, times[-1] - times[0]
 
@@ -188,22 +198,21 @@ def theirs_generating(peer: torch.nn.Module, prompt: Tensor) -> Work:
     return work
 
 
-def text_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple[Work, Needs]]:
-    """Prefill and decode of one prompt of text."""
-    size, prompt = args.dtype.itemsize, make_prompt(meta, PROMPT).to(args.device)
-    packed = packed_model(args, args.dtype)
-    found = {}
+def text_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: float) -> dict:
+    """Prefill and decode of one prompt of text, by name."""
+    size, generator, found = args.dtype.itemsize, torch.Generator().manual_seed(0), {}
+    words = meta.llama.config.vocab_size - 1
+    prompt = torch.randint(0, words, (1, PROMPT), generator=generator).to(args.device)  # (1, T)
 
-    def add(name: str, work: Work, workflow: str = TEXT, weight: int = size,
-            cache: int = size) -> None:
+    def add(name: str, work: Work, workflow: str = TEXT, weight: int = size, cache: int = size):
         read = decode_bytes(meta, workflow, PROMPT + NEW // 2, weight, cache)
-        found[name] = work, {
-            "prefill": (PROMPT, forward_flops(meta, workflow, PROMPT) / rate if weight else 0.0),
-            "decode": (NEW, NEW * read / bandwidth if weight else 0.0)}
+        flops = forward_flops(meta, workflow, PROMPT)
+        found[name] = Case(work, {"prefill": (PROMPT, flops / rate),
+                                  "decode": (NEW, NEW * read / bandwidth)})
 
+    packed, int8 = packed_model(args, args.dtype), packed_model(args, args.dtype, int8=True)
     add("ours", ours_generating(packed, TEXT, prompt))
     add(f"ours, {args.inserted} inserted", ours_generating(packed, WORKFLOW, prompt), WORKFLOW)
-    int8 = packed_model(args, args.dtype, int8=True)
     add("ours, int8", ours_generating(int8, TEXT, prompt), weight=1)
     if args.dtype != torch.float32:
         fp32 = packed_model(args, torch.float32)
@@ -213,34 +222,28 @@ def text_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple
         add("transformers", theirs_generating(peer, prompt))
     if args.gguf and installed("xllamacpp"):
         llama_cpp = LlamaCpp(args.gguf, PROMPT + NEW + 8)
-        add("llama.cpp " + Path(args.gguf).stem[-12:],
-            lambda: llama_cpp.seconds(prompt[0].tolist(), NEW), weight=0)
+        found["llama.cpp"] = Case(lambda: llama_cpp.seconds(prompt[0].tolist(), NEW),
+                                  {"prefill": (PROMPT, 0.0), "decode": (NEW, 0.0)})
     return found
 
 
-def picture_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple[Work, Needs]]:
+def picture_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: float) -> dict:
     """A picture through the vision tower, and its question up to the first token."""
-    prompt = make_prompt(meta, meta.clip.config.patches + QUESTION)
     found = {}
     for name, int8 in ((f"ours, {args.inserted} inserted", False), ("ours, int8", True)):
         model = packed_model(args, args.dtype, int8)
-        image = make_batch(model, 1, 1, 1, 0).images.to(args.device, args.dtype)
-        ids = prompt.clone()
-        ids[:, 1 : 1 + model.clip.config.patches] = model.image_token
-
-        def work(model: IAA = model, ids: list = ids.tolist(), image: Tensor = image) -> tuple:
-            return (timed(lambda: generate(model, ids, image, WORKFLOW, 1), args.device),)
-
-        flops = forward_flops(meta, WORKFLOW, prompt.shape[1], pictures=1)
-        found[name] = work, {"picture": (prompt.shape[1], flops / rate)}
+        row = make_batch(model, 1, QUESTION, 1, 0).to(args.device)
+        flops = forward_flops(meta, WORKFLOW, row.tokens.shape[1], pictures=1)
+        work = ours_generating(model, WORKFLOW, row.tokens, row.images, 0)
+        found[name] = Case(work, {"picture": (row.tokens.shape[1], flops / rate)})
     return found
 
 
-def training_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, tuple[Work, Needs]]:
-    """A step of an adaptor: with insertion layers, without, and made of transformers' layers."""
+def training_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: float) -> dict:
+    """A step of an adaptor: with insertion layers, made of transformers' layers, and without."""
     found = {}
 
-    def add(name: str, model: torch.nn.Module, needed: int) -> None:
+    def add(name: str, model: torch.nn.Module, batch: Batch, flops: int) -> None:
         trained = [w for w in model.parameters() if w.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
@@ -250,64 +253,51 @@ def training_kind(args, meta: IAA, rate: float, bandwidth: float) -> dict[str, t
             optimizer.step()
             optimizer.zero_grad()
 
-        found[name] = (lambda: (timed(step, args.device),),
-                       {"training": (batch.tokens.numel(), needed / rate)})
+        found[name] = Case(lambda: (timed(step, args.device),),
+                           {"training": (batch.tokens.numel(), flops / rate)})
 
     for inserted in (args.inserted, 0):
         model = build_model(args, args.dtype, inserted)
         batch = make_batch(model, ROWS, ROW_TEXT, SCORED, 0).to(args.device)
         flops = step_flops(model, WORKFLOW, *batch.tokens.shape, batch.scored)
-        add(f"ours, {inserted} inserted", model, flops)
+        add(f"ours, {inserted} inserted", model, batch, flops)
         if inserted and installed("transformers"):
-            peer = transformers_llama(model.llama)
-            adaptor = model.adaptors[WORKFLOW]
-            peer = TransformersIAA(peer, model.clip, adaptor, model.image_token)
-            add(f"transformers, {inserted} inserted", peer, flops)
+            peer = TransformersIAA(transformers_llama(model.llama), model.clip,
+                                   model.adaptors[WORKFLOW], model.image_token)
+            add(f"transformers, {inserted} inserted", peer, batch, flops)
     return found
 
 
-KINDS = {text_kind: 270, picture_kind: 60, training_kind: 180}  # seconds that each may take
-
-
-def make_prompt(model: IAA, tokens: int) -> Tensor:
-    """Random tokens (1, T) without the placeholder."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.llama.config.vocab_size - 1, (1, tokens), generator=generator)
+KINDS = {text_cases: 270, picture_cases: 60, training_cases: 180}  # seconds that each may take
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package is there. Says on stderr that it is left out where it is not."""
+    """Whether an optional package is there. Where it is not, says that its rows are left out."""
     there = importlib.util.find_spec(package) is not None
     if not there:
-        print(f"{package} is not installed: its rows are left out", file=sys.stderr)
+        print(f"{package} is not installed: its rows are left out", flush=True)
     return there
 
 
-def measure(works: dict[str, Work], budget: float, most: int) -> dict[str, list[tuple]]:
-    """Seconds by variant, a tuple a turn: after one turn to warm up, as many as fit the budget."""
-    began = time.perf_counter()
-    for name, work in works.items():
-        seconds = work()
-        print(f"  warm-up, {name}: {', '.join(f'{s:.2f}' for s in seconds)} s", file=sys.stderr,
-              flush=True)
-    turn = time.perf_counter() - began
-    turns = max(1, min(most, int(budget / turn) - 1))
-    found = {name: [] for name in works}
-    for _ in range(turns):
-        for name, work in works.items():
-            found[name].append(work())
-    return found
+def measure(cases: dict[str, Case], budget: float, most: int) -> None:
+    """Take turns within `budget` seconds, at most `most` after the first; print the rows.
 
-
-def print_rows(cases: dict[str, tuple[Work, Needs]], seconds: dict[str, list[tuple]]) -> None:
-    """A row of each figure and variant; ratios to the first variant, within a turn."""
+    The first turn warms up. It counts only where no other fits.
+    """
+    began, seconds = time.perf_counter(), {}
+    for name, case in cases.items():
+        seconds[name] = [case.work()]
+        print(f"  first turn, {name}: {seconds[name][0][0]:.2f} s", file=sys.stderr, flush=True)
+    turns = min(most, int(budget / (time.perf_counter() - began)) - 1)
+    for turn in range(turns):
+        for name, case in cases.items():
+            seconds[name] = [*(seconds[name] if turn else ()), case.work()]
     first = next(iter(cases))
-    for place, figure in enumerate(cases[first][1]):
-        for name, (_, needs) in cases.items():
-            tokens, least = needs[figure]
-            taken = [turn[place] for turn in seconds[name]]
-            pairs = zip(taken, (turn[place] for turn in seconds[first]), strict=True)
-            ratio = median(theirs / ours for ours, theirs in pairs) if name != first else 1.0
+    for place, figure in enumerate(cases[first].figures):
+        for name, case in cases.items():
+            tokens, least = case.figures[figure]
+            ours, taken = ([turn[place] for turn in seconds[n]] for n in (first, name))
+            ratio = median(a / b for a, b in zip(ours, taken, strict=True))
             share = f"{least / median(taken):4.0%} of limit" if least else " " * 13
             print(f"{figure:9} {name:26} {tokens / median(taken):10,.1f} tokens/s  {share}  "
                   f"{ratio:5.2f} times {first}  ({len(taken)} turns)", flush=True)
@@ -345,9 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     meta = meta_model(*sizes, args.inserted)
     limits = measure_limits(args.dtype, args.device)
     for kind, budget in KINDS.items():
-        cases = kind(args, meta, *limits)
-        seconds = measure({name: work for name, (work, _) in cases.items()}, budget, args.runs)
-        print_rows(cases, seconds)
+        measure(kind(args, meta, *limits), budget, args.runs)
 
 
 if __name__ == "__main__":

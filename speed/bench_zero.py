@@ -1,34 +1,29 @@
 """ZeRO's stages beside torch's DDP and FSDP2: the time of a training step.
 
-    python -m speed.bench_zero [--llm weights/smollm2] [--vision weights/dinov2-84px] [--ranks 1 2 4]
+    torchrun --nproc_per_node 2 -m speed.bench_zero [--llm FOLDER] [--vision FOLDER]
 
 - All train one IAA model on the same rows from the same random weights, with AdamW and clipping;
   only sizes are read from the folders, or from the name of a size.
 - Stages 0 to 2 are paired with DDP, stage 3 with FSDP2 (`fully_shard` of each layer), with the
   frozen models in shards and whole. The two of a pair take turns, so that whatever else the machine
   does hits both. A ratio is the median of the ratios within a turn, below 1 where ours is faster.
-- On a GPU each row also has the peak memory of the fullest rank, as torch's allocator counted it.
-  `python -m training.plan` says it by arithmetic.
-- On a CPU every rank is a process with one thread.
+- What a rank holds and sends is said by `python -m training.plan`.
 """
 
 import argparse
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from clip import Clip, ClipLayer
-from common.device import CHOICES, DTYPES, Ranks, choose_device, choose_dtype
+from common.device import CHOICES, DTYPES, Ranks, choose_dtype
 from common.files import one_line
 from data import Batch
 from iaa import IAA, Adaptor
@@ -119,63 +114,26 @@ def make_step(name: str, config: Config, ranks: Ranks, text: int, scored: int) -
     return step
 
 
-def compare(pair: tuple[str, str], config: Config, ranks: Ranks, args) -> list[dict]:
-    """Both variants in turns: name, losses, seconds, and on a GPU the peak memory of each."""
-    on_gpu, rows, steps = ranks.device.type == "cuda", [], []
-    for name in pair:
-        before = torch.cuda.memory_allocated() if on_gpu else 0
-        step = make_step(name, config, ranks, args.text, args.scored)
-        losses = [step()]  # the moments are made here
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        losses.append(step())
-        peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
-        steps.append(step)
-        rows.append({"name": name, "losses": losses, "seconds": [], "peak_bytes": peak})
-    order = list(zip(steps, rows, strict=True))
-    for _ in range(args.runs):
-        order.reverse()
-        for step, row in order:
-            ranks.barrier()
-            start = time.perf_counter()
-            row["losses"].append(step())
-            ranks.barrier()  # it reads a number of the device, so the device is done too
-            row["seconds"].append(time.perf_counter() - start)
-    return rows
-
-
-def work(rank: int, world: int, port: int, pair: tuple, args: argparse.Namespace, found) -> None:
-    """A rank of a comparison."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def compare(pair: tuple[str, str], args: argparse.Namespace, ranks: Ranks) -> list[dict]:
+    """Both variants of a pair in turns: a row each with its name, losses and seconds."""
     stage = StageConfig("bench", ["none"], 1000, adaptor=WORKFLOW, warmup=0.0,  # the peak rate
-                        batch=args.rows * world, micro_batch=args.rows)
+                        batch=args.rows * ranks.world, micro_batch=args.rows)
     config = Config("none", args.llm, args.vision, "none", [stage], insertion=args.inserted,
                     dtype=args.dtype, shard_frozen="whole" not in pair[0])
-    with Ranks(600) as ranks:
-        found.put((rank, compare(pair, config, ranks, args)))
-
-
-def measure(world: int, pair: tuple[str, str], args: argparse.Namespace) -> list[dict]:
-    """A pair on `world` processes, printed: rank 0's rows, with the memory of the fullest rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    found = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(work, (world, port, pair, args, found), world)  # raises what a rank does
-    ranks = dict(found.get() for _ in range(world))
-    ours, theirs = ranks[0]
-    turns = zip(ours["seconds"], theirs["seconds"], strict=True)
-    ratio = f"  {median(a / b for a, b in turns):.2f} times {pair[1]}"
-    for place, row in enumerate((ours, theirs)):
-        memory = ""
-        if row["peak_bytes"] is not None:
-            row["peak_bytes"] = max(rows[place]["peak_bytes"] for rows in ranks.values())
-            memory = f"  peak {row['peak_bytes'] / 1e6:,.0f} MB a rank"
-        print(f"{world} ranks  {row['name']:20} {1e3 * median(row['seconds']):8,.0f} ms a step"
-              f"{memory}{ratio if row is ours else ''}", flush=True)
-    return [ours, theirs]
+    steps = {name: make_step(name, config, ranks, args.text, args.scored) for name in pair}
+    rows = [{"name": name, "losses": [step()], "seconds": []} for name, step in steps.items()]
+    for _ in range(args.runs):
+        for row in rows:
+            ranks.barrier()
+            start = time.perf_counter()
+            row["losses"].append(steps[row["name"]]())
+            ranks.barrier()  # it reads a number of the device, so the device is done too
+            row["seconds"].append(time.perf_counter() - start)
+    ours, theirs = (row["seconds"] for row in rows)
+    ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+    ranks.print0(f"{pair[0]:20} {1e3 * median(ours):8,.0f} ms a step  {ratio:.2f} times {pair[1]}")
+    ranks.print0(f"{pair[1]:20} {1e3 * median(theirs):8,.0f} ms a step")
+    return rows
 
 
 @one_line("bench_zero.py")
@@ -185,7 +143,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     add = parser.add_argument
     add("--llm", default=DEMO[0], help="folder of the frozen LLM, or a size [%(default)s]")
     add("--vision", default=DEMO[1], help="folder of the vision tower, or a size [%(default)s]")
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4], help="[1 2 4]")
     add("--runs", type=int, default=5, help="turns [%(default)s]")
     add("--dtype", default="auto", help=f"compute in one of {', '.join(CHOICES)} [%(default)s]")
     add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
@@ -193,14 +150,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     add("--text", type=int, default=100, help="tokens of a row beside its image [%(default)s]")
     add("--scored", type=int, default=20, help="of them [%(default)s]")
     args = parser.parse_args(argv)
-    if min(*args.ranks, args.runs, args.rows, args.text, args.scored) < 1:
-        raise ValueError("--ranks, --runs, --rows, --text, --scored: 1 or more")
-    args.dtype, why = choose_dtype(args.dtype, choose_device())
-    print(f"computing in {args.dtype}: {why}", flush=True)
-    frozen_config(args.llm, "llama"), frozen_config(args.vision, "clip")  # says what is missing
-    pairs = {world: PAIRS if world > 1 else PAIRS[:1] for world in args.ranks}  # alone all are one
-    return [row for world in args.ranks for pair in pairs[world]
-            for row in measure(world, pair, args)]
+    if min(args.runs, args.rows, args.text, args.scored) < 1:
+        raise ValueError("--runs, --rows, --text, --scored: 1 or more")
+    with Ranks(600) as ranks:
+        names = list(DTYPES)
+        name, why = choose_dtype(args.dtype, ranks.device)
+        chosen = ranks.sum(names.index(name) if ranks.rank == 0 else 0)  # a rank may time otherwise
+        args.dtype = names[int(chosen)]
+        ranks.print0(f"{ranks.world} ranks, computing in {args.dtype}: {why}")
+        pairs = PAIRS if ranks.world > 1 else PAIRS[:1]  # alone, all stages are one
+        return [row for pair in pairs for row in compare(pair, args, ranks)]
 
 
 if __name__ == "__main__":
