@@ -2,14 +2,14 @@
 
     python -m speed.bench [--llm weights/smollm2] [--vision weights/dinov2-84px] [--runs 5]
 
-- prefill: a prompt up to its first new token; decode: the tokens after it; picture: a picture and
-  its question up to the first token; training: forward, backward and AdamW on rows with pictures.
+- prefill: a prompt up to its first new token, the vision tower included where it has a picture;
+  decode: the tokens after it; training: forward, backward and AdamW on rows with pictures.
 - The variants of a kind take turns, so that whatever else the machine does hits all of them. A rate
   is a median. "times ours" is the median of the ratios within a turn.
 - A first turn warms up. Its time decides how many follow within the kind's part of ten minutes.
-- "of limit": FLOPs that are needed / time / measured rate of matrix products (prefill, picture,
+- "of limit": FLOPs that are needed / time / measured rate of matrix products in the dtype (prefill,
   training); bytes that must be read / time / measured bandwidth (decode).
-- `--llm 3-8B --vision large-patch14-336` takes sizes by their names, with random weights.
+- `--llm 3-8B --vision ViT-L/14-336` takes sizes by their names, with random weights.
 
 Letters: B batch, T tokens, P image tokens.
 """
@@ -79,13 +79,8 @@ def frozen(kind: str, folder: str, dtype: torch.dtype, device: torch.device) -> 
     model = Llama if kind == "llama" else Clip
     if Path(folder).is_dir():
         return model.load(folder, dtype, device)
-    sizes = frozen_config(folder, kind)
-    torch.set_default_dtype(dtype)  # 8B weights are never held in fp32
-    try:
-        with device:
-            return model(sizes).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with device:
+        return model(frozen_config(folder, kind)).to(dtype).eval().requires_grad_(False)
 
 
 def build_model(args: argparse.Namespace, dtype: torch.dtype, inserted: int) -> IAA:
@@ -122,7 +117,7 @@ def make_batch(model: IAA, rows: int, text: int, scored: int, seed: int) -> Batc
     return Batch(tokens, targets, images, None, None, lengths, [])
 
 
-# ---------------------------------------------------------------------------------- needs
+# ---------------------------------------------------------------------------------- what is needed
 
 
 def meta_model(llama: LlamaConfig, clip: ClipConfig, inserted: int) -> IAA:
@@ -170,14 +165,14 @@ class Case:
 
 
 def ours_generating(
-    model: IAA, workflow: str, prompt: Tensor, images: Tensor | None = None, new: int = NEW
+    model: IAA, workflow: str, prompt: Tensor, images: Tensor | None = None
 ) -> Work:
-    """Seconds of the prompt up to its first new token, and of `new` tokens after it."""
+    """Seconds of the prompt up to its first new token, and of `NEW` tokens after it."""
 
     def work() -> tuple[float, float]:
         times = []
         start = time.perf_counter()
-        generate(model, prompt.tolist(), images, workflow, new + 1,
+        generate(model, prompt.tolist(), images, workflow, NEW + 1,
                  on_token=lambda *_: times.append(time.perf_counter()))
         return times[0] - start, times[-1] - times[0]
 
@@ -198,21 +193,24 @@ def theirs_generating(peer: torch.nn.Module, prompt: Tensor) -> Work:
     return work
 
 
-def text_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: float) -> dict:
-    """Prefill and decode of one prompt of text, by name."""
-    size, generator, found = args.dtype.itemsize, torch.Generator().manual_seed(0), {}
-    words = meta.llama.config.vocab_size - 1
-    prompt = torch.randint(0, words, (1, PROMPT), generator=generator).to(args.device)  # (1, T)
+def answer_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: float) -> dict:
+    """Prefill and decode of a prompt of text, and of a picture with a question, by name."""
+    size, inserted, found = args.dtype.itemsize, f"ours, {args.inserted} inserted", {}
+    packed, int8 = packed_model(args, args.dtype), packed_model(args, args.dtype, int8=True)
+    prompt = make_batch(packed, 1, PROMPT, 1, 0).tokens[:, -PROMPT:].to(args.device)  # (1, T)
+    row = make_batch(packed, 1, QUESTION, 1, 0).to(args.device)
 
-    def add(name: str, work: Work, workflow: str = TEXT, weight: int = size, cache: int = size):
-        read = decode_bytes(meta, workflow, PROMPT + NEW // 2, weight, cache)
-        flops = forward_flops(meta, workflow, PROMPT)
-        found[name] = Case(work, {"prefill": (PROMPT, flops / rate),
+    def add(name: str, work: Work, workflow: str = TEXT, weight: int = size, cache: int = size,
+            tokens: int = PROMPT, pictures: int = 0) -> None:
+        read = decode_bytes(meta, workflow, tokens + NEW // 2, weight, cache)
+        flops = forward_flops(meta, workflow, tokens, pictures)
+        found[name] = Case(work, {"prefill": (tokens, flops / rate),
                                   "decode": (NEW, NEW * read / bandwidth)})
 
-    packed, int8 = packed_model(args, args.dtype), packed_model(args, args.dtype, int8=True)
     add("ours", ours_generating(packed, TEXT, prompt))
-    add(f"ours, {args.inserted} inserted", ours_generating(packed, WORKFLOW, prompt), WORKFLOW)
+    add(inserted, ours_generating(packed, WORKFLOW, prompt), WORKFLOW)
+    add(inserted + ", picture", ours_generating(packed, WORKFLOW, row.tokens, row.images), WORKFLOW,
+        tokens=row.tokens.shape[1], pictures=1)
     add("ours, int8", ours_generating(int8, TEXT, prompt), weight=1)
     if args.dtype != torch.float32:
         fp32 = packed_model(args, torch.float32)
@@ -224,18 +222,6 @@ def text_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: floa
         llama_cpp = LlamaCpp(args.gguf, PROMPT + NEW + 8)
         found["llama.cpp"] = Case(lambda: llama_cpp.seconds(prompt[0].tolist(), NEW),
                                   {"prefill": (PROMPT, 0.0), "decode": (NEW, 0.0)})
-    return found
-
-
-def picture_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: float) -> dict:
-    """A picture through the vision tower, and its question up to the first token."""
-    found = {}
-    for name, int8 in ((f"ours, {args.inserted} inserted", False), ("ours, int8", True)):
-        model = packed_model(args, args.dtype, int8)
-        row = make_batch(model, 1, QUESTION, 1, 0).to(args.device)
-        flops = forward_flops(meta, WORKFLOW, row.tokens.shape[1], pictures=1)
-        work = ours_generating(model, WORKFLOW, row.tokens, row.images, 0)
-        found[name] = Case(work, {"picture": (row.tokens.shape[1], flops / rate)})
     return found
 
 
@@ -268,7 +254,7 @@ def training_cases(args: argparse.Namespace, meta: IAA, rate: float, bandwidth: 
     return found
 
 
-KINDS = {text_cases: 270, picture_cases: 60, training_cases: 180}  # seconds that each may take
+KINDS = {answer_cases: 330, training_cases: 180}  # seconds that each may take
 
 
 def installed(package: str) -> bool:
@@ -298,6 +284,7 @@ def measure(cases: dict[str, Case], budget: float, most: int) -> None:
             tokens, least = case.figures[figure]
             ours, taken = ([turn[place] for turn in seconds[n]] for n in (first, name))
             ratio = median(a / b for a, b in zip(ours, taken, strict=True))
+            ratio *= tokens / cases[first].figures[figure][0]
             share = f"{least / median(taken):4.0%} of limit" if least else " " * 13
             print(f"{figure:9} {name:26} {tokens / median(taken):10,.1f} tokens/s  {share}  "
                   f"{ratio:5.2f} times {first}  ({len(taken)} turns)", flush=True)

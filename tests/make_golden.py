@@ -1,6 +1,6 @@
 """Golden values for the parity tests, from the peers themselves: `python tests/make_golden.py`.
 
-Needs requirements-dev.txt and the two packages named at its head; the files it writes into
+Needs requirements/dev.txt and the two packages named at its head; the files it writes into
 tests/golden are committed, so the tests need neither. Models are tiny and random, from a fixed
 seed, with weights large enough that a wrong formula shows. Photographs: tests/golden/README.md.
 """

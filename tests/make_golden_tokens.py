@@ -1,6 +1,6 @@
 """Writes tests/golden/tokens*.json: ids of Hugging Face's `tokenizers`, for tokenizer.py to equal.
 
-Run as `python tests/make_golden_tokens.py`; needs requirements-dev.txt and requirements/demo.txt.
+Run as `python tests/make_golden_tokens.py`; needs requirements/dev.txt and requirements/demo.txt.
 
 Four tokenizers: SmolLM2's, built from its GGUF metadata, and three small BPEs trained here, one for
 each split that tokenizer.py supports, whose tokenizer.json is committed. Of each the SHA-256 of the
