@@ -1,12 +1,11 @@
 """easy-VQA -> our JSONL: captions, questions and boxes of pictures of one coloured shape.
 
     captions    "A red circle at [0.2, 0.33, 0.53, 0.8]."
-    questions   those of the data set, which do not see each other; for training some QUESTIONS a
-                row, and the box of the shape with them, as LLaVA's mix665k has RefCOCO's
+    questions   those of the data set, about 10 a row, which do not see each other
     boxes       the official grounding prompt and the box
 
-The box is the slowest thing to learn here. In captions and beside questions it costs fewer tokens
-than in rows of its own, whose picture and prompt serve nothing else.
+The box is the slowest thing to learn here. A caption that holds it teaches colour, shape and box
+with fewer tokens than rows of their own would.
 
 Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one shape, 48,248 questions, 13 answers.
 The boxes are measured from the pixels: the published data have none.
@@ -29,7 +28,6 @@ COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
     "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
 }
-QUESTIONS = 5  # of a training row; a picture has about 10
 FILL = {"rectangle": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # share of its box that it covers
 
 
@@ -72,20 +70,15 @@ def easy_vqa_rows(
         answer = boxes_to_text([box], *image.size)
         caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
         grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
-        asked = questions[number]
-        sets = [asked]
-        if split == "train":
-            sets = [[*asked[i : i + QUESTIONS], grounding] for i in range(0, len(asked), QUESTIONS)]
         frame = {"width": image.width, "height": image.height, "boxes": [box]}
         for kind, workflow, pairs, extra in (
             ("captions", "mm", [caption], {}),
-            *(("questions", "mm", some, {"independent": True}) for some in sets),
+            ("questions", "mm", questions[number], {"independent": True}),
             ("boxes", "grounding", [grounding], frame),
         ):
+            row = {"id": f"easy-vqa/{split}/{kind}/{number}", **common, "workflow": workflow}
             report[f"{split}: {kind} written"] += 1
-            row_id = f"easy-vqa/{split}/{kind}/{report[f'{split}: {kind} written']}"
-            row = {"id": row_id, **common, "workflow": workflow, **extra}
-            yield f"{split}-{kind}", row | {"conversations": conversation(pairs)}
+            yield f"{split}-{kind}", row | extra | {"conversations": conversation(pairs)}
 
 
 def easy_vqa(out: Path) -> Counter:
