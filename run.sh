@@ -38,7 +38,7 @@ ask() { # ask OPTION...: one answer of the demo's model, below its question
     done
     echo
     echo "python sample.py$shown"
-    python sample.py --model runs/demo "$@"
+    python sample.py --model runs/demo --max-tokens 64 "$@" # after a few steps no answer ends by itself
 }
 
 demo() {
