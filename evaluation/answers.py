@@ -11,7 +11,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from common.device import Ranks
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from clip import open_image, preprocess
+from common.device import Ranks
 from common.files import write_json, write_text
 from iaa import IAA, TEXT
 from sample import generate

@@ -1,7 +1,6 @@
 """Published data sets -> our JSONL: one conversation a line, pictures under one root.
 
     python -m prepare_data llava-mix665k llava_v1_5_mix665k.json data/llava-mix665k.jsonl
-    python -m prepare_data COMMAND --help
 
 docs/data.md describes the rows and the data sets. The same input gives the same bytes. OUT appears
 when all is done, or not at all.
@@ -9,6 +8,7 @@ when all is done, or not at all.
 
 import argparse
 from collections.abc import Set
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -17,17 +17,17 @@ from prepare_data import boxes, questions
 from prepare_data.easy_vqa import easy_vqa
 from prepare_data.rows import convert
 
-DATASETS = {  # command -> its reader, and the arguments that the reader takes
-    "llava-pretrain": (questions.llava_pretrain, []),
-    "allava": (questions.allava, []),
-    "llava-mix665k": (questions.llava_mix665k, []),
-    "docvqa-cmarkea": (questions.docvqa_cmarkea, ["images"]),
-    "vsr": (questions.vsr, ["images", "with_test"]),
-    "scienceqa": (questions.scienceqa, ["with_test"]),
-    "refcoco": (boxes.refcoco, ["split"]),
-    "coco": (boxes.coco, []),
-    "flickr30k": (boxes.flickr30k, []),
-    "objects365": (boxes.objects365, []),
+READERS = {  # command -> what makes rows of one input
+    "llava-pretrain": partial(questions.llava, source="llava_pretrain", folder="llava_pretrain/"),
+    "allava": partial(questions.llava, source="allava"),
+    "llava-mix665k": partial(questions.llava, source="llava_mix665k"),
+    "docvqa-cmarkea": questions.docvqa_cmarkea,
+    "vsr": questions.vsr,
+    "scienceqa": questions.scienceqa,
+    "refcoco": boxes.refcoco,
+    "coco": partial(boxes.detections, source="coco"),
+    "flickr30k": boxes.flickr30k,
+    "objects365": partial(boxes.detections, source="objects365"),
 }
 
 
@@ -35,33 +35,19 @@ def command_line() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         "python -m prepare_data", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = "the demo's data, out of the package easy-vqa"
-    command = commands.add_parser("easy-vqa", help=about, description=about)
-    command.add_argument("out", type=Path, help="folder to write; the root of its pictures")
-    for name, (read, names) in DATASETS.items():
-        about = read.__doc__
-        command = commands.add_parser(name, help=about.split("\n")[0], description=about,
-                                      allow_abbrev=False)
-        add = command.add_argument
-        add("inputs", nargs="+", type=Path, metavar="input",
-            help="the published file or folder; several are read in turn")
-        add("out", type=Path, help="JSONL file to write")
-        add("--images", type=Path, metavar="ROOT", help="root of all pictures")
-        add("--check-images", action="store_true", help="decode every picture below --images")
-        add("--exclude-images", metavar="REFER",
-            help="folder with refcoco/, refcoco+/, refcocog/: leave out each picture that they are "
-            "evaluated on; or none")
-        add("--no-text-rows", action="store_true", help="drop the rows without a picture")
-        add("--limit", type=int, metavar="N", help="stop after N rows")
-        add("--max-rows", type=int, metavar="N", help="keep N rows, drawn with a fixed seed")
-        add("--max-malformed", type=float, default=0.01, metavar="SHARE",
-            help="of rows not as published: more is an error [0.01]")
-        if "with_test" in names:
-            add("--with-test", action="store_true", help="take the test rows, too")
-        if "split" in names:
-            add("--split", default="train", help="the split to take [train]")
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=[*READERS, "easy-vqa"])
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help="published files or folders")
+    add("out", type=Path, metavar="OUT", help="JSONL file to write")
+    add("--images", type=Path, metavar="ROOT", help="root of all pictures")
+    add("--check-images", action="store_true", help="open every picture below --images")
+    add("--exclude-images", metavar="REFER", help="folder with refcoco/, refcoco+/, refcocog/: "
+        "leave out each picture that they are evaluated on; or none")
+    add("--split", default="train", help="of RefCOCO [train]")
+    add("--limit", type=int, metavar="N", help="stop after N rows")
+    add("--max-malformed", type=float, default=0.01, metavar="SHARE",
+        help="of rows not as published: more is an error [0.01]")
     return parser
 
 
@@ -76,36 +62,28 @@ def excluded_images(args: argparse.Namespace) -> Set[int]:
     return boxes.evaluation_images(Path(folder)) if folder not in (None, "none") else set()
 
 
-def convert_dataset(args: argparse.Namespace) -> None:
-    """Run a command of DATASETS."""
-    if args.check_images and args.images is None:
-        raise ValueError("--images ROOT is missing: the folder that all pictures are below")
-    if any(number is not None and number < 1 for number in (args.limit, args.max_rows)):
-        raise ValueError("--limit and --max-rows: 1 or more")
-    if len({path.stem for path in args.inputs}) < len(args.inputs):
-        raise ValueError("two inputs have the same name, so the ids of their rows would repeat: "
-                         "convert them one at a time")
-    read, names = DATASETS[args.command]
-    settings = {name: getattr(args, name) for name in names}
-    items = chain.from_iterable(read(path, **settings) for path in args.inputs)
-    convert(items, args.out, excluded_images(args), args.images if args.check_images else None,
-            not args.no_text_rows, args.limit, args.max_rows, args.max_malformed)
-
-
 @one_line("prepare_data")
 def main() -> None:
     """Command line."""
-    args = command_line().parse_args()
+    parser = command_line()
+    args = parser.parse_intermixed_args()
+    if (args.command == "easy-vqa") == bool(args.inputs):
+        parser.error("every command but easy-vqa takes at least one INPUT, then OUT")
+    if args.check_images and args.images is None:
+        raise ValueError("--images ROOT is missing: the folder that all pictures are below")
+    own = {"docvqa-cmarkea": {"root": args.images}, "refcoco": {"split": args.split}}
     try:
         if args.command == "easy-vqa":
             for what, count in easy_vqa(args.out).items():
                 print(f"{what}: {count}")
-        else:
-            convert_dataset(args)
+            return
+        read, options = READERS[args.command], own.get(args.command, {})
+        items = chain.from_iterable(read(path, **options) for path in args.inputs)
+        convert(items, args.out, excluded_images(args), args.images if args.check_images else None,
+                args.limit, args.max_malformed)
     except ModuleNotFoundError as error:
-        file = "demo" if args.command == "easy-vqa" else "data"
-        raise ValueError(f"the package {error.name} is missing: "
-                         f"pip install -r requirements/{file}.txt") from None
+        raise ValueError(f"{error}: pip install -r requirements/data.txt (easy-vqa: demo.txt)"
+                         ) from None
 
 
 if __name__ == "__main__":

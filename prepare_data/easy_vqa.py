@@ -14,7 +14,7 @@ The boxes are measured from the pixels: the published data have none.
 import json
 import shutil
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from clip import open_image
 from common.files import new_folder
 from data import GROUNDING_PROMPT, boxes_to_text
-from prepare_data.rows import conversation
+from prepare_data.rows import conversation, make_row
 
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
@@ -52,50 +52,62 @@ def measure_shape(pixels: np.ndarray) -> tuple[str, str, list[int]]:
 
 
 def easy_vqa_rows(
-    split: str, images: dict[int, str], questions: dict[int, list], out: Path, report: Counter
-):
-    """Yield (file, row) of a split, copying pictures to `out/SPLIT/`; `report` counts all rows."""
-    (out / split).mkdir()
+    split: str, images: dict[int, str], questions: dict[int, list], out: Path, counts: Counter
+) -> Iterator[tuple[str, dict]]:
+    """(kind, row) of a split, in order; copies its pictures to `out/SPLIT/` and counts the rows."""
     for number, path in sorted(images.items()):
-        image = open_image(path)
+        image, asked = open_image(path), questions[number]
         colour, shape, box = measure_shape(np.asarray(image))
-        told = {answer for _, answer in questions[number]}
+        told = {answer for _, answer in asked}
         shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
         if not told & COLOURS.keys() <= {colour}:
-            report[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
+            counts[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
             continue
         name = f"{split}/{number}.png"
         shutil.copyfile(path, out / name)
-        common = {"image": name, "source": "easy-vqa", "split": split}
         answer = boxes_to_text([box], *image.size)
         caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
         grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
+<<<<<<< HEAD
+=======
+        sets = [asked]
+        if split == "train":
+            sets = [[*asked[i : i + QUESTIONS], grounding] for i in range(0, len(asked), QUESTIONS)]
+>>>>>>> cutprep
         frame = {"width": image.width, "height": image.height, "boxes": [box]}
         for kind, workflow, pairs, extra in (
             ("captions", "mm", [caption], {}),
             ("questions", "mm", questions[number], {"independent": True}),
             ("boxes", "grounding", [grounding], frame),
         ):
+<<<<<<< HEAD
             row = {"id": f"easy-vqa/{split}/{kind}/{number}", **common, "workflow": workflow}
             report[f"{split}: {kind} written"] += 1
             yield f"{split}-{kind}", row | extra | {"conversations": conversation(pairs)}
+=======
+            counts[f"{split}: {kind} written"] += 1
+            key = f"{kind}/{counts[f'{split}: {kind} written']}"
+            turns = conversation(pairs)
+            yield kind, make_row("easy-vqa", split, key, name, turns, workflow, **extra)
+>>>>>>> cutprep
 
 
 def easy_vqa(out: Path) -> Counter:
     """Write `out/{train,test}-{captions,questions,boxes}.jsonl` and pictures; returns counts."""
     import easy_vqa as package
 
-    splits = (("train", package.get_train_questions, package.get_train_image_paths),
-              ("test", package.get_test_questions, package.get_test_image_paths))
-    report, files = Counter(), {}
-    with new_folder(out) as new, ExitStack() as opened:
-        for split, ask, paths in splits:
-            questions = defaultdict(list)
-            for question, answer, number in zip(*ask(), strict=True):
+    counts = Counter()
+    with new_folder(out) as new:
+        for split, asked, images in (
+            ("train", package.get_train_questions(), package.get_train_image_paths()),
+            ("test", package.get_test_questions(), package.get_test_image_paths()),
+        ):
+            (new / split).mkdir()
+            questions, lines = defaultdict(list), defaultdict(list)
+            for question, answer, number in zip(*asked, strict=True):
                 questions[number].append((question, answer))
-            for name, row in easy_vqa_rows(split, paths(), questions, new, report):
-                if name not in files:
-                    files[name] = opened.enter_context(
-                        open(new / f"{name}.jsonl", "w", encoding="utf-8", newline="\n"))
-                files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-    return report
+            for kind, row in easy_vqa_rows(split, images, questions, new, counts):
+                lines[kind].append(json.dumps(row) + "\n")
+            for kind, texts in lines.items():
+                (new / f"{split}-{kind}.jsonl").write_text("".join(texts))
+    return counts

@@ -1,69 +1,47 @@
 """What all converters share: how rows are made, and the one loop that checks and writes them.
 
-A reader of a published data set yields items. An item is a row, as `data.check_row` wants it, or a
-`Drop` that says why a record, or a part of one, was left out.
+A reader of a published data set yields items. An item is a row, as `data.check_row` wants it, or
+the exception that says why a record was left out.
 """
 
 import json
 import re
-import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from clip import open_image
 from common.files import new_file
-from data import GROUNDING_PROMPT, boxes_to_text, check_row
+from data import RowError, check_row, path_below
 from tokenization.templates import IMAGE
 
-SEED = 0  # of the sample that --max-rows draws
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
-ENCODE = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
-OUTSIDE = "the image's path leaves the root of the pictures"
-# What a reader's plain code raises where a record lacks a field or has another type in its place.
-WRONG_TYPES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Drop(Exception):
-    """Why a record, or a part of it, is left out.
-
-    malformed: the file is not as it was published. Too many of these end a conversion.
-    """
-
-    def __init__(self, reason: str, malformed: bool = True):
-        super().__init__(reason)
-        self.malformed = malformed
+    """Why a record is left out, although its file is as it was published."""
 
 
-Item = dict | Drop
-
-
-# ---------------------------------------------------------------------------------- making rows
+# What plain code raises over a record that is not as published; SyntaxError: of broken XML.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
+Item = dict | Exception
 
 
 def each(records: Iterable, make: Callable[..., Iterable[Item]]) -> Iterator[Item]:
-    """The items of `make(record)` for each record.
-
-    An exception that `make` raises over a record becomes a Drop, and the next record follows.
-    """
+    """The items of `make(record)` for each record; a record over which it raises ends in that."""
     for record in records:
         try:
             yield from make(record)
-        except Drop as drop:
-            yield drop
-        except WRONG_TYPES as error:
-            yield Drop(f"a record is not as published ({type(error).__name__}: {error})"[:120])
+        except (Drop, *MALFORMED) as error:
+            yield error
 
 
 def clean(text: str) -> str:
-    """A text without image placeholders, its ends stripped. Drop where nothing is left."""
+    """A text without image placeholders, its ends stripped. ValueError where nothing is left."""
     text = text.replace("<image>", "").strip()
     if not text:
-        raise Drop("a text is empty")
+        raise ValueError("a text is empty")
     return text
 
 
@@ -78,36 +56,11 @@ def conversation(pairs: Iterable[tuple[str, str]], image: bool = True) -> list[d
 
 
 def make_row(
-    source: str, split: str, key, image: str | None, turns: list[dict], workflow="mm", **boxes
+    source: str, split: str, key, image: str | None, turns: list[dict], workflow="mm", **fields
 ) -> dict:
-    """A row. key: unique in its source and split. boxes: more fields, of a row with boxes."""
-    return {"id": f"{source}/{split}/{key}", "image": image, "workflow": workflow,
-            "source": source, "split": split, **boxes, "conversations": turns}
-
-
-def grounding_row(
-    source: str, split: str, key, image: str, size: tuple[int, int], expression: str, boxes: list
-) -> dict:
-    """A row that asks where `expression` is in a picture of `size` (width, height).
-
-    boxes: pixels, x1, y1, x2, y2, ends exclusive. Drop where one is not that, or is empty once it
-    is written with two decimals. Half of the prompts, by a hash of their id, end in a full stop:
-    the official prompt has none, the paper's figures have one.
-    """
-    (width, height), inside = size, []
-    for x1, y1, x2, y2 in boxes:
-        if x1 > x2 or y1 > y2:
-            raise Drop("the corners of a box are swapped")
-        clipped = (min(max(x1, 0), width), min(max(y1, 0), height),
-                   min(max(x2, 0), width), min(max(y2, 0), height))
-        inside.append([int(v) if v == int(v) else round(v, 2) for v in clipped])
-    answer = boxes_to_text(inside, width, height)
-    if answer.count("[") < len(boxes):
-        raise Drop("a box is outside the picture, or empty once rounded", malformed=False)
-    stop = "." * (zlib.crc32(f"{source}/{split}/{key}".encode()) & 1)
-    question = GROUNDING_PROMPT.format(clean(expression).rstrip(".")) + stop
-    return make_row(source, split, key, image, conversation([(question, answer)]), "grounding",
-                    width=width, height=height, boxes=inside)
+    """A row. key: unique in its source and split. fields: those that not every row has."""
+    return {"id": f"{source}/{split}/{key}", "image": image, "source": source, "split": split,
+            "workflow": workflow, **fields, "conversations": turns}
 
 
 def read_list(path: Path, prefix: str = "item") -> Iterator:
@@ -126,41 +79,32 @@ def read_list(path: Path, prefix: str = "item") -> Iterator:
             raise ValueError(f"{path}: not JSON, or not all of it ({reason})") from None
 
 
-# ---------------------------------------------------------------------------------- writing rows
-
-
 @lru_cache(maxsize=1024)  # the rows of one picture follow each other
 def picture_size(root: Path, name: str) -> tuple[int, int]:
-    """(width, height) of a picture below `root`, decoded whole. Drop where it cannot be used."""
-    if not (root / name).resolve().is_relative_to(root):  # it is a link
-        raise Drop(OUTSIDE)
+    """(width, height) of a picture below `root`, decoded whole. ValueError where it cannot be."""
     try:
-        return open_image(root / name).size
-    except FileNotFoundError:
-        raise Drop("the picture is missing") from None
+        return open_image(path_below(root, name)).size
+    except RowError:
+        raise ValueError("the picture is missing, or not below the root") from None
     except ValueError:
-        raise Drop("the picture is broken") from None
+        raise ValueError("the picture is broken") from None
 
 
 def check_image(row: dict, excluded: Set[int], root: Path | None) -> None:
-    """Drop where a row's picture is outside the root, excluded, or (given a root) unusable."""
+    """Drop where a row's picture is excluded; ValueError where it leads out of the root.
+
+    excluded: numbers of COCO pictures. root: given, the picture is opened below it, and ValueError
+    also says that it cannot be, or is not of the size that its boxes are for.
+    """
     name = row["image"]
-    if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-        raise Drop(OUTSIDE)
-    number = COCO_NAME.search(name) if excluded else None
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError("the image's path leaves the root of the pictures")
+    number = COCO_NAME.search(name)
     if number and int(number[1]) in excluded:
-        raise Drop("its picture is one that grounding is evaluated on", malformed=False)
+        raise Drop("its picture is one that grounding is evaluated on")
     size = picture_size(root, name) if root else None
     if size and "boxes" in row and size != (row["width"], row["height"]):
-        raise Drop("the picture is not of the size that its boxes are for")
-
-
-def keep_sample(path: Path, rows: int, wanted: int) -> None:
-    """Keep `wanted` of the `rows` lines of a file, drawn with a fixed seed, in their order."""
-    kept = np.zeros(rows, bool)
-    kept[np.random.default_rng(SEED).permutation(rows)[:wanted]] = True
-    with new_file(path) as new, open(path, "rb") as lines, open(new, "wb") as file:
-        file.writelines(line for line, keep in zip(lines, kept, strict=True) if keep)
+        raise ValueError("the picture is not of the size that its boxes are for")
 
 
 def check_counts(counts: Counter, max_malformed: float) -> None:
@@ -178,11 +122,9 @@ def check_counts(counts: Counter, max_malformed: float) -> None:
 def convert(
     items: Iterable[Item],
     out: Path,
-    excluded: Set[int] = frozenset(),  # numbers of COCO pictures
-    root: Path | None = None,  # every picture is decoded below it; None: pictures are not checked
-    text_rows: bool = True,  # False: rows without a picture are dropped
+    excluded: Set[int] = frozenset(),
+    root: Path | None = None,  # None: pictures are not opened
     limit: int | None = None,  # stop after so many rows
-    max_rows: int | None = None,  # keep a random sample of so many
     max_malformed: float = 0.01,  # share
 ) -> Counter:
     """Write the rows among `items` to `out`. Print and return the number of rows by outcome.
@@ -193,30 +135,24 @@ def convert(
     if out.exists():
         raise FileExistsError(f"{out} is there already; remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    root, counts = root and root.resolve(), Counter()
+    counts = Counter()
     with new_file(out) as new:
         with open(new, "wb") as file:
             for item in items:
                 try:
-                    if isinstance(item, Drop):
+                    if isinstance(item, Exception):
                         raise item
                     if item["image"] is not None:
                         check_image(item, excluded, root)
-                    elif not text_rows:
-                        raise Drop("text only", malformed=False)
-                    line = ENCODE(check_row(item)).encode()
-                except (Drop, ValueError) as error:  # the latter: not a row, half a character
-                    malformed = getattr(error, "malformed", True)
-                    counts[f"{'malformed' if malformed else 'dropped'}: {error}"] += 1
-                    continue
-                file.write(line + b"\n")
-                counts["written"] += 1
-                if counts["written"] % 100_000 == 0:
-                    print(f"{counts['written']:,} rows", file=sys.stderr)
-                if counts["written"] == limit:
-                    break
+                    line = json.dumps(check_row(item), ensure_ascii=False).encode()
+                except Drop as drop:
+                    counts[f"dropped: {drop}"] += 1
+                except MALFORMED as error:
+                    counts[f"malformed: {type(error).__name__}: {error}"[:120]] += 1
+                else:
+                    file.write(line + b"\n")
+                    counts["written"] += 1
+                    if counts["written"] == limit:
+                        break
         check_counts(counts, max_malformed)
-        if max_rows and max_rows < counts["written"]:
-            keep_sample(new, counts["written"], max_rows)
-            print(f"{max_rows:,}  of them kept, drawn by chance")
     return counts

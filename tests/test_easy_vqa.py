@@ -21,14 +21,12 @@ DRAWN = {  # number -> colour, shape, box with exclusive ends
 def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
     """A shape on a pale ground, its edges as sharp as Pillow makes them."""
     image = Image.new("RGB", (64, 64), (240, 250, 245))
-    pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), box
-    paint, inclusive = COLOURS[colour], (x1, y1, x2 - 1, y2 - 1)
-    if shape == "rectangle":
-        pen.rectangle(inclusive, fill=paint)
-    elif shape == "circle":
-        pen.ellipse(inclusive, fill=paint)
+    pen, (x1, y1, x2, y2) = ImageDraw.Draw(image), (*box[:2], box[2] - 1, box[3] - 1)
+    if shape == "triangle":
+        pen.polygon([(x1, y2), (x2, y2), ((x1 + x2) // 2, y1)], fill=COLOURS[colour])
     else:
-        pen.polygon([(x1, y2 - 1), (x2 - 1, y2 - 1), ((x1 + x2 - 1) // 2, y1)], fill=paint)
+        drawing = pen.rectangle if shape == "rectangle" else pen.ellipse
+        drawing((x1, y1, x2, y2), fill=COLOURS[colour])
     return image
 
 
@@ -60,6 +58,7 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     report = easy_vqa(tmp_path / "a")
     easy_vqa(tmp_path / "b")
     assert report["train: questions written"] == report["test: boxes written"] == 3
+<<<<<<< HEAD
     names = {p.name for p in (tmp_path / "a").glob("*.jsonl")}
     assert names == {f"{s}-{k}.jsonl" for s in ("train", "test")
                      for k in ("captions", "questions", "boxes")}
@@ -78,6 +77,25 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert first["conversations"][1]["value"] == "A blue rectangle at [0.16, 0.31, 0.64, 0.48]."
     first = json.loads((tmp_path / "a" / "train-questions.jsonl").read_text().splitlines()[0])
     assert len(first["conversations"]) == 4 and first["independent"]
+=======
+    rows = {}
+    for path in (tmp_path / "a").glob("*.jsonl"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        rows[path.stem] = [check_row(json.loads(line)) for line in path.read_text().splitlines()]
+        assert all((tmp_path / "a" / row["image"]).is_file() for row in rows[path.stem])
+    assert rows.keys() == {f"{split}-{kind}" for split in ("train", "test")
+                           for kind in ("captions", "questions", "boxes")}
+    box, turns = "[0.16, 0.31, 0.64, 0.48]", rows["train-boxes"][0]["conversations"]
+    assert rows["train-boxes"][0]["boxes"] == [[10, 20, 41, 31]]
+    assert turns[0]["value"].endswith("this sentence describes: blue rectangle")
+    assert turns[1]["value"] == box
+    caption = rows["train-captions"][0]["conversations"][1]["value"]
+    assert caption == f"A blue rectangle at {box}."
+    for split, more in (("train", 2), ("test", 0)):  # the box is asked for in training rows only
+        row = rows[f"{split}-questions"][0]
+        assert len(row["conversations"]) == 4 + more and row["independent"]
+        assert (row["conversations"][-1]["value"] == box) == bool(more)
+>>>>>>> cutprep
 
 
 def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
