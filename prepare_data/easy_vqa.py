@@ -68,28 +68,16 @@ def easy_vqa_rows(
         answer = boxes_to_text([box], *image.size)
         caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
         grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
-<<<<<<< HEAD
-=======
-        sets = [asked]
-        if split == "train":
-            sets = [[*asked[i : i + QUESTIONS], grounding] for i in range(0, len(asked), QUESTIONS)]
->>>>>>> cutprep
         frame = {"width": image.width, "height": image.height, "boxes": [box]}
         for kind, workflow, pairs, extra in (
             ("captions", "mm", [caption], {}),
             ("questions", "mm", questions[number], {"independent": True}),
             ("boxes", "grounding", [grounding], frame),
         ):
-<<<<<<< HEAD
-            row = {"id": f"easy-vqa/{split}/{kind}/{number}", **common, "workflow": workflow}
-            report[f"{split}: {kind} written"] += 1
-            yield f"{split}-{kind}", row | extra | {"conversations": conversation(pairs)}
-=======
             counts[f"{split}: {kind} written"] += 1
-            key = f"{kind}/{counts[f'{split}: {kind} written']}"
             turns = conversation(pairs)
-            yield kind, make_row("easy-vqa", split, key, name, turns, workflow, **extra)
->>>>>>> cutprep
+            yield kind, make_row("easy-vqa", split, f"{kind}/{number}", name, turns, workflow,
+                                 **extra)
 
 
 def easy_vqa(out: Path) -> Counter:
