@@ -33,10 +33,9 @@ def draw(colour: str, shape: str, box: list[int]) -> Image.Image:
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A stand-in for the package easy_vqa: three pictures, both splits alike."""
-    paths = {}
-    for number, drawn in DRAWN.items():
-        paths[number] = str(tmp_path / f"{number}.png")
-        draw(*drawn).save(paths[number])
+    paths = {number: str(tmp_path / f"{number}.png") for number in DRAWN}
+    for number, path in paths.items():
+        draw(*DRAWN[number]).save(path)
     asked = [("what color is the shape?", "blue", 0), ("is there a circle?", "no", 0),
              ("what shape is it?", "circle", 1), ("is there no triangle?", "no", 2)]
     questions = tuple(zip(*asked, strict=True))
@@ -63,12 +62,9 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
         rows[path.stem] = [check_row(json.loads(line)) for line in path.read_text().splitlines()]
         assert all((tmp_path / "a" / row["image"]).is_file() for row in rows[path.stem])
-    assert rows.keys() == {f"{split}-{kind}" for split in ("train", "test")
-                           for kind in ("captions", "questions", "boxes")}
-    box, turns = "[0.16, 0.31, 0.64, 0.48]", rows["train-boxes"][0]["conversations"]
-    assert rows["train-boxes"][0]["boxes"] == [[10, 20, 41, 31]]
-    assert turns[0]["value"].endswith("this sentence describes: blue rectangle")
-    assert turns[1]["value"] == box
+    box, row = "[0.16, 0.31, 0.64, 0.48]", rows["train-boxes"][0]
+    assert row["boxes"] == [[10, 20, 41, 31]] and row["conversations"][1]["value"] == box
+    assert row["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
     caption = rows["train-captions"][0]["conversations"][1]["value"]
     assert caption == f"A blue rectangle at {box}."
     row = rows["train-questions"][0]

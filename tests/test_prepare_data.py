@@ -1,7 +1,6 @@
 """Each command of prepare_data on a small file of the published layout, dirty records included."""
 
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -11,21 +10,16 @@ from PIL import Image
 
 pytest.importorskip("ijson", reason="pip install -r requirements/data.txt")
 
-from data import check_row
+from data import GROUNDING_PROMPT, ONE_LETTER, ONE_WORD, check_row
 from prepare_data import __main__ as command
 from prepare_data.boxes import grounding_row, refer_list
 from prepare_data.rows import convert, make_row
-
-ONE_WORD = "\nAnswer the question using a single word or phrase."
-ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
-ASK = "<image>\nPlease provide the bounding box coordinate of the region this sentence describes: "
 
 
 def write(path: Path, value) -> Path:
     """A text, or JSON of anything else, in a new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
 
 
@@ -40,9 +34,8 @@ def run(monkeypatch, capsys, out):
     """A function that runs a command into `out`, twice, and returns the outcomes that it prints."""
 
     def call(name: str, *args) -> dict[str, int]:
-        inputs = [str(arg) for arg in args if isinstance(arg, Path)]
-        options = [str(arg) for arg in args if not isinstance(arg, Path)]
-        monkeypatch.setattr(sys, "argv", ["prepare_data", name, *inputs, *options, str(out)])
+        args = sorted(args, key=lambda arg: not isinstance(arg, Path))
+        monkeypatch.setattr(sys, "argv", ["prepare_data", name, *map(str, [*args, out])])
         contents = []
         for _ in range(2):
             out.unlink(missing_ok=True)
@@ -90,8 +83,9 @@ def talk(*texts: str, first: int = 0) -> list[dict]:
 def asked(row: dict) -> tuple[str, str]:
     """(what a grounding row asks for, its answer), without the full stop of every other prompt."""
     question, answer = (turn["value"] for turn in row["conversations"])
-    assert question.startswith(ASK)
-    return question.removeprefix(ASK).removesuffix("."), answer
+    opening, asks_for = question.split(": ")
+    assert f"{opening}: {{}}" == f"<image>\n{GROUNDING_PROMPT}"
+    return asks_for.removesuffix("."), answer
 
 
 def test_llava_mix665k(tmp_path, out, run):
@@ -104,27 +98,21 @@ def test_llava_mix665k(tmp_path, out, run):
         {"id": "e", "image": "vg/a.jpg", "conversations": talk("<image>\nWhat?", " ")},
         {"id": "t", "conversations": talk("a", "b", "last")},
         {"id": "u", "image": "../../etc/passwd.jpg", "conversations": pair},
-        {"id": 7, "image": 7, "conversations": pair},
-        {"id": "n"}])
+        {"id": 7, "image": 7, "conversations": pair}])
     assert run("llava-mix665k", source, "--max-malformed", 0.8) == {
         "written": 2,
         "malformed: ValueError: a text is empty": 1,
         "malformed: ValueError: human and gpt do not take turns": 1,
         "malformed: ValueError: the image's path leaves the root of the pictures": 1,
-        'malformed: TypeError: can only concatenate str (not "int") to str': 1,
-        "malformed: KeyError: 'conversations'": 1}
-    first, second = out.read_text(encoding="utf-8").splitlines()
-    assert first == (
-        '{"id": "llava_mix665k/train/12#0", "image": "coco/train2017/000000000012.jpg", '
-        '"source": "llava_mix665k", "split": "train", "workflow": "mm", "conversations": ['
-        '{"from": "human", "value": "<image>\\nHow many mugs?"}, {"from": "gpt", "value": "2"}, '
-        '{"from": "human", "value": "Are they blue?"}, {"from": "gpt", "value": "No"}]}')
-    assert "Erkläre" in second  # as it is, not as \uXXXX
-    assert brief(out)[1] == ("llava_mix665k/train/q_0#1", None, "Erkläre", "„Rekursion“")
+        'malformed: TypeError: can only concatenate str (not "int") to str': 1}
+    assert brief(out) == [
+        ("llava_mix665k/train/12#0", "coco/train2017/000000000012.jpg",
+         "<image>\nHow many mugs?", "2", "Are they blue?", "No"),
+        ("llava_mix665k/train/q_0#1", None, "Erkläre", "„Rekursion“")]
 
 
-def test_captions_of_llava_and_allava(tmp_path, out, run):
-    """The placeholder moves to the front, or comes back; files one after another; a limit."""
+def test_captions_of_llava_and_allava(tmp_path, out, run, fails):
+    """The placeholder moves to the front, or comes back; several files; a limit; half a file."""
     record = {"id": "001", "image": "00/001.jpg", "conversations": talk("Caption.\n<image>", "mug")}
     run("llava-pretrain", write(tmp_path / "b.json", [record]))
     assert brief(out) == [("llava_pretrain/train/001#0", "llava_pretrain/00/001.jpg",
@@ -136,39 +124,30 @@ def test_captions_of_llava_and_allava(tmp_path, out, run):
     assert brief(out) == [("allava/train/c1#0", "allava_vflan/a.jpg", "<image>\n描述。", "水壶。"),
                           ("allava/train/5#0", None, "Explain.", "Well.")]
     assert run("allava", *files, "--limit", 1) == {"written": 1}
+    out.unlink()
+    assert f"{files[0]}: not JSON, or not all of it" in fails("allava", write(files[0], '[{"a"'))
 
 
-def test_docvqa(tmp_path, out, run, fails, monkeypatch):
-    """A row a question, the picture's bytes named by content; bad ones, broken files, no pyarrow.
-
-    The last of three ids climbs out of the folder.
-    """
+def test_docvqa(tmp_path, out, run):
+    """A row a question, a picture named by its content; no picture, a bad id."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
 
     picture, root, part = tmp_path / "p.png", tmp_path / "root", tmp_path / "set/train-0.parquet"
     Image.new("P", (4, 3)).save(picture)
-    part.parent.mkdir()
-    pairs = {"en": [{"question": "Total?", "answer": "42"}, {"question": "Whose?", "answer": "A"}],
-             "fr": [{"question": "Quel est le total ?", "answer": "42 unités"}]}
-    write_table(pyarrow.Table.from_pylist([
-        {"id": name, "paper_id": None, "qa": pairs, "image": {"bytes": content, "path": None}}
-        for name, content in (("d1", picture.read_bytes()), ("d2", b"<html>"), ("../d3", b""))]),
-        part)
-    arguments = ("docvqa-cmarkea", part.parent, "--images", root, "--max-malformed", 0.7)
-    arguments = tuple(str(arg) if arg is root else arg for arg in arguments)
-    assert run(*arguments) == {"written": 2, "malformed: KeyError: b'<ht'": 1,
-                               "malformed: ValueError: 'id' is no file name": 1}
+    pairs = {"en": [{"question": "Total?", "answer": "42"}, {"question": "Whose?", "answer": "A"}]}
+    contents = {"d1": picture.read_bytes(), "d2": b"<html>", "../d3": b""}
+    records = [{"id": name, "qa": pairs, "image": {"bytes": content, "path": None}}
+               for name, content in contents.items()]
+    write_table(pyarrow.Table.from_pylist(records), write(part, ""))
+    counts = run("docvqa-cmarkea", part.parent, "--images", str(root), "--max-malformed", 0.7)
+    assert counts == {"written": 2, "malformed: KeyError: b'<ht'": 1,
+                      "malformed: ValueError: 'id' is no file name": 1}
     assert brief(out) == [
         ("docvqa_cmarkea/train/d1/0", "docvqa/train/d1.png", "<image>\nTotal?", "42"),
         ("docvqa_cmarkea/train/d1/1", "docvqa/train/d1.png", "<image>\nWhose?", "A")]
-    assert (root / "docvqa/train/d1.png").read_bytes() == picture.read_bytes()
-    assert [path.name for path in root.rglob("*.*")] == ["d1.png"]
-    out.unlink()
-    part.write_bytes(part.read_bytes()[:-20])
-    assert str(part) in fails(*arguments)
-    monkeypatch.setitem(sys.modules, "pyarrow.dataset", None)
-    assert "pip install -r requirements/data.txt" in fails(*arguments)
+    (written,) = root.rglob("*.*")
+    assert written.name == "d1.png" and written.read_bytes() == picture.read_bytes()
 
 
 def test_vsr(tmp_path, out, run):
@@ -206,14 +185,13 @@ def reference(number: int, split: str, image: int, *sentences: str) -> dict:
     """An entry of REFER's pickled list; box 900 + number."""
     return {"ref_id": number, "ann_id": 900 + number, "image_id": image, "split": split,
             "file_name": f"COCO_train2014_{image:012}_7.jpg",
-            "sentences": [{"raw": s.title(), "sent": s, "sent_id": 10 * number + place}
-                          for place, s in enumerate(sentences)]}
+            "sentences": [{"sent": s, "sent_id": 10 * number + n} for n, s in enumerate(sentences)]}
 
 
 def box(number: int, image: int, category: int, *bbox: float, crowd: int = 0) -> dict:
     """An entry of COCO's annotations."""
-    return {"id": number, "image_id": image, "category_id": category, "bbox": list(bbox),
-            "iscrowd": crowd, "area": 1.0, "segmentation": []}
+    return {"id": number, "image_id": image, "category_id": category, "bbox": bbox,
+            "iscrowd": crowd}
 
 
 def pictures(name: str, *numbers: int) -> list[dict]:
@@ -253,8 +231,6 @@ def test_refcoco_leaves_out_what_is_evaluated_on(refer, out, run):
         "refcoco/train/ref1/sent10", "grounding", 640, 480, [[100, 50, 300, 250]]]
     assert asked(first) == ("left mug", "[0.16, 0.2, 0.47, 0.52]")
     assert asked(second)[0] == "mug on left"
-    run("refcoco", refer / "refcoco", *accept, "--exclude-images", "none")
-    assert [asked(row)[0] for row in rows(out)] == ["left mug", "mug on left", "cup"]
     run("refcoco", *(refer / name for name in ("refcoco", "refcoco+", "refcocog")), *accept)
     assert [row["id"] for row in rows(out)] == [
         "refcoco/train/ref1/sent10", "refcoco/train/ref1/sent12", "refcoco+/train/ref1/sent10"]
@@ -262,21 +238,12 @@ def test_refcoco_leaves_out_what_is_evaluated_on(refer, out, run):
     assert [row["id"] for row in rows(out)] == ["refcoco/testA/ref3/sent30"]
 
 
-class Hostile:
-    """Unpickled without care, it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(Path.cwd() / "executed"),)
-
-
-def test_a_hostile_pickle_does_not_execute(refer, fails, monkeypatch):
-    """A pickle that names a function, one cut short, one of Python 2 with Latin-1 in it."""
-    monkeypatch.chdir(refer)
+def test_hostile_pickles_are_refused(refer, fails):
+    """One that names a function, as all that run code do; one cut short. Latin-1 is read."""
     path = refer / "refcoco/refs(unc).p"
-    for content in (pickle.dumps([Hostile()]), pickle.dumps([1] * 99)[:-5], pickle.dumps(7)):
+    for content in (pickle.dumps([Path]), pickle.dumps([1] * 99)[:-5], pickle.dumps(7)):
         path.write_bytes(content)
         assert "refused" in fails("refcoco", path.parent)
-    assert not Path("executed").exists()
     path.write_bytes(b"(lp0\nS'caf\\xe9'\np1\na.")
     assert refer_list(path.parent) == ["café"]
 
@@ -309,8 +276,7 @@ def test_coco(tmp_path, refer, out, run, fails):
         "malformed: ValueError: a box is not x, y, width, height: is it x1, y1, x2, y2?": 1,
         "malformed: KeyError: 2": 1}
     first, second, third = rows(out)
-    assert first["id"] == "coco/train2017/12/90"
-    assert first["image"] == "coco/train2017/000000000012.jpg"
+    assert first["id"] == "coco/train2017/12/90" and first["image"].endswith("/000000000012.jpg")
     assert first["boxes"] == [[100, 50, 300, 250], [300.55, 50, 500.55, 250]]  # once each, by x1
     assert asked(first) == ("toothbrush", "[0.16, 0.2, 0.47, 0.52]; [0.47, 0.2, 0.78, 0.52]")
     assert second["boxes"] == [[600, 400, 640, 480]]  # clipped
@@ -330,16 +296,14 @@ def test_objects365(tmp_path, out, run):
     assert asked(row) == ("cup", "[0.12, 0.0, 0.88, 1.0]")
 
 
-ENTITIES = """<annotation><size><width>500</width><height>375</height><depth>3</depth></size>
-<object><name>101</name><name>105</name><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>110</xmax>
-<ymax>220</ymax></bndbox></object>
-<object><name>101</name><bndbox><xmin>201</xmin><ymin>31</ymin><xmax>260</xmax><ymax>230</ymax>
-</bndbox></object>
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+ENTITIES = f"""<annotation><size><width>500</width><height>375</height><depth>3</depth></size>
+<object><name>101</name><name>105</name>{BOX.format(11, 21, 110, 220)}
+<object><name>101</name>{BOX.format(201, 31, 260, 230)}
 <object><name>102</name><scene>1</scene><nobndbox>0</nobndbox></object></annotation>"""
 SENTENCES = """[/EN#101/people Two cooks] stir [/EN#0/notvisual it] in [/EN#102/scene a kitchen] .
 [/EN#105/people/clothing The cook 's hat] is white .
-[/EN#101/people Two cooks] , [/EN#105/people someone] .
-[/EN#101/people someone]
+[/EN#101/people Two cooks] , [/EN#105/people someone] , [/EN#101/people someone] .
 [/EN#105/people A stranger] sails .
 """
 
@@ -350,7 +314,7 @@ def test_flickr30k(tmp_path, out, run):
     write(tmp_path / "Annotations/900002.xml", "<annotation>")
     write(tmp_path / "Sentences/900001.txt", SENTENCES)
     write(tmp_path / "train.txt", "900001\n900002\n")
-    write(tmp_path / "UNRELATED_CAPTIONS", "# format: <imageID> <sentence number>\n900001 5\n")
+    write(tmp_path / "UNRELATED_CAPTIONS", "# format: <imageID> <sentence number>\n900001 4\n")
     assert run("flickr30k", tmp_path, "--max-malformed", 0.5) == {
         "written": 2, "dropped: the phrase has no box": 2,
         "dropped: the phrase names different things in one picture": 1,
@@ -362,61 +326,43 @@ def test_flickr30k(tmp_path, out, run):
     assert (second["id"], asked(second)[0]) == ("flickr30k/train/900001/3", "the cook's hat")
 
 
-@pytest.mark.parametrize("text", ["", '[{"a": 1}, {"a"', "[1 2]", "[] []"])
-def test_json_that_is_none(tmp_path, fails, text):
-    """Half a download and other files that are not JSON: one line with the file's name."""
-    path = write(tmp_path / "a.json", text)
-    assert f"{path}: not JSON, or not all of it" in fails("allava", path)
-
-
 def test_check_images(tmp_path, out):
-    """Missing, cut off, outside by a link, of another size than its boxes are for: malformed.
-
-    A GIF under the name of a .jpg is a picture like any other.
-    """
-    root = tmp_path / "root"
-    root.mkdir()
-    Image.new("RGB", (64, 48)).save(root / "good.jpg")
-    Image.new("P", (64, 48)).save(root / "gif.jpg", format="GIF")
-    (root / "cut.jpg").write_bytes((root / "good.jpg").read_bytes()[:300])
-    Image.new("RGB", (64, 48)).save(tmp_path / "outside.jpg")
-    (root / "link.jpg").symlink_to(tmp_path / "outside.jpg")
-    turns = talk("<image>\nWhat?", "That.")
-    items = [make_row("s", "t", name, f"{name}.jpg", turns)
-             for name in ("good", "gif", "cut", "link", "none")]
+    """Missing, cut off, outside by a link, of another size than its boxes are for: malformed."""
+    good, cut, link = (tmp_path / "root" / f"{name}.jpg" for name in ("good", "cut", "link"))
+    good.parent.mkdir()
+    Image.new("RGB", (64, 48)).save(good)
+    cut.write_bytes(good.read_bytes()[:300])
+    link.symlink_to(good.rename(tmp_path / "outside.jpg"))
+    Image.new("P", (64, 48)).save(good, format="GIF")  # under the name of a .jpg: it may be
+    items = [make_row("s", "t", name, f"{name}.jpg", talk("<image>\nWhat?", "That."))
+             for name in ("good", "cut", "link", "none")]
     items += [grounding_row("s", "t", f"{w}x{h}", "good.jpg", (w, h), "mug", [[1, 2, 30, 40]])
               for w, h in ((64, 48), (48, 64))]
-    counts = convert(items, out, root=root, max_malformed=0.7)
-    assert [row["id"] for row in rows(out)] == ["s/t/good", "s/t/gif", "s/t/64x48"]
-    assert counts == {
-        "written": 3, "malformed: ValueError: the picture is broken": 1,
+    assert convert(items, out, root=good.parent, max_malformed=0.7) == {
+        "written": 2, "malformed: ValueError: the picture is broken": 1,
         "malformed: ValueError: the picture is missing, or not below the root": 2,
         "malformed: ValueError: the picture is not of the size that its boxes are for": 1}
-
-
-def text_rows(count: int) -> list[dict]:
-    return [make_row("s", "t", number, None, talk("q", "a")) for number in range(count)]
+    assert [row["id"] for row in rows(out)] == ["s/t/good", "s/t/64x48"]
 
 
 def test_one_percent_may_be_malformed(out):
-    """More are an error, and there is no file; rows that training would refuse count, too.
-
-    A reader that fails half way leaves no file either, nor a part of it.
-    """
-    bad = [make_row("s", "t", 0, None, talk("q", "\ud800")), text_rows(1)[0] | {"id": 7}]
+    """More are an error, and as after an exception there is no file, nor a part of one."""
+    good = [make_row("s", "t", number, None, talk("q", "a")) for number in range(99)]
+    bad = [make_row("s", "t", 0, None, talk("q", "\ud800")), good[0] | {"id": 7}]
     with pytest.raises(ValueError, match="2 of 101 are malformed, so nothing is written"):
-        convert(text_rows(99) + bad, out)
+        convert(good + bad, out)
     with pytest.raises(ZeroDivisionError):
-        convert((1 / (2 - number) and row for number, row in enumerate(text_rows(3))), out)
+        convert((1 / (2 - number) and row for number, row in enumerate(good)), out)
     assert not list(out.parent.iterdir())
-    assert convert(text_rows(99) + bad[:1], out)["written"] == 99
+    assert convert(good + bad[:1], out)["written"] == 99
     with pytest.raises(FileExistsError, match="there already"):
-        convert(text_rows(1), out)
+        convert(good, out)
 
 
 @pytest.mark.parametrize("name", sorted(command.READERS))
 def test_a_wrong_input_is_one_line(tmp_path, fails, name):
-    """A file or folder that is not the data set's, none at all, a missing package."""
+    """A file or folder that is not the data set's, or half of it; no file at all."""
     options = ["--exclude-images", "none", "--images", str(tmp_path / "root")]
-    for source in (tmp_path / "missing", write(tmp_path / "train.json", "[]"), tmp_path):
+    empty, half = write(tmp_path / "a.json", "[]"), write(tmp_path / "b.json", '[{"id": ')
+    for source in (empty, half, tmp_path, tmp_path / "missing"):
         fails(name, source, *options)
