@@ -3,15 +3,11 @@
 SOURCE is Meta's Llama folder, a Hugging Face folder of Llama or CLIP, the official IAA release, a
 GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
 
-- By table: a row says which tensors of the source make one of ours, and how. A tensor that is
-  missing, left over, or of another shape than in our own model is an error that names it.
-- By shards of at most 512 MB: sources are mapped, so memory holds a shard and the tensor that is
-  made, whatever the checkpoint's size. (An adaptor of the IAA release is one file, and in memory as
-  a whole.)
+- Tables (conversion/tensor_tables.py) say which tensors of the source make one of ours, and how.
+- Sources are mapped, so memory holds a shard of at most 512 MB and the tensor that is made,
+  whatever the checkpoint's size. (An adaptor of the IAA release is in memory as a whole.)
 - A base's SHA-256 runs over its config, then over its tensors as written, in the order of the
   model's `state_dict()`. It is computed here, once; adaptors keep it.
-
-Files are read by conversion/checkpoint_readers.py, the tables stand in conversion/tensor_tables.py.
 """
 
 import argparse
@@ -29,19 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip import Clip, ClipConfig
-from common.files import new_folder, one_line, parse_dataclass, read_json, write_json
-from conversion import model_configs as configs
+from common.files import new_folder, one_line, parse_dataclass, write_json
+from conversion import checkpoint_readers as readers
 from conversion import tensor_tables as tables
 from conversion import tokenizer_readers as tokenizers
-from conversion.checkpoint_readers import (
-    Named,
-    Source,
-    open_gguf,
-    open_hf_files,
-    open_meta_files,
-    open_onnx,
-)
-from conversion.tensor_tables import Row
 from iaa import Adaptor, AdaptorConfig, Index
 from llama import Llama, LlamaConfig
 from tokenization.tokenizer import Tokenizer
@@ -51,25 +38,21 @@ KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with co
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' names
 SHARD_BYTES = 512 * 2**20
-IAA_PROMPT = {"template": "llama3", "system": None}  # the template's own is the official one
 
 
 class Part(NamedTuple):
     """One of the models in a source: ours, as shapes without storage, and a row for each tensor."""
 
     model: nn.Module
-    rows: dict[str, Row]
+    rows: dict[str, tables.Row]
 
 
-Checkpoint = tuple[Source, dict[str, Part], Tokenizer | None]  # what a path holds
+Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 
-def make_part(table: list[Row], model_class: Callable[..., nn.Module], config, *more) -> Part:
-    """Match table and model. config: a dataclass, checked here; more: what else the class takes.
-
-    Raises ValueError for a setting of another kind than the dataclass says.
-    """
-    config = parse_dataclass(type(config), asdict(config))
+def make_part(table: list[tables.Row], model_class: Callable[..., nn.Module], config, *more) -> Part:
+    """Match table and model; more: what the class takes beside its config. Raises ValueError."""
+    config = parse_dataclass(type(config), asdict(config))  # foreign values may be of any kind
     with torch.device("meta"):  # shapes without storage
         model = model_class(config, *more)
     rows = {row.target: row for line in table for row in tables.expand(line, len(model.layers))}
@@ -77,20 +60,17 @@ def make_part(table: list[Row], model_class: Callable[..., nn.Module], config, *
     return Part(model, {target: rows[target] for target in model.state_dict()})
 
 
-def check_names(source: Source, parts: dict[str, Part]) -> None:
-    """Raise ValueError for a tensor that is missing, or would be lost: it is not known as useless.
-    """
+def check_names(source: readers.Source, parts: dict[str, Part]) -> None:
+    """Raise ValueError for a tensor that is missing, and for one of no known use."""
     rows = [row for part in parts.values() for row in part.rows.values()]
-    used = {name: None for row in rows for name in row.sources.split()}
-    for name in used:
-        source[name]  # raises where it is missing
+    used = {name: source[name] for row in rows for name in row.sources.split()}
     left = [name for name in source if name not in used
             and not any(fnmatchcase(name, pattern) for pattern in tables.IGNORED)]
     if left:
         raise ValueError(f"{len(left)} tensors left over, of no known use: {', '.join(left[:3])}")
 
 
-def make_tensor(source: Source, part: Part, target: str, dtype: torch.dtype) -> Tensor:
+def make_tensor(source: readers.Source, part: Part, target: str, dtype: torch.dtype) -> Tensor:
     """One target tensor, contiguous. Raises ValueError for a wrong shape or infinite numbers."""
     _, names, how = part.rows[target]
     inputs = [source[name]() for name in names.split()]
@@ -99,11 +79,11 @@ def make_tensor(source: Source, part: Part, target: str, dtype: torch.dtype) -> 
     shape = part.model.state_dict()[target].shape
     try:
         tensor = how(part.model.config, *inputs).to(dtype).contiguous()
-    except (RuntimeError, IndexError):
-        tensor = None
-    if tensor is None or tensor.shape != shape:
+    except (RuntimeError, IndexError):  # the inputs do not fit together
+        tensor = torch.empty(0)
+    if tensor.shape != shape:
         found = ", ".join(str(list(tensor.shape)) for tensor in inputs)
-        raise ValueError(f"{target} should be {list(shape)}, which {names} of {found} do not make")
+        raise ValueError(f"{target} should be {list(shape)}, but {names} of {found} do not make it")
     if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is the least and the greatest
         raise ValueError(f"{names}: values are not finite, or too large for {CODES[dtype]}")
     return tensor
@@ -127,10 +107,10 @@ def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
     return shards
 
 
-def write_base(folder: Path, kind: str, source: Source, part: Part, dtype: torch.dtype) -> str:
+def write_base(folder: Path, kind: str, source: readers.Source, part: Part, dtype: torch.dtype) -> str:
     """Write a frozen model of `kind` in shards, and its config.json. Returns its SHA-256."""
     config, shards = asdict(part.model.config), split_into_shards(part.model, dtype.itemsize)
-    # The config too: towers read at another layer have the same tensors, and other features.
+    # Towers read at another layer have the same tensors and another config.
     digest = hashlib.sha256(json.dumps(config).encode())
     for number, names in enumerate(shards, 1):
         tensors = {}  # frees the last shard before the next is made
@@ -145,17 +125,17 @@ def write_base(folder: Path, kind: str, source: Source, part: Part, dtype: torch
 
 
 def write_adaptor(
-    folder: Path, base: dict[str, str], source: Source, part: Part, dtype: torch.dtype
+    folder: Path, base: dict[str, str], source: readers.Source, part: Part, dtype: torch.dtype
 ) -> None:
     """Write an adaptor that is bound to `base`, the SHA-256 of the frozen models."""
     tensors = {name: make_tensor(source, part, name, dtype) for name in part.rows}
     part.model.load_state_dict(tensors, assign=True)
-    part.model.prompt = IAA_PROMPT
+    part.model.prompt = {"template": "llama3", "system": None}  # None: the template's own
     part.model.save(folder, base, {}, dtype)
     part.model.to("meta")  # frees the memory
 
 
-def llama_part(source: Source, table: list[Row], config: LlamaConfig) -> Part:
+def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaConfig) -> Part:
     """A Llama. Where the head is the embedding, a copy of it is checked and dropped."""
     names = {row.target: row.sources for row in table}
     head, embedding = names["head.weight"], names["embedding.weight"]
@@ -166,38 +146,24 @@ def llama_part(source: Source, table: list[Row], config: LlamaConfig) -> Part:
     return make_part(table, Llama, config)
 
 
-def open_meta(folder: Path) -> Checkpoint:
-    """Meta's Llama folder."""
-    source = open_meta_files(folder)
-    config = configs.meta_config(Named(read_json(folder / "params.json")), source)
-    version = "3.1" if config.rope_scaling else "3"
-    tokenizer = tokenizers.read_meta_tokenizer(folder / "tokenizer.model", version)
-    return source, {"llama": llama_part(source, tables.META_LLAMA, config)}, tokenizer
-
-
 def open_hf(folder: Path, tower: dict) -> Checkpoint:
-    """A Hugging Face folder, the official IAA release included."""
-    config, source = Named(read_json(folder / "config.json")), open_hf_files(folder)
+    """A Hugging Face folder, the official IAA release included; as `open_checkpoint`."""
+    source, config = readers.open_hf(folder)
     release = any(name.startswith("model.condition_layers.") for name in source)
-    mark = "embeddings.patch_embedding.weight"  # of a vision tower, whose names have any prefix
-    prefix = next((name.removesuffix(mark) for name in source if name.endswith(mark)), None)
-    clip_table = tables.within("", prefix or "", tables.HF_CLIP)
+    kind = "IAA" if release else config["model_type"]
+    if kind not in ("llama", "clip", "clip_vision_model", "IAA"):
+        raise ValueError(f"model_type {kind!r} is not supported, only llama, clip and IAA")
     parts, tokenizer = {}, None
-    if release or config["model_type"] == "llama":
-        llama = configs.hf_llama_config(config)
+    if kind in ("llama", "IAA"):
+        llama = readers.hf_llama_config(config)
         parts["llama"] = llama_part(source, tables.HF_LLAMA, llama)
         tokenizer = tokenizers.read_hf_tokenizer(folder)
-    elif config["model_type"] in ("clip", "clip_vision_model"):
-        tower = configs.hf_clip_settings(config.get("vision_config", config), folder) | tower
-        parts["clip"] = make_part(clip_table, Clip, configs.clip_config(source, clip_table, tower))
-    else:
-        raise ValueError(f"model_type {config['model_type']!r} is not supported, "
-                         "only llama, clip, clip_vision_model and IAA")
-    if release and prefix:
-        configs.allow_only(config, {"mm_vision_select_feature": ("patch",),
-                                    "image_aspect_ratio": ("pad",)})
-        tower = {"feature_layer": config.get("mm_vision_select_layer", -2)}
-        parts["clip"] = make_part(clip_table, Clip, configs.clip_config(source, clip_table, tower))
+    mark = "embeddings.patch_embedding.weight"  # of a vision tower, whose names have any prefix
+    for name in [name for name in source if name.endswith(mark)]:
+        settings = readers.hf_clip_settings(config, folder, release)
+        table = tables.within("", name.removesuffix(mark), tables.HF_CLIP)
+        config = readers.clip_config(source, table, settings | tower)
+        parts["clip"] = make_part(table, Clip, config)
     if release:
         adaptor = AdaptorConfig(tuple(i for i in range(llama.layers) if i % 5 < 2))
         vision_width = source["model.mm_projector.0.weight"]().shape[1]
@@ -207,25 +173,28 @@ def open_hf(folder: Path, tower: dict) -> Checkpoint:
 
 
 def open_checkpoint(path: Path, tower: dict) -> Checkpoint:
-    """What `path` holds. tower: settings of a ClipConfig that the user asks for.
+    """What `path` holds: tensors, models by name ("llama", "clip", adaptors), a Llama's tokenizer.
 
-    Raises FileNotFoundError, or ValueError that lists what is known.
+    tower: settings of a ClipConfig that the user asks for. Raises FileNotFoundError, ValueError.
     """
     if not path.exists():
         raise FileNotFoundError("no such file or folder")
-    if (path / "params.json").is_file():
-        return open_meta(path)
     if (path / "config.json").is_file():
         return open_hf(path, tower)
-    if path.suffix == ".gguf":
-        source, metadata = open_gguf(path)
-        llama = llama_part(source, tables.GGUF_LLAMA, configs.gguf_config(metadata, source))
-        return source, {"llama": llama}, tokenizers.read_gguf_tokenizer(path, metadata)
     if path.suffix == ".onnx":
-        source = open_onnx(path)
-        config = configs.clip_config(source, tables.DINOV2, configs.DINOV2_SETTINGS | tower)
+        source = readers.open_onnx(path)
+        config = readers.clip_config(source, tables.DINOV2, readers.DINOV2_SETTINGS | tower)
         return source, {"clip": make_part(tables.DINOV2, Clip, config)}, None
-    raise ValueError(f"not a known format. Known: {KNOWN}")
+    if (path / "params.json").is_file():
+        (source, config), table = readers.open_meta(path), tables.META_LLAMA
+        version = "3.1" if config.rope_scaling else "3"
+        tokenizer = tokenizers.read_meta_tokenizer(path / "tokenizer.model", version)
+    elif path.suffix == ".gguf":
+        (source, config, fields), table = readers.open_gguf(path), tables.GGUF_LLAMA
+        tokenizer = tokenizers.read_gguf_tokenizer(path, fields)
+    else:
+        raise ValueError(f"not a known format. Known: {KNOWN}")
+    return source, {"llama": llama_part(source, table, config)}, tokenizer
 
 
 @torch.no_grad()  # the tensors of a file may be trainable parameters
@@ -235,12 +204,9 @@ def convert(
     """Convert what is at `source` into the new folder `out`, which appears whole or not at all.
 
     dtype: a key of DTYPES, or None for bf16, and fp32 for towers. clip: a converted tower for
-    adaptors without theirs. tower: image_px and feature_layer of a source that is a tower, where
-    the files' own and the last layer but one are not wanted. Raises ValueError or OSError, in one
-    line.
+    adaptors without theirs. tower: image_px, feature_layer of a source that is a tower, instead of
+    the files' own size and the last layer but one. Raises ValueError or OSError, in one line.
     """
-    if out.exists():
-        raise FileExistsError(f"{out}: already there; remove it first")
     try:
         tensors, parts, tokenizer = open_checkpoint(source, tower)
     except (TypeError, AttributeError, ArithmeticError, IndexError) as error:  # as null for a size
@@ -271,8 +237,7 @@ def convert(
                 tokenizer.save(folder)
                 print(f"{out}: tokenizer of {tokenizer.vocab_size} tokens, chat template "
                       f"{tokenizer.template}, image token {tokenizer.image_token}")
-            size = sum(map(torch.numel, part.model.parameters())) / 1e6
-            print(f"{out}: {name}, {len(part.rows)} tensors, {size:.1f} M parameters in {kind}")
+            print(f"{out}: {name}, {len(part.rows)} tensors in {kind}")
         if adaptors:  # a whole model, for sample.py
             index = Index("llama", vision, tokenizer.image_id, {name: name for name in adaptors})
             write_json(new / "iaa.json", asdict(index))

@@ -1,12 +1,11 @@
 """Which foreign tensors make which of ours: the tables of `convert_weights.py`.
 
-Foreign names occur here and there only. A row names one tensor of ours, those of the source that
-it is made of, and how. {i} counts layers; a row with * stands for two, weight and bias. Rotary
-pairs: ours are (j, j + E/2), as Hugging Face's; Meta's and GGUF's (2j, 2j + 1) are reordered.
+A row names one tensor of ours, those of the source that it is made of, and how. {i} counts layers;
+a row with * stands for two, weight and bias. Our rotary pairs are (j, j + E/2), as Hugging Face's.
 
 Letters: D width, H query heads, E head size, F feed-forward width, P patches.
 Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), transformers (Llama, CLIP, Dinov2)
-and 360CVGroup/Inner-Adaptor-Architecture with its misspelt `lm_head_condtion`.
+and 360CVGroup/Inner-Adaptor-Architecture.
 """
 
 from collections.abc import Callable
@@ -26,14 +25,11 @@ def stack(_, *parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (H * E, D) with rotary pairs (2j, 2j + 1) -> pairs (j, j + E/2)."""
-    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
 def half_split_qkv(config: LlamaConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Meta's and llama.cpp's q, k, v as our one matrix."""
-    return torch.cat((half_split(q, config.heads), half_split(k, config.kv_heads), v))
+    """Meta's and llama.cpp's q, k, v, whose rotary pairs are (2j, 2j + 1), as our one matrix."""
+    turned = [weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+              for weight, heads in ((q, config.heads), (k, config.kv_heads))]
+    return torch.cat((*turned, v))
 
 
 def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
@@ -44,8 +40,7 @@ def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
 def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: Tensor) -> Tensor:
     """Positions of class token (1, 1, D), patches (1, P0, D) and patch bias (D,) -> (1 + P, D).
 
-    From the training grid to that of config.image_px bicubically, as Dinov2Embeddings does it, in
-    fp32.
+    Patches: from the training grid to that of config.image_px, bicubic in fp32 as in Dinov2.
     """
     old, new = isqrt(rest.shape[1]), isqrt(config.patches)
     grid = rest.float().view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
@@ -60,19 +55,13 @@ class Row(NamedTuple):
     sources: str
     how: Callable[..., Tensor] = stack
 
-    def fill(self, mark: str, value: str) -> "Row":
-        """The row with `value` for `mark`, in the names of both sides."""
-        return Row(self.target.replace(mark, value), self.sources.replace(mark, value), self.how)
-
 
 def expand(row: Row, layers: int) -> list[Row]:
     """The rows that one with marks stands for: a row for each layer, for weight and for bias."""
-    rows = [row]
-    if "{i}" in row.target:
-        rows = [row.fill("{i}", str(i)) for i in range(layers)]
-    if "*" in row.target:
-        rows = [each.fill("*", part) for each in rows for part in ("weight", "bias")]
-    return rows
+    numbers = range(layers) if "{i}" in row.target else (0,)
+    parts = ("weight", "bias") if "*" in row.target else ("",)
+    return [Row(*(name.replace("{i}", str(i)).replace("*", part) for name in row[:2]), row.how)
+            for i in numbers for part in parts]
 
 
 def within(target: str, source: str, rows: list[Row]) -> list[Row]:

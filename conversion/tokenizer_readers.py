@@ -45,18 +45,19 @@ def build_tokenizer(
 
 
 def read_sentencepiece(path: Path) -> Tokenizer | None:
-    """Llama 2's or Vicuna's `tokenizer.model`; None where it is Llama 3's, lines of base64.
-
-    Image token: <unk>, which no text makes.
-    """
+    """Llama 2's or Vicuna's `tokenizer.model`; None where it is Llama 3's, lines of base64."""
     model = path.read_bytes()
     if model[:1] != b"\n":
         return None
+    # No text makes <unk>, so it can stand for an image.
     return Tokenizer(model, {"<unk>": 0, "<s>": 1, "</s>": 2}, "vicuna", "<unk>")
 
 
 def llama3_specials(version: str) -> dict[str, int]:
-    """Name -> id of the 256 special tokens of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1")."""
+    """Name -> id of the 256 special tokens of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1").
+
+    The names are in no file of Meta's.
+    """
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
              9: "eot_id"}
     if version == "3.1":
@@ -67,11 +68,7 @@ def llama3_specials(version: str) -> dict[str, int]:
 
 
 def read_meta_tokenizer(path: Path, version: str) -> Tokenizer:
-    """Meta's `tokenizer.model`: sentencepiece, or lines (base64, rank) of Llama 3.
-
-    version: "3", or "3.1" for 3.1 and 3.2. It tells the names of the special tokens, which are in
-    no file of Meta's.
-    """
+    """Meta's `tokenizer.model`. version: of a Llama 3, as in `llama3_specials`."""
     if tokenizer := read_sentencepiece(path):
         return tokenizer
     model = read_ranks(path)
@@ -87,13 +84,14 @@ def gpt2_bytes() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def merge_order(vocab: dict[str, int], merges: list) -> dict[bytes, int]:
-    """Token bytes -> id, in merge order: single bytes first, then the merges, then the rest."""
+def merge_order(vocab: dict[str, int], specials: dict, merges: list) -> dict[bytes, int]:
+    """Bytes of ordinary tokens -> id, in merge order: single bytes, then the merges, the rest."""
     table = gpt2_bytes()
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     order = [*table, *("".join(pair) for pair in pairs), *vocab]
     try:
-        return {bytes(table[c] for c in token): vocab[token] for token in order if token in vocab}
+        return {bytes(table[c] for c in token): vocab[token] for token in order
+                if token in vocab and token not in specials}
     except KeyError as error:
         raise ValueError(f"not a byte-level BPE: a token holds {error}") from None
 
@@ -101,10 +99,9 @@ def merge_order(vocab: dict[str, int], merges: list) -> dict[bytes, int]:
 def hf_split(tokenizer: dict) -> str:
     """The regex by which a `tokenizer.json` splits text. ValueError for all but byte-level BPE."""
     model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
-    odd = [key for key in ("unk_token", "byte_fallback", "continuing_subword_prefix",
-                           "end_of_word_suffix", "dropout") if model.get(key)]
-    odd += ["normalizer"] if tokenizer.get("normalizer") else []
-    if model.get("type") == "BPE" and not odd:
+    odd = ("unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
+           "dropout", "normalizer")
+    if model.get("type") == "BPE" and not any({**tokenizer, **model}.get(key) for key in odd):
         match [{"use_regex": True} | step for step in pre.get("pretokenizers", [pre])]:
             case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
                 return GPT2_SPLIT
@@ -115,8 +112,8 @@ def hf_split(tokenizer: dict) -> str:
                    "pattern": {"Regex": pattern}},
                   {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
                 return pattern
-    raise ValueError(f"{model.get('type')} with {odd}: supported is plain BPE after ByteLevel, "
-                     "Split and ByteLevel, or Digits and ByteLevel, without prefix space")
+    raise ValueError(f"{model.get('type')}: supported is plain BPE after ByteLevel, Split and "
+                     f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
 
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
@@ -129,9 +126,8 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     try:
         pattern, model = hf_split(content), content["model"]
         specials = {token["content"]: token["id"] for token in content["added_tokens"]}
-        vocab = {token: n for token, n in model["vocab"].items() if token not in specials}
-        return build_tokenizer(merge_order(vocab, model["merges"]), specials, pattern,
-                               str(template))  # one template, or a list of named ones
+        ranked = merge_order(model["vocab"], specials, model["merges"])
+        return build_tokenizer(ranked, specials, pattern, str(template))  # or a list of them
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -146,6 +142,6 @@ def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
                              for name in ("tokens", "token_type", "merges"))
     ids = {token: number for number, token in enumerate(tokens)}
     specials = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}
-    vocab = {token: number for token, number in ids.items() if token not in specials}  # kind 1
-    return build_tokenizer(merge_order(vocab, merges), specials, GGUF_SPLITS[split],
-                           fields.get("tokenizer.chat_template", ""))
+    ranked = merge_order(ids, specials, merges)
+    template = fields.get("tokenizer.chat_template", "")
+    return build_tokenizer(ranked, specials, GGUF_SPLITS[split], template)
