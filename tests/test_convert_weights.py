@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import convert_weights
 from clip import Clip, ClipConfig
 from conversion import tensor_tables
-from conversion.checkpoint_readers import Named, Source
-from conversion.model_configs import meta_config
+from conversion.checkpoint_readers import Named
+from conversion.checkpoint_readers import meta_config
 from conversion.tokenizer_readers import read_sentencepiece
 from convert_weights import convert, hash_tensor
 from iaa import Adaptor, AdaptorConfig, load_iaa
@@ -268,10 +269,11 @@ def test_meta_settings(name):
     """Meta's own params.json of Llama 3, 3.1 and 3.2 gives the sizes that llama.py names."""
     known = SIZES[name]
     shapes = {"tok_embeddings.weight": (128256, known.width),
-              "layers.0.feed_forward.w1.weight": (known.ffn, known.width),
+              "layers.0.feed_forward.w2.weight": (known.width, known.ffn),
               "output.weight": (128256, known.width)}  # 1B and 3B have a copy there
     params = {"norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256} | PARAMS[name]
-    assert meta_config(Named(params), Source(shapes, None)) == known
+    source = {name: partial(torch.empty, shape, device="meta") for name, shape in shapes.items()}
+    assert meta_config(Named(params), source) == known
 
 
 @pytest.mark.parametrize(("width", "factor", "shards"), [(64, 8.0, 2), (2048, 32.0, 1)])
