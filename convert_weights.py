@@ -50,7 +50,9 @@ class Part(NamedTuple):
 Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 
-def make_part(table: list[tables.Row], model_class: Callable[..., nn.Module], config, *more) -> Part:
+def make_part(
+    table: list[tables.Row], model_class: Callable[..., nn.Module], config, *more
+) -> Part:
     """Match table and model; more: what the class takes beside its config. Raises ValueError."""
     config = parse_dataclass(type(config), asdict(config))  # foreign values may be of any kind
     with torch.device("meta"):  # shapes without storage
