@@ -109,7 +109,9 @@ def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
     return shards
 
 
-def write_base(folder: Path, kind: str, source: readers.Source, part: Part, dtype: torch.dtype) -> str:
+def write_base(
+    folder: Path, kind: str, source: readers.Source, part: Part, dtype: torch.dtype
+) -> str:
     """Write a frozen model of `kind` in shards, and its config.json. Returns its SHA-256."""
     config, shards = asdict(part.model.config), split_into_shards(part.model, dtype.itemsize)
     # Towers read at another layer have the same tensors and another config.

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 import convert_weights
 from clip import Clip, ClipConfig
 from conversion import tensor_tables
-from conversion.checkpoint_readers import Named
-from conversion.checkpoint_readers import meta_config
+from conversion.checkpoint_readers import Named, meta_config
 from conversion.tokenizer_readers import read_sentencepiece
 from convert_weights import convert, hash_tensor
 from iaa import Adaptor, AdaptorConfig, load_iaa
