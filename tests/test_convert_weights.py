@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import convert_weights
 from clip import Clip, ClipConfig
 from conversion import tensor_tables
-from conversion.checkpoint_readers import Named, meta_config
+from conversion.checkpoint_readers import Named, Source
+from conversion.model_configs import meta_config
 from conversion.tokenizer_readers import read_sentencepiece
 from convert_weights import convert, hash_tensor
 from iaa import Adaptor, AdaptorConfig, load_iaa
@@ -268,11 +268,10 @@ def test_meta_settings(name):
     """Meta's own params.json of Llama 3, 3.1 and 3.2 gives the sizes that llama.py names."""
     known = SIZES[name]
     shapes = {"tok_embeddings.weight": (128256, known.width),
-              "layers.0.feed_forward.w2.weight": (known.width, known.ffn),
+              "layers.0.feed_forward.w1.weight": (known.ffn, known.width),
               "output.weight": (128256, known.width)}  # 1B and 3B have a copy there
     params = {"norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256} | PARAMS[name]
-    source = {name: partial(torch.empty, shape, device="meta") for name, shape in shapes.items()}
-    assert meta_config(Named(params), source) == known
+    assert meta_config(Named(params), Source(shapes, None)) == known
 
 
 @pytest.mark.parametrize(("width", "factor", "shards"), [(64, 8.0, 2), (2048, 32.0, 1)])
@@ -730,13 +729,13 @@ def test_rotary_base_of_hf(tmp_path, llama, tokenizer_model, change):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"rms_norm_eps": None}, "norm_eps = None: expected float"),
-    ({"max_position_embeddings": "long"}, "value of another kind"),
+    ({"max_position_embeddings": "long"}, "must be a whole number, 1 or more"),
     ({"rope_parameters": "llama3"}, "rope_parameters = 'llama3': expected dict"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type = 'linear' is not supported"),
     ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
     ({"num_hidden_layers": 2}, "tensors left over"),
-    ({"num_hidden_layers": None}, "value of another kind"),
+    ({"num_hidden_layers": None}, "must be a whole number, 1 or more"),
     ({"num_attention_heads": 8}, "layers.0.attention.qkv.weight should be"),
 ])
 def test_configs_that_are_refused(tmp_path, llama, tokenizer_model, change, message):
