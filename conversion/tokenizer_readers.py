@@ -1,8 +1,7 @@
 """Foreign tokenizers -> `Tokenizer`: Meta's files, Hugging Face folders, sentencepiece, GGUF.
 
 A byte-level BPE becomes a table of bytes in merge order and the regex by which text is split.
-Other kinds are refused, never approximated. Special tokens are kept by name; they tell the chat
-template, unless the model's own template does, and which token can stand for an image.
+Other kinds are refused, never approximated. Special tokens are kept by name.
 
 Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp (GGUF metadata).
 """
@@ -41,23 +40,24 @@ def build_tokenizer(
     template = TEMPLATE_MARKS[marks[0]] if marks else "plain"
     images = [name for name in IMAGE_TOKENS if name in special_tokens]
     if not images:
-        raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed, "
-                         f"not {[*special_tokens][:20]}")
+        raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed")
     return Tokenizer(model, special_tokens, template, images[0], pattern)
 
 
-def read_sentencepiece(path: Path) -> Tokenizer:
-    """Llama 2's or Vicuna's `tokenizer.model`. Image token: <unk>, which no text makes."""
-    return Tokenizer(path.read_bytes(), {"<unk>": 0, "<s>": 1, "</s>": 2}, "vicuna", "<unk>")
-
-
-def is_sentencepiece(path: Path) -> bool:
-    """Whether a `tokenizer.model` is a sentencepiece protobuf. Llama 3's is lines of base64."""
-    return path.read_bytes()[:1] == b"\n"
+def read_sentencepiece(path: Path) -> Tokenizer | None:
+    """Llama 2's or Vicuna's `tokenizer.model`; None where it is Llama 3's, lines of base64."""
+    model = path.read_bytes()
+    if model[:1] != b"\n":
+        return None
+    # No text makes <unk>, so it can stand for an image.
+    return Tokenizer(model, {"<unk>": 0, "<s>": 1, "</s>": 2}, "vicuna", "<unk>")
 
 
 def llama3_specials(version: str) -> dict[str, int]:
-    """Name -> id of the 256 special tokens of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1")."""
+    """Name -> id of the 256 special tokens of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1").
+
+    The names are in no file of Meta's.
+    """
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
              9: "eot_id"}
     if version == "3.1":
@@ -68,17 +68,12 @@ def llama3_specials(version: str) -> dict[str, int]:
 
 
 def read_meta_tokenizer(path: Path, version: str) -> Tokenizer:
-    """Meta's `tokenizer.model`: sentencepiece, or lines (base64, rank) of Llama 3.
-
-    version: "3", or "3.1" for 3.1 and 3.2; it names the special tokens, which no file of Meta's
-    does.
-    """
-    if is_sentencepiece(path):
-        return read_sentencepiece(path)
+    """Meta's `tokenizer.model`. version: of a Llama 3, as in `llama3_specials`."""
+    if tokenizer := read_sentencepiece(path):
+        return tokenizer
     model = read_ranks(path)
-    if list(model.values()) != list(range(LLAMA3_TOKENS)):
-        raise ValueError(f"{path}: {len(model)} tokens: "
-                         f"Llama 3 has {LLAMA3_TOKENS}, numbered from 0")
+    if [*model.values()] != [*range(LLAMA3_TOKENS)]:
+        raise ValueError(f"{path}: {len(model)} tokens: Llama 3 has {LLAMA3_TOKENS}, from 0 on")
     return build_tokenizer(model, llama3_specials(version), LLAMA3_SPLIT)
 
 
@@ -89,85 +84,64 @@ def gpt2_bytes() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def merge_order(vocab: dict[str, int], merges: list) -> dict[bytes, int]:
-    """Token bytes -> id, in merge order: single bytes first, then the merges, then the rest."""
+def merge_order(vocab: dict[str, int], specials: dict, merges: list) -> dict[bytes, int]:
+    """Bytes of ordinary tokens -> id, in merge order: single bytes, then the merges, the rest."""
     table = gpt2_bytes()
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     order = [*table, *("".join(pair) for pair in pairs), *vocab]
     try:
-        return {bytes(table[c] for c in token): vocab[token] for token in order if token in vocab}
+        return {bytes(table[c] for c in token): vocab[token] for token in order
+                if token in vocab and token not in specials}
     except KeyError as error:
         raise ValueError(f"not a byte-level BPE: a token holds {error}") from None
 
 
-def hf_split(tokenizer_json: dict) -> str:
-    """The regex by which a Hugging Face byte-level BPE splits. ValueError for another kind."""
-    model, pre = tokenizer_json.get("model") or {}, tokenizer_json.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    match [{"use_regex": True} | step for step in steps]:
-        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            pattern = GPT2_SPLIT
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            pattern = DIGITS_SPLIT
-        case [{"type": "Split", "behavior": "Isolated", "invert": False,
-               "pattern": {"Regex": pattern}},
-              {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
-            pass  # the pattern is that of the file
-        case _:
-            pattern = None
-    odd = [key for key in ("unk_token", "byte_fallback", "continuing_subword_prefix",
-                           "end_of_word_suffix", "dropout") if model.get(key)]
-    odd += ["normalizer"] if tokenizer_json.get("normalizer") else []
-    if not pattern or odd or model.get("type") != "BPE":
-        found = [step.get("type") for step in steps]
-        raise ValueError(
-            f"{model.get('type')} with {odd} after {found}: supported is plain BPE after ByteLevel,"
-            " Split (regex, isolated) + ByteLevel or Digits (individual) + ByteLevel,"
-            " without prefix space; or sentencepiece in tokenizer.model")
-    return pattern
+def hf_split(tokenizer: dict) -> str:
+    """The regex by which a `tokenizer.json` splits text. ValueError for all but byte-level BPE."""
+    model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+    odd = ("unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
+           "dropout", "normalizer")
+    if model.get("type") == "BPE" and not any({**tokenizer, **model}.get(key) for key in odd):
+        match [{"use_regex": True} | step for step in pre.get("pretokenizers", [pre])]:
+            case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+                return GPT2_SPLIT
+            case [{"type": "Digits", "individual_digits": True},
+                  {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+                return DIGITS_SPLIT
+            case [{"type": "Split", "behavior": "Isolated", "invert": False,
+                   "pattern": {"Regex": pattern}},
+                  {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
+                return pattern
+    raise ValueError(f"{model.get('type')}: supported is plain BPE after ByteLevel, Split and "
+                     f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
 
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
     """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
-    path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
-    if model_path.is_file() and is_sentencepiece(model_path):
-        return read_sentencepiece(model_path)
-    tokenizer, config = read_json(path), folder / "tokenizer_config.json"
-    chat_template = read_json(config).get("chat_template") if config.is_file() else None
+    model_path, path = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model_path.is_file() and (tokenizer := read_sentencepiece(model_path)):
+        return tokenizer
+    content, config = read_json(path), folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.is_file() else None
     try:
-        pattern, model = hf_split(tokenizer), tokenizer["model"]
-        specials = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        vocab = {token: n for token, n in model["vocab"].items() if token not in specials}
-        return build_tokenizer(merge_order(vocab, model["merges"]), specials, pattern,
-                               str(chat_template))  # one template, or a list of named ones
+        pattern, model = hf_split(content), content["model"]
+        specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+        ranked = merge_order(model["vocab"], specials, model["merges"])
+        return build_tokenizer(ranked, specials, pattern, str(template))  # or a list of them
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
-    """The tokenizer in the metadata of a GGUF file, name -> value.
-
-    A byte-level BPE ("gpt2") is there as a whole. Of a sentencepiece model ("llama") parts are
-    missing: it is read from `tokenizer.model` beside the file.
-    """
+    """The byte-level BPE in the metadata of a GGUF file, name -> value."""
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind == "llama":
-        beside = path.with_name("tokenizer.model")
-        if not beside.is_file():
-            raise FileNotFoundError(f"{beside}: no such file; take the model's own from its "
-                                    "Hugging Face folder, as a GGUF of Llama 2 or Vicuna lacks it")
-        return read_sentencepiece(beside)
     if kind != "gpt2" or split not in GGUF_SPLITS:
-        raise ValueError(
-            f"{path}: tokenizer {kind!r} split as {split!r} (tokenizer.ggml.pre): supported is "
-            f"'gpt2' split as one of {', '.join(GGUF_SPLITS)}; "
-            "convert the Hugging Face folder instead")
-    names = ("tokens", "token_type", "merges")
-    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"] for name in names)
+        raise ValueError(f"{path}: tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
+                         f"{' or '.join(GGUF_SPLITS)}; convert the Hugging Face folder instead")
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"]
+                             for name in ("tokens", "token_type", "merges"))
     ids = {token: number for number, token in enumerate(tokens)}
-    pairs = zip(tokens, kinds, strict=True)
-    specials = {token: ids[token] for token, kind in pairs if kind != 1}  # 1: ordinary
-    vocab = {token: number for token, number in ids.items() if token not in specials}
-    return build_tokenizer(merge_order(vocab, merges), specials, GGUF_SPLITS[split],
-                           fields.get("tokenizer.chat_template", ""))
+    specials = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}
+    ranked = merge_order(ids, specials, merges)
+    template = fields.get("tokenizer.chat_template", "")
+    return build_tokenizer(ranked, specials, GGUF_SPLITS[split], template)
