@@ -221,7 +221,10 @@ def convert(
     if adaptors and "clip" not in parts:
         if clip is None:
             raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
-        _, base["clip"] = ClipConfig.read(clip)
+        config, base["clip"] = ClipConfig.read(clip)
+        width = parts["mm"].model.projector.up.in_features
+        if config.width != width:
+            raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")
         vision = os.path.relpath(clip.resolve(), out.resolve())
     with new_folder(out) as new:
         for name, part in parts.items():

