@@ -114,7 +114,7 @@ class ClipLayer(nn.Module):
         images, tokens, width = x.shape
         qkv = self.qkv(x).view(images, tokens, 3, self.heads, -1)  # (N, 1 + P, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, 1 + P, E) each
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v)  # no mask: a picture has no order
         return self.out(y.transpose(1, 2).reshape(images, tokens, width))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -173,9 +173,11 @@ class Clip(nn.Module):
         """(N, 3, S, S) from `preprocess` -> (N, P, D): the patches, without the class token."""
         x = self.patches(images.to(self.positions.dtype))  # (N, D, S/p, S/p)
         x = x.flatten(2).transpose(1, 2)  # (N, P, D)
+        # The class token is dropped at the end, but patches attend to it in every layer.
         class_token = self.class_token.expand(len(x), 1, -1)  # (N, 1, D)
         x = torch.cat((class_token, x), 1) + self.positions  # (N, 1 + P, D)
         x = self.pre_norm(x)
+        # Layers above the features' are never needed: only what IAA reads is computed.
         for layer in self.layers[: self.config.layers + self.config.feature_layer + 1]:
             x = layer(x)
         return self.feature_norm(x[:, 1:])

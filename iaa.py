@@ -58,7 +58,7 @@ def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
     """
     if not 0 <= number <= layers:
         raise ValueError(f"insertion = {number}: 0 to {layers} layers can be inserted in {layers}")
-    if (number, layers) == (14, 32):
+    if (number, layers) == (14, 32):  # the released weights are placed so
         return OFFICIAL_14_OF_32
     return tuple(round(n * (layers - 1) / max(number - 1, 1)) for n in range(number))
 
@@ -149,7 +149,7 @@ class Adaptor(nn.Module):
             # b reads the main stream; a reads its own, which begins at the input of frozen layer i
             x = x_out if structure == "b" else x_in if side is None else side
             side = self.layers[n](x, rope, mask, cache)  # Eq. 1
-            return x_out + self.gates[n](side)
+            return x_out + self.gates[n](side)  # zero at first: the frozen model's x_out
 
         return hook
 
@@ -265,7 +265,7 @@ class IAA(nn.Module):
         llama = self.llm(adaptor)
         own_embedding = None if adaptor is None else adaptor.embedding
         embedding = llama.embedding if own_embedding is None else own_embedding
-        x = embedding(tokens).to(self.llama.dtype)  # (B, T, D)
+        x = embedding(tokens).to(self.llama.dtype)  # (B, T, D); a trained one is fp32
         if images is not None and adaptor is None:
             raise ValueError('the workflow "text" takes no image')
         if images is not None:
@@ -285,7 +285,7 @@ class IAA(nn.Module):
         if slots.sum() != wanted:
             raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
                              f"of {self.clip.config.patches} tokens ({wanted})")
-        with torch.no_grad():
+        with torch.no_grad():  # the tower is frozen: nothing of it is kept for a backward pass
             features = self.clip(images)  # (N, P, D_vision)
         return x.masked_scatter(slots[..., None], adaptor.projector(features.to(x.dtype)))
 
@@ -320,6 +320,7 @@ class IAA(nn.Module):
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
         scored = targets != -100  # (B, T)
         norm, head = self.norm_and_head(workflow)
+        # Before the head, not after it: V is far larger than D.
         x, wanted = norm(x[scored]), targets[scored]  # (scored, D), (scored,)
 
         def piece_loss(x: Tensor, wanted: Tensor) -> Tensor:

@@ -154,6 +154,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of dimensions (j, j + E/2) of x (B, heads, T, E) by its position's angle."""
     cos, signed_sin = rope  # (B, 1, T, E) each
+    # The roll brings each dimension its partner; the partner's sign is already in signed_sin.
     return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
 
 
@@ -167,7 +168,7 @@ def attention_mask(
     a token of another segment is seen by its own segment only. Padding is segment -1, so that it
     sees itself: a token that sees nothing would have a softmax of 0 / 0, and NaN spreads.
     """
-    if segments is None and (past == 0 or tokens == 1):
+    if segments is None and (past == 0 or tokens == 1):  # one token after a cache sees all of it
         return None
     columns = torch.arange(past + tokens, device=device)  # (S,)
     mask = (columns <= columns[past:, None])[None]  # (1, T, S)
@@ -190,6 +191,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type == "cpu":  # torch's bf16 backward pass takes up to 3 times as long as fp32's
         q, k, v = q.float(), k.float(), v.float()
     if mask is None:
+        # is_causal in place of a mask: fused kernels then skip the half that is not visible.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:  # a GPU's fused kernel that takes a mask does not know groups: repeat keys and values
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
@@ -209,6 +211,7 @@ class KVCache:
         self, config: LlamaConfig, slots: int, batch: int, length: int, dtype=None, device=None
     ):
         shape = (slots, 2, batch, config.kv_heads, length, config.head_size)
+        # Not zeros: nothing beyond `length` is ever read.
         self.data = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0  # tokens stored
         self.slot = 0  # next slot of the running pass
@@ -265,7 +268,7 @@ class Attention(nn.Module):
         qk, v = qkv.transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
         q, k = rotate(qk, rope).split((self.heads, self.kv_heads), 1)  # (B, H, T, E), (B, K, T, E)
         if cache is not None:
-            k, v = cache.extend(k, v)  # (B, K, S, E)
+            k, v = cache.extend(k, v)  # (B, K, S, E); keys are stored rotated, each turned once
         y = attend(q, k, v, mask)  # (B, H, T, E)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -368,6 +371,7 @@ class Llama(nn.Module):
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         """cos and signed sin of positions (B, T): two (B, 1, T, E) in `dtype`, computed in fp32."""
+        # fp32: bf16 counts in whole numbers up to 256 only, so positions beyond would coincide.
         freqs = rope_frequencies(self.config, positions.device)  # (E/2,)
         angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
         cos, sin = angles.cos(), angles.sin()
@@ -383,7 +387,7 @@ class Llama(nn.Module):
     ) -> Tensor:  # (B, T, D), before the final norm
         """Run the layers. With a hook, layer i + 1 takes `after_layer(i, x_in, x_out)`."""
         for i, layer in enumerate(self.layers):
-            x_in, x = x, layer(x, rope, mask, cache)
+            x_in, x = x, layer(x, rope, mask, cache)  # structure a also needs what went in
             if after_layer is not None:
                 x = after_layer(i, x_in, x)
         if cache is not None:
