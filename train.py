@@ -40,7 +40,7 @@ from llama import Llama, LlamaConfig, set_recompute
 from tokenization.tokenizer import Tokenizer
 from training.checkpoint import check_settings, resume_state, save_state
 from training.config import Config, StageConfig, adaptor_config, read_config
-from training.log import Log, stage_flops
+from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops: skipping more would only hide a wrong rate
@@ -50,16 +50,15 @@ SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its
 def lr_at(step: int, stage: StageConfig) -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then cosine to zero (Table 1)."""
     warmup = math.ceil(stage.warmup * stage.steps)
-    if step < warmup:  # AdamW's moments are averages of few gradients yet: large steps would harm
+    if step < warmup:  # AdamW's moments are averages of few gradients yet, its steps are noisy
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, stage.steps - warmup)))
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
     """AdamW over every trained weight once. The projector may have a rate of its own."""
-    # The projector starts random, all else as copies of frozen weights that work already.
-    projector = [m for name, m in masters.items() if name.startswith("projector.")]
-    rest = [m for name, m in masters.items() if not name.startswith("projector.")]
+    projector = [m for name, m in masters.items() if name.startswith("projector.")]  # from random
+    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # from copies
     groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
     groups += [{"params": rest, "peak": stage.lr}] if rest else []
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
@@ -94,8 +93,7 @@ def train_step(
 
     Where they were not finite, nothing is updated.
     """
-    # A mean for each micro-batch would weigh a token by how many others happen to be in its batch.
-    scored = ranks.sum(sum(b.scored for b in batches if b is not None))
+    scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # so all tokens weigh alike
     total = torch.zeros((), device=ranks.device)  # on the device: adding waits for nothing
     for i, batch in enumerate(batches):
         total += state.forward_backward(batch, scored, last=i == len(batches) - 1)
@@ -105,19 +103,16 @@ def train_step(
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, stage)
-        optimizer.step()
+        optimizer.step()  # of the masters, at ZeRO 1 to 3 of this rank's shards
         state.all_gather_weights()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # to None: between steps gradients take no memory
     return mean, norm, finite
 
 
 def held_out_loss(state: DataParallel | ZeroSharded, batches: list[Batch]) -> float:
     """The mean loss over the scored tokens of held-out batches. Every rank computes the same."""
-    total = sum(state.forward(batch).item() for batch in batches)
+    total = sum(state.forward(batch).item() for batch in batches)  # few: not shared out
     return total / sum(batch.scored for batch in batches)
-
-
-# ---------------------------------------------------------------------------------- a stage
 
 
 @dataclass
@@ -132,8 +127,7 @@ class Run:
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models. With ZeRO-3 they go to the CPU first: a rank keeps only its shard."""
-    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen
-    # One GPU may not hold what all of them hold together.
+    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # too big for one GPU
     device, dtype = "cpu" if in_shards else ranks.device, DTYPES[config.dtype]
     llama, clip = Llama.load(config.llm, dtype, device), Clip.load(config.vision, dtype, device)
     tokenizer = Tokenizer.load(config.llm)
@@ -165,11 +159,8 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
     config, clip = run.config, run.model.clip.config
     longest = min(config.max_tokens, run.model.llama.config.context)
-
-    def pixels(path: Path) -> Tensor:
-        return preprocess(open_image(path), clip)
-
-    return JsonlDataset(files, config.images, run.tokenizer, clip.patches, pixels,
+    return JsonlDataset(files, config.images, run.tokenizer, clip.patches,
+                        lambda path: preprocess(open_image(path), clip),
                         stage.template or None, config.system, longest)
 
 
@@ -203,22 +194,21 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
-    set_recompute(run.model, config.recompute)
+    set_recompute(run.model, config.recompute)  # memory for time
     state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
                         stage.zero, ranks.world, ranks.device, config.shard_frozen,
                         config.reduce_fp32)
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
     first = resume_state(folder, ranks, state, optimizer, settings)
-    size = sum(p.numel() for p in adaptor.parameters())
+    size = count(adaptor.parameters())
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
-    sampler = Sampler(dataset.lengths, stage.batch, config.seed)
+    sampler = Sampler(dataset.lengths, stage.batch, config.seed)  # a function of the step
     stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers)
     per_step = stage.batch // stage.micro_batch
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
-    # Every rank takes part in as many collectives, also where only others have rows left.
-    missing = [None] * (math.ceil(per_step / ranks.world) - mine)
+    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all call as many collectives
     held_out = held_out_batches(run, stage)
     log = Log(run.model, config.out, stage, ranks, first, later)
     bad_in_a_row = 0
@@ -238,7 +228,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
-        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
+        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:  # the end has `adaptor/`
             save_state(folder, ranks, state, optimizer, settings, step + 1)
     with state.gathered():  # a collective: all ranks enter, one writes
         if ranks.rank == 0:
@@ -248,24 +238,15 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     ranks.print0(f"stage {stage.name}: {log.flops / 1e15:.4f} PFLOP in all")
 
 
-# ---------------------------------------------------------------------------------- a run
-
-
 def adaptor_folder(config: Config, stage: str) -> Path:
-    """Where the finished adaptor of a stage is."""
+    """Where the adaptor of a stage is, once it is finished."""
     return Path(config.out, stage, "adaptor")
-
-
-def is_finished(config: Config, stage: StageConfig) -> bool:
-    """Whether the stage has been trained to its end in this run."""
-    return (adaptor_folder(config, stage.name) / "config.json").is_file()
 
 
 def source_folder(config: Config, stage: StageConfig) -> Path | None:
     """The adaptor that the stage starts from; None: the frozen model."""
-    names = [s.name for s in config.stage]
-    before = names.index(stage.name) - 1
-    source = stage.start or (names[before] if before >= 0 else "none")
+    names = ["none", *(s.name for s in config.stage)]
+    source = stage.start or names[names.index(stage.name) - 1]
     return None if source == "none" else adaptor_folder(config, source)
 
 
@@ -278,24 +259,20 @@ def settings_of(config: Config, stage: StageConfig) -> dict:
     source = source_folder(config, stage)
     before = next((s for s in config.stage if adaptor_folder(config, s.name) == source), None)
     if source is not None and source.is_dir():
-        found["beginning"] = read_json(source / "config.json").get("settings")
+        found["beginning"] = read_json(source / "config.json")["settings"]  # as it was trained
     elif before is not None:
-        found["beginning"] = settings_of(config, before)
+        found["beginning"] = settings_of(config, before)  # as it will be
     return found
 
 
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
-    """FLOPs of each stage that is not finished, by its name.
-
-    Raises ValueError or FileNotFoundError for what a later stage would need and not find: now, not
-    after hours of training the ones before it.
-    """
+    """FLOPs of each unfinished stage. Raises now for what a later stage would need and not find."""
     flops, ready = {}, []
     for stage in stages:
         ready.append(adaptor_folder(config, stage.name))
-        if is_finished(config, stage):  # a changed setting must not pass for the one it was made by
-            was = read_json(ready[-1] / "config.json").get("settings")
-            check_settings(ready[-1].parent, was or {}, settings_of(config, stage))
+        if ready[-1].is_dir():  # what it was made with must be what the configuration says
+            was = read_json(ready[-1] / "config.json")["settings"]
+            check_settings(ready[-1].parent, was, settings_of(config, stage))
             continue
         source = source_folder(config, stage)
         if source not in (None, *ready) and not source.is_dir():
@@ -304,14 +281,12 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
         for path in (*stage.data, *stage.held_out):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such data file")
-        # It builds the adaptor without values and encodes some rows: what does not fit is found.
-        flops[stage.name] = stage_flops(config, stage)
+        flops[stage.name] = stage_flops(config, stage)  # raises for layers, templates that misfit
     return flops
 
 
 def with_dtype(config: Config, ranks: Ranks) -> Config:
-    """The configuration with its dtype chosen: "auto" is the one that the run was begun in, else
-    the faster one on this machine."""
+    """The configuration with its dtype chosen: "auto" is the run's own, else the faster one."""
     path, names = Path(config.out, "config.json"), list(DTYPES)
     chosen = 0
     if ranks.rank == 0:  # it chooses for all: another rank may time the products otherwise
@@ -333,10 +308,10 @@ def write_index(config: Config) -> None:
     """
     out = Path(config.out)
     adaptors = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
-    adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage if is_finished(config, s)}
-    # Relative paths, so that the folder can be moved together with the weights.
+    adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage
+                 if adaptor_folder(config, s.name).is_dir()}
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
-                  Tokenizer.load(config.llm).image_id, adaptors)
+                  Tokenizer.load(config.llm).image_id, adaptors)  # relative: all can be moved
     write_json(out / "iaa.json", asdict(index))
 
 
@@ -363,7 +338,7 @@ def train(config: Config, only: str | None) -> None:
                 took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
             if ranks.rank == 0:  # for a finished one too: it may have been killed before this
                 write_index(config)
-                for old in folder.glob("step-*"):
+                for old in folder.glob("step-*"):  # three times as large as the adaptor
                     rmtree(old)
             ranks.print0(f"stage {stage.name}: {took}")
 
@@ -372,8 +347,7 @@ def train(config: Config, only: str | None) -> None:
 @one_line("train.py", "the same command goes on from the last checkpoint")
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description="Train IAA: the stages of a TOML file in order.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="TOML file, such as configs/demo.toml")
     parser.add_argument("--stage", help="train this stage only")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
