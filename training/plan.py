@@ -98,15 +98,14 @@ def memory_and_traffic(
     in_shards = sum(size[unit] for unit in units if not unit.trained)
     frozen = in_shards // world or count([*model.llama.parameters(), *model.clip.parameters()])
     shard, buckets = trained // world, trained if world > 1 else 0  # DDP sends from its buckets
-    reads = [size[stop.unit] if stop.gather else 0 for stop in stops]
     before = [None, *(stop.unit for stop in stops)]  # what a stop finds gathered already
-    gathered = sum(read for read, stop, unit in zip(reads, stops, before, strict=False)
-                   if stop.unit is not unit)
+    gathers = [size[stop.unit] if stop.gather and stop.unit is not unit else 0
+               for stop, unit in zip(stops, before, strict=False)]
     copies, masters, gradients, sent = {
         0: (0, trained, trained + buckets, 2 * MASTER * trained),
         1: (trained, shard, trained if accumulation > 1 else shard, r * trained + c * trained),
         2: (trained, shard, shard, accumulation * r * trained + c * trained),
-        3: (0, shard, shard, accumulation * (r * trained + c * gathered)),
+        3: (0, shard, shard, accumulation * (r * trained + c * sum(gathers))),
     }[zero]
     # Of gradients, one unit is sent while another is filled.
     reducing = 2 * r * max(size[unit] for unit in units if unit.trained) if zero else 0
@@ -115,7 +114,7 @@ def memory_and_traffic(
         "fp32 masters": MASTER * masters, "moments": 2 * MASTER * masters,
         "gradients": MASTER * gradients,
         "activations": activations(model, config, stage, zero, row),
-        "units in transit": c * max(a + b for a, b in pairwise([0, *reads])) + reducing}
+        "units in transit": c * max(a + b for a, b in pairwise([0, *gathers])) + reducing}
     return held, sent * (world - 1) // world
 
 
