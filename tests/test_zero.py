@@ -116,8 +116,7 @@ def open_state(kind: str, config: Config, ranks: Ranks):
 def whole_weights(state, adaptor: Adaptor) -> dict:
     """The adaptor's weights as numpy arrays, as they are saved."""
     with state.gathered():
-        return {name: w.detach().float().numpy(force=True).copy()
-                for name, w in adaptor.named_parameters()}
+        return {name: w.detach().clone().float().numpy() for name, w in adaptor.named_parameters()}
 
 
 def stored(tensors: Iterable[Tensor]) -> int:

@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tokenization.tokenizer import Tokenizer
 from training.config import Config, StageConfig, adaptor_config
 
 PRINT_S = 15  # seconds between two lines of progress where they cannot be rewritten
-RECENT = 20  # steps over which the rate is measured
 TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
 SAMPLED = 64  # rows that are looked at where it is
 
@@ -122,12 +120,13 @@ class Log:
     ):
         self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
         self.path = Path(out, stage.name, "log.jsonl")
-        self.clock, self.printed, self.skipped, self.cut = time.perf_counter(), 0.0, 0, 0
-        self.recent = deque(maxlen=RECENT)  # (FLOPs, seconds) of the last steps
+        self.printed, self.skipped, self.cut = 0.0, 0, 0
         kept = [row for row in read_log(self.path) if row["step"] < first]
         self.flops = sum(row["flops"] for row in kept)
         if ranks.rank == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.clock = time.perf_counter()
+        self.began = self.clock, self.flops, first  # the rate is that since then
 
     def step(self, step: int, values: dict, batches: list[Batch], wait_s: float) -> None:
         """Note a step. Tokens and FLOPs of all ranks are estimated from this rank's share."""
@@ -139,7 +138,6 @@ class Log:
         tokens = sum(int(b.lengths.sum()) for b in batches)
         padded = sum(b.tokens.numel() for b in batches)
         self.flops += flops
-        self.recent.append((flops, seconds))
         self.cut += sum(b.cut for b in batches)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.ranks.device.type == "cuda":
@@ -158,8 +156,9 @@ class Log:
 
     def show(self, step: int, row: dict) -> None:
         """The progress line: rewritten on a terminal, elsewhere printed every PRINT_S seconds."""
-        flops, seconds = map(sum, zip(*self.recent, strict=True))  # of the last steps
-        stage_s = (self.stage.steps - step - 1) * seconds / len(self.recent)
+        clock, flops, first = self.began
+        seconds, flops = self.clock - clock, self.flops - flops
+        stage_s = (self.stage.steps - step - 1) * seconds / (step + 1 - first)
         run_s = stage_s + self.later * seconds / flops  # later stages have steps of other sizes
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
         cut = f"  {self.cut} rows cut" if self.cut else ""
