@@ -150,6 +150,8 @@ def test_ablations_change_what_they_say(path):
     own, apart = asdict(config), {"out", "stage", "stages"}
     assert {key: own[key] for key in own if own[key] != whole[key] and key not in apart} == changed
     assert [stage.name for stage in config.stage] == stages
+    for stage in config.stage:
+        adaptor_config(config, stage, 32)  # raises for what does not go together
     smaller = path.stem in ("data_1m2", "llava")
     for stage in own["stage"]:
         same = next(s for s in whole["stage"] if s["name"] == stage["name"])

@@ -136,8 +136,10 @@ def table(
             "GB on a rank": (f"ZeRO-{zero}" if shard else "3, frozen whole") + "*" * own,
             **{name: f"{value / 1e9:,.2f}" for name, value in figures.items()},
             f"fits {memory_gb:g} GB": "yes" if most <= memory_gb * 1e9 else "no"})
-    return [f"  {name:25}" + "".join(f"{column[name]:>17}" for column in columns)
-            for name in columns[0]]
+    widths = [max(map(len, column.values())) + 2 for column in columns]
+    return [f"  {name:25}" + "".join(
+        f"{column[name]:>{width}}" for column, width in zip(columns, widths, strict=True))
+        for name in columns[0]]
 
 
 def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
