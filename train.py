@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 
 import torch
 from torch import Tensor, nn
@@ -36,29 +37,28 @@ from common.files import new_folder, one_line, read_json, write_json
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
-from tokenization.templates import render
 from tokenization.tokenizer import Tokenizer
-from training.checkpoint import check_settings, remove, resume_state, save_state
-from training.config import Config, StageConfig, adaptor_config, longest_row, read_config
-from training.log import Log, stage_flops
+from training.checkpoint import check_settings, resume_state, save_state
+from training.config import Config, StageConfig, adaptor_config, read_config
+from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
-MAX_BAD_STEPS = 10  # in a row; then the run stops
+MAX_BAD_STEPS = 10  # in a row; then the run stops: skipping more would only hide a wrong rate
 SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its stages depend on
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then cosine to zero (Table 1)."""
     warmup = math.ceil(stage.warmup * stage.steps)
-    if step < warmup:
+    if step < warmup:  # AdamW's moments are averages of few gradients yet, its steps are noisy
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, stage.steps - warmup)))
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
     """AdamW over every trained weight once. The projector may have a rate of its own."""
-    projector = [m for name, m in masters.items() if name.startswith("projector.")]
-    rest = [m for name, m in masters.items() if not name.startswith("projector.")]
+    projector = [m for name, m in masters.items() if name.startswith("projector.")]  # from random
+    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # from copies
     groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
     groups += [{"params": rest, "peak": stage.lr}] if rest else []
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
@@ -72,7 +72,7 @@ class Loss(nn.Module):
         super().__init__()
         self.workflow, self.device = workflow, device
         self.adaptor = model.adaptors[workflow]
-        self.model = (model,)  # in a tuple, so that nn.Module does not register the frozen weights
+        self.model = (model,)  # a tuple: nn.Module does not register the frozen weights
 
     def forward(self, b: Batch) -> Tensor:
         """The sum of the cross-entropy over the batch's scored tokens."""
@@ -93,29 +93,26 @@ def train_step(
 
     Where they were not finite, nothing is updated.
     """
-    scored = ranks.sum(sum(b.scored for b in batches if b is not None))
-    total = torch.zeros((), device=ranks.device)
+    scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # so all tokens weigh alike
+    total = torch.zeros((), device=ranks.device)  # on the device: adding waits for nothing
     for i, batch in enumerate(batches):
         total += state.forward_backward(batch, scored, last=i == len(batches) - 1)
-    norm = state.clip(stage.clip_norm)
+    norm = state.clip(stage.clip_norm)  # one bad batch cannot throw the weights far off
     mean, norm = ranks.sum(total.item()) / scored, norm.item()
-    finite = math.isfinite(norm) and math.isfinite(mean)
+    finite = math.isfinite(norm) and math.isfinite(mean)  # of all ranks: they decide alike
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, stage)
-        optimizer.step()
+        optimizer.step()  # of the masters, at ZeRO 1 to 3 of this rank's shards
         state.all_gather_weights()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # to None: between steps gradients take no memory
     return mean, norm, finite
 
 
 def held_out_loss(state: DataParallel | ZeroSharded, batches: list[Batch]) -> float:
     """The mean loss over the scored tokens of held-out batches. Every rank computes the same."""
-    total = sum(state.forward(batch).item() for batch in batches)
+    total = sum(state.forward(batch).item() for batch in batches)  # few: not shared out
     return total / sum(batch.scored for batch in batches)
-
-
-# ---------------------------------------------------------------------------------- a stage
 
 
 @dataclass
@@ -130,7 +127,7 @@ class Run:
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models. With ZeRO-3 they go to the CPU first: a rank keeps only its shard."""
-    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen
+    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # too big for one GPU
     device, dtype = "cpu" if in_shards else ranks.device, DTYPES[config.dtype]
     llama, clip = Llama.load(config.llm, dtype, device), Clip.load(config.vision, dtype, device)
     tokenizer = Tokenizer.load(config.llm)
@@ -143,15 +140,16 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     llama = run.model.llama
     settings = adaptor_config(run.config, stage, llama.config.layers)
     adaptor = Adaptor(settings, llama.config, run.model.clip.config.width)
-    adaptor.init_from_frozen(llama)
+    adaptor.init_from_frozen(llama)  # what the stage before has not trained stays a copy
     folder = source_folder(run.config, stage)
     if folder is not None:
         was = read_adaptor_config(folder, run.model.base)["adaptor"]
         if was.insertion and (was.insertion, was.structure) != (
-                settings.insertion, settings.structure):
+                settings.insertion, settings.structure):  # the shapes alone would fit
             raise ValueError(f"{folder} has structure {was.structure} after layers "
                              f"{list(was.insertion)}, stage {stage.name} another")
         load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
+    # "plain" has no question in it, so a model of the first stages is asked in the LLM's own form.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     adaptor.prompt = {"template": template, "system": run.config.system}
     return adaptor
@@ -160,12 +158,9 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
 def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     """The rows of `files`, encoded for this stage."""
     config, clip = run.config, run.model.clip.config
-    longest = longest_row(config, run.model.llama.config.context)
-
-    def pixels(path: Path) -> Tensor:
-        return preprocess(open_image(path), clip)
-
-    return JsonlDataset(files, config.images, run.tokenizer, clip.patches, pixels,
+    longest = min(config.max_tokens, run.model.llama.config.context)
+    return JsonlDataset(files, config.images, run.tokenizer, clip.patches,
+                        lambda path: preprocess(open_image(path), clip),
                         stage.template or None, config.system, longest)
 
 
@@ -176,7 +171,7 @@ def micro_batches(
     for step in range(first, stage.steps):
         rows = sampler.rows(step)
         cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
-        yield from cuts[ranks.rank :: ranks.world]
+        yield from cuts[ranks.rank :: ranks.world]  # rows are sorted by length: all get some long
 
 
 def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
@@ -184,9 +179,9 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
     if not stage.held_out:
         return []
     dataset = open_data(run, stage, stage.held_out)
-    rows = list(range(min(stage.eval_rows, len(dataset))))
+    rows = list(range(min(stage.eval_rows, len(dataset))))  # the same in every evaluation
     cuts = [rows[i : i + stage.micro_batch] for i in range(0, len(rows), stage.micro_batch)]
-    batches = list(loader(dataset, cuts))
+    batches = list(loader(dataset, cuts))  # kept in memory: they are read again and again
     for reason in [reason for batch in batches for reason in batch.skipped]:
         run.ranks.print0(f"held out: skipped {reason}")
     return batches
@@ -199,21 +194,21 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
-    set_recompute(run.model, config.recompute)
+    set_recompute(run.model, config.recompute)  # memory for time
     state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
                         stage.zero, ranks.world, ranks.device, config.shard_frozen,
                         config.reduce_fp32)
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
     first = resume_state(folder, ranks, state, optimizer, settings)
-    size = sum(p.numel() for p in adaptor.parameters())
+    size = count(adaptor.parameters())
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
-    sampler = Sampler(dataset.lengths, stage.batch, config.seed)
+    sampler = Sampler(dataset.lengths, stage.batch, config.seed)  # a function of the step
     stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers)
     per_step = stage.batch // stage.micro_batch
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
-    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # that only other ranks have
+    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all call as many collectives
     held_out = held_out_batches(run, stage)
     log = Log(run.model, config.out, stage, ranks, first, later)
     bad_in_a_row = 0
@@ -221,12 +216,11 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         ranks.place = f"stage {stage.name}, step {step + 1}"
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(mine)]
-        wait = time.perf_counter() - asked
+        wait = time.perf_counter() - asked  # much of a step: more `workers` are needed
         mean, norm, finite = train_step(state, batches + missing, optimizer, stage, step, ranks)
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
         if not finite:
-            ranks.print0(f"step {step + 1}: loss {mean}, gradient norm {norm}: "
-                         f"skipped ({bad_in_a_row} in a row)")
+            ranks.print0(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped")
         if bad_in_a_row >= MAX_BAD_STEPS:
             raise ValueError(f"{ranks.place}: {bad_in_a_row} steps in a row were not finite; they "
                              f"changed nothing, what is saved in {folder} is intact")
@@ -234,34 +228,25 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
-        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:
+        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:  # the end has `adaptor/`
             save_state(folder, ranks, state, optimizer, settings, step + 1)
-    with state.gathered():
+    with state.gathered():  # a collective: all ranks enter, one writes
         if ranks.rank == 0:
             with new_folder(adaptor_folder(config, stage.name)) as new:
                 adaptor.save(new, run.model.base, settings, run.model.llama.stored_dtype)
-    ranks.barrier()
+    ranks.barrier()  # the next stage reads what rank 0 has written
     ranks.print0(f"stage {stage.name}: {log.flops / 1e15:.4f} PFLOP in all")
 
 
-# ---------------------------------------------------------------------------------- a run
-
-
 def adaptor_folder(config: Config, stage: str) -> Path:
-    """Where the finished adaptor of a stage is."""
+    """Where the adaptor of a stage is, once it is finished."""
     return Path(config.out, stage, "adaptor")
-
-
-def is_finished(config: Config, stage: StageConfig) -> bool:
-    """Whether the stage has been trained to its end in this run."""
-    return (adaptor_folder(config, stage.name) / "config.json").is_file()
 
 
 def source_folder(config: Config, stage: StageConfig) -> Path | None:
     """The adaptor that the stage starts from; None: the frozen model."""
-    names = [s.name for s in config.stage]
-    before = names.index(stage.name) - 1
-    source = stage.start or (names[before] if before >= 0 else "none")
+    names = ["none", *(s.name for s in config.stage)]
+    source = stage.start or names[names.index(stage.name) - 1]
     return None if source == "none" else adaptor_folder(config, source)
 
 
@@ -274,41 +259,37 @@ def settings_of(config: Config, stage: StageConfig) -> dict:
     source = source_folder(config, stage)
     before = next((s for s in config.stage if adaptor_folder(config, s.name) == source), None)
     if source is not None and source.is_dir():
-        found["beginning"] = read_json(source / "config.json").get("settings")
+        found["beginning"] = read_json(source / "config.json")["settings"]  # as it was trained
     elif before is not None:
-        found["beginning"] = settings_of(config, before)
+        found["beginning"] = settings_of(config, before)  # as it will be
     return found
 
 
-def check_run(config: Config, stages: list[StageConfig]) -> None:
-    """Raise ValueError or FileNotFoundError now for what a later stage would need and not find."""
-    sizes, _ = LlamaConfig.read(config.llm)
-    ClipConfig.read(config.vision)
-    tokenizer, ready = Tokenizer.load(config.llm), []
+def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
+    """FLOPs of each unfinished stage. Raises now for what a later stage would need and not find."""
+    flops, ready = {}, []
     for stage in stages:
         ready.append(adaptor_folder(config, stage.name))
-        if is_finished(config, stage):
-            was = read_json(ready[-1] / "config.json").get("settings")
-            check_settings(ready[-1].parent, was or {}, settings_of(config, stage))
+        if ready[-1].is_dir():  # what it was made with must be what the configuration says
+            was = read_json(ready[-1] / "config.json")["settings"]
+            check_settings(ready[-1].parent, was, settings_of(config, stage))
             continue
         source = source_folder(config, stage)
         if source not in (None, *ready) and not source.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
                              f"which is not finished in {config.out}")
-        with torch.device("meta"):  # raises for insertion layers that the LLM has no place for
-            Adaptor(adaptor_config(config, stage, sizes.layers), sizes, 1)
-        render(tokenizer, [("user", "?")], stage.template or None)  # raises for a wrong template
         for path in (*stage.data, *stage.held_out):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such data file")
+        flops[stage.name] = stage_flops(config, stage)  # raises for layers, templates that misfit
+    return flops
 
 
 def with_dtype(config: Config, ranks: Ranks) -> Config:
-    """The configuration with its dtype chosen: "auto" is the one that the run was begun in, else
-    the faster one on this machine. Rank 0 chooses for all and says why."""
+    """The configuration with its dtype chosen: "auto" is the run's own, else the faster one."""
     path, names = Path(config.out, "config.json"), list(DTYPES)
     chosen = 0
-    if ranks.rank == 0:
+    if ranks.rank == 0:  # it chooses for all: another rank may time the products otherwise
         name, why = choose_dtype(config.dtype, ranks.device)
         begun = read_json(path).get("dtype") if path.is_file() else None
         if config.dtype == "auto" and begun in DTYPES and begun != name:
@@ -317,7 +298,7 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
             name, why = begun, "the run was begun in it"
         print(f"computing in {name} on {ranks.device.type}: {why}", flush=True)
         chosen = names.index(name)
-    return replace(config, dtype=names[int(ranks.sum(chosen))])
+    return replace(config, dtype=names[int(ranks.sum(chosen))])  # the others add 0
 
 
 def write_index(config: Config) -> None:
@@ -327,9 +308,10 @@ def write_index(config: Config) -> None:
     """
     out = Path(config.out)
     adaptors = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
-    adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage if is_finished(config, s)}
+    adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage
+                 if adaptor_folder(config, s.name).is_dir()}
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
-                  Tokenizer.load(config.llm).image_id, adaptors)
+                  Tokenizer.load(config.llm).image_id, adaptors)  # relative: all can be moved
     write_json(out / "iaa.json", asdict(index))
 
 
@@ -340,11 +322,10 @@ def train(config: Config, only: str | None) -> None:
     stages = [stage for stage in config.stage if only in (None, stage.name)]
     with Ranks(config.timeout_s) as ranks:
         config = with_dtype(config, ranks)
-        check_run(config, stages)
+        flops = check_run(config, stages)
         if ranks.rank == 0:
             Path(config.out).mkdir(parents=True, exist_ok=True)
             write_json(Path(config.out, "config.json"), asdict(config))
-        flops = {s.name: stage_flops(config, s) for s in stages if not is_finished(config, s)}
         ranks.barrier()  # all have looked which stages are finished
         for stage in stages:
             began = time.perf_counter()
@@ -357,8 +338,8 @@ def train(config: Config, only: str | None) -> None:
                 took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
             if ranks.rank == 0:  # for a finished one too: it may have been killed before this
                 write_index(config)
-                for old in folder.glob("step-*"):
-                    remove(old)
+                for old in folder.glob("step-*"):  # three times as large as the adaptor
+                    rmtree(old)
             ranks.print0(f"stage {stage.name}: {took}")
 
 
@@ -366,8 +347,7 @@ def train(config: Config, only: str | None) -> None:
 @one_line("train.py", "the same command goes on from the last checkpoint")
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description="Train IAA: the stages of a TOML file in order.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="TOML file, such as configs/demo.toml")
     parser.add_argument("--stage", help="train this stage only")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",

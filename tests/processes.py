@@ -4,22 +4,12 @@ import contextlib
 import multiprocessing
 import os
 import random
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 
 import pytest
 import torch
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that Linux gives to outgoing connections."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -50,7 +40,8 @@ def processes(world: int, function: Callable, *arguments) -> Iterator[tuple[list
     That function takes seconds and returns (rank, result or exception). All are killed at the end.
     """
     context = server()
-    results, port = context.Queue(), free_port()
+    results = context.Queue()
+    port = random.SystemRandom().randint(20_000, 32_000)  # Linux gives out only higher ones
     started = [context.Process(target=work, args=(rank, world, port, results, function, arguments))
                for rank in range(world)]
     for process in started:

@@ -10,11 +10,11 @@ ranks and the ZeRO stage may change in between. On several machines `out` must b
 """
 
 import json
-import shutil
 from pathlib import Path
+from shutil import rmtree
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,21 +31,6 @@ FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zer
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The stage's complete checkpoints, oldest first."""
     return [found.parent for found in sorted(folder.glob(f"step-*/{MANIFEST}"))]
-
-
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, the manifest first, so that half of it never looks complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left in a stage's folder: incomplete checkpoints, temporary files."""
-    for found in [*folder.glob("step-*"), *folder.glob(".*.tmp*")]:
-        if found.is_file():
-            found.unlink()
-        elif not (found / MANIFEST).is_file():
-            shutil.rmtree(found)
 
 
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -66,7 +51,7 @@ def save_state(
     if ranks.rank == 0:
         new.mkdir()
     ranks.barrier()
-    writers = 1 if state.stage == 0 else ranks.world
+    writers = 1 if state.stage == 0 else ranks.world  # at stage 0 every rank holds the same
     if ranks.rank < writers:
         tensors = {}
         for name, master, _, here in state.owned_slices():
@@ -76,7 +61,7 @@ def save_state(
         with writing(path):
             save_file(tensors, path)
             flush(path)
-    ranks.barrier()
+    ranks.barrier()  # all shards are on the disk before the manifest says so
     if ranks.rank == 0:
         flush(new)
         counts = [int(values["step"]) for values in optimizer.state.values()]
@@ -84,22 +69,21 @@ def save_state(
                     "settings": settings}
         write_json(new / MANIFEST, manifest)
         for old in complete_checkpoints(folder)[:-2]:
-            remove(old)
+            rmtree(old)
 
 
 def check_settings(folder: Path, was: dict, now: dict) -> None:
     """Raise ValueError naming the settings, `FREE` aside, that differ from those of `folder`.
 
-    was: as JSON gave them back. A setting that only one of the two has counts as different.
+    was: as JSON gave them back.
     """
 
     def without_free(settings: dict) -> dict:
         return {key: without_free(value) if key == "beginning" and value else value
                 for key, value in settings.items() if key not in FREE}
 
-    was, now = without_free(was), without_free(json.loads(json.dumps(now)))
-    missing = object()
-    changed = [key for key in now | was if was.get(key, missing) != now.get(key, missing)]
+    was, now = without_free(was), without_free(json.loads(json.dumps(now)))  # tuples: now lists
+    changed = [key for key in now | was if was.get(key) != now.get(key)]
     if changed:
         raise ValueError(f"{folder} was made with another {', '.join(changed)}: restore it, "
                          "or remove that folder to train the stage again")
@@ -111,51 +95,42 @@ def resume_state(
 ) -> int:
     """Fill weights and optimizer from the newest checkpoint and return its step, 0 without one.
 
-    Raises ValueError where it was made with other settings, or lacks a slice that is needed.
+    What killed runs left half written is removed. ValueError: it was made with other settings.
     """
     if ranks.rank == 0:
-        remove_leftovers(folder)
+        for left in (*folder.glob("step-*"), *folder.glob(".adaptor.*.tmp")):
+            if not (left / MANIFEST).is_file():
+                rmtree(left)
     ranks.barrier()
     found = complete_checkpoints(folder)
     if not found:
         return 0
-    manifest = read_json(found[-1] / MANIFEST, "step", "updates", "ranks", "settings")
+    manifest = read_json(found[-1] / MANIFEST)
     check_settings(folder, manifest["settings"], settings)
-    shards = Shards(found[-1], manifest["ranks"])
-    for master in state.masters.values() if manifest["updates"] else ():
-        moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
-        count = torch.tensor(float(manifest["updates"]), device=master.device)
-        optimizer.state[master] = {"step": count, **moments}
+    count = manifest["ranks"]
+    shards = [safe_open(found[-1] / f"rank-{rank}-of-{count}.safetensors", "pt")
+              for rank in range(count)]
+    if manifest["updates"]:  # AdamW makes its state in the first update; here it is made empty
+        for master in state.masters.values():
+            moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+            updates = torch.tensor(float(manifest["updates"]), device=master.device)
+            optimizer.state[master] = {"step": updates, **moments}
     for name, master, there, here in state.owned_slices():
         for key, tensor in weight_and_moments(master, optimizer).items():
-            tensor.view(-1)[here] = shards.read(f"{key}.{name}", there).to(tensor.device)
+            tensor.view(-1)[here] = read_slice(shards, f"{key}.{name}", there).to(tensor.device)
     state.all_gather_weights()
     return manifest["step"]
 
 
-class Shards:
-    """The flattened tensors of a checkpoint, out of the shards of all ranks."""
-
-    def __init__(self, folder: Path, ranks: int):
-        self.folder, self.slices = folder, {}  # name -> (file, elements), in the order of ranks
-        for rank in range(ranks):
-            path = folder / f"rank-{rank}-of-{ranks}.safetensors"
-            try:
-                file = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: missing or broken ({error})") from None
-            for name in file.keys():  # noqa: SIM118
-                (length,) = file.get_slice(name).get_shape()
-                self.slices.setdefault(name, []).append((file, length))
-
-    def read(self, name: str, wanted: slice) -> Tensor:
-        """The elements `wanted` of a flattened tensor. ValueError where the shards lack them."""
-        parts, first = [], 0
-        for file, length in self.slices.get(name, []):
+def read_slice(shards: list[safe_open], name: str, wanted: slice) -> Tensor:
+    """The elements `wanted` of a flattened tensor. Each shard that has the name holds a piece."""
+    pieces, first = [], 0  # first: number of the shard's first element
+    for shard in shards:
+        if name in shard.keys():  # noqa: SIM118
+            piece = shard.get_slice(name)
+            (length,) = piece.get_shape()
             low, high = max(wanted.start - first, 0), min(wanted.stop - first, length)
             if low < high:
-                parts.append(file.get_slice(name)[low:high])
+                pieces.append(piece[low:high])
             first += length
-        if sum(map(len, parts)) != wanted.stop - wanted.start:
-            raise ValueError(f"{self.folder} does not hold {name}: made with other settings")
-        return torch.cat(parts)
+    return torch.cat(pieces)

@@ -16,6 +16,28 @@ from common.device import CHOICES
 from common.files import parse_dataclass
 from iaa import AdaptorConfig, check_adaptor_name, evenly_spaced_layers
 
+RULES = (  # keys of a stage or of the run, what is accepted, and the test; AdamW checks the others
+    ("name", "letters, digits and _", str.isidentifier),
+    ("data", "at least one JSONL file", len),
+    ("stage", "at least one [[stage]]", len),
+    ("steps batch micro_batch save_every eval_every eval_rows max_tokens timeout_s",
+     "must be 1 or more", lambda value: value >= 1),
+    ("lr lr_projector seed workers", "must be 0 or more", lambda value: value >= 0),
+    ("clip_norm", "must be above 0", lambda value: value > 0),
+    ("warmup", "a share of the steps, 1 at most", lambda value: 0 <= value <= 1),
+    ("trains", '"projector" or "adaptor"', ("projector", "adaptor").__contains__),
+    ("zero", "0, 1, 2 or 3", range(4).__contains__),
+    ("dtype", f"one of {', '.join(CHOICES)}", CHOICES.__contains__),
+)
+
+
+def check_rules(config: "StageConfig | Config", where: str) -> None:
+    """Raise ValueError, with `where` at its start, for a value that breaks a rule."""
+    for keys, accepted, test in RULES:
+        for key in keys.split():
+            if hasattr(config, key) and not test(getattr(config, key)):
+                raise ValueError(f"{where}{key} = {getattr(config, key)!r}: {accepted}")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -45,31 +67,10 @@ class StageConfig:
     zero: int = 0  # ZeRO stage where there are several ranks, see zero.py
 
     def __post_init__(self):
-        where = f"stage {self.name}"
-        ranges = {"steps": 1, "batch": 1, "micro_batch": 1, "save_every": 1, "eval_every": 1,
-                  "eval_rows": 1, "lr": 0, "lr_projector": 0, "warmup": 0, "eps": 0,
-                  "weight_decay": 0}
-        for key, low in ranges.items():
-            if not getattr(self, key) >= low:  # NaN is not
-                raise ValueError(f"{where}: {key} = {getattr(self, key)}: must be {low} or more")
-        if not self.data:
-            raise ValueError(f"{where}: data = []: at least one JSONL file")
-        if not self.clip_norm > 0:
-            raise ValueError(f"{where}: clip_norm = {self.clip_norm}: must be above 0")
-        if self.warmup > 1:
-            raise ValueError(f"{where}: warmup = {self.warmup}: a share of the steps, 1 at most")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"{where}: beta1, beta2 = {self.beta1}, {self.beta2}: "
-                             "0 or more, below 1")
-        if self.trains not in ("projector", "adaptor"):
-            raise ValueError(f'{where}: trains = {self.trains!r}: "projector" or "adaptor"')
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"{where}: zero = {self.zero}: 0, 1, 2 or 3")
-        if not self.name.isidentifier():
-            raise ValueError(f"stage {self.name!r}: letters, digits and _")
+        check_rules(self, f"stage {self.name}: ")
         check_adaptor_name(self.adaptor)
         if self.batch % self.micro_batch:
-            raise ValueError(f"{where}: batch = {self.batch} is not a multiple of "
+            raise ValueError(f"stage {self.name}: batch = {self.batch} is not a multiple of "
                              f"micro_batch = {self.micro_batch}")
 
 
@@ -99,14 +100,7 @@ class Config:
     workers: int = 1  # processes that load data
 
     def __post_init__(self):
-        if self.dtype not in CHOICES:
-            raise ValueError(f"dtype = {self.dtype!r}: one of {', '.join(CHOICES)}")
-        for key, low in {"max_tokens": 1, "seed": 0, "workers": 0,
-                         "timeout_s": 1}.items():
-            if getattr(self, key) < low:
-                raise ValueError(f"{key} = {getattr(self, key)}: must be {low} or more")
-        if not self.stage:
-            raise ValueError("no [[stage]] given")
+        check_rules(self, "")
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
@@ -115,11 +109,10 @@ class Config:
                 raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
                                  f"stage before it ({', '.join(names[:place])})")
         if self.stages is not None:
-            unknown = [name for name in self.stages if name not in names]
-            if unknown or not self.stages:
+            if not self.stages or set(self.stages) - set(names):
                 raise ValueError(f"stages = {self.stages}: one or more of {', '.join(names)}")
             kept = [s for s in self.stage if s.name in self.stages]
-            object.__setattr__(self, "stage", kept)
+            object.__setattr__(self, "stage", kept)  # past `frozen`
 
 
 def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
@@ -133,41 +126,35 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
                          config.own_llm)
 
 
-def longest_row(config: Config, context: int) -> int:
-    """Tokens that are left of a longer row; context: the LLM's."""
-    return min(config.max_tokens, context)
+def named_stages(stages: list[dict], name: str | None, where: str) -> list[dict]:
+    """The stage of that name, or all for "stage". Raises ValueError that lists the names."""
+    found = [stage for stage in stages if name in ("stage", stage.get("name"))]
+    if not found:
+        known = ", ".join(str(stage.get("name")) for stage in stages)
+        raise ValueError(f"{where}: no stage {name!r}; there are: {known}")
+    return found
 
 
-def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The TOML file's values over those of its `base`. `above`: the files that lead here."""
+def read_values(path: Path) -> dict:
+    """The TOML file's values over those of its `base`."""
     try:
         values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
-    stages, base = values.setdefault("stage", []), values.pop("base", None)
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+    if not all(isinstance(stage, dict) for stage in values.setdefault("stage", [])):
         raise ValueError(f"{path}: write [[stage]], with two brackets, for each stage")
-    if base is None:
+    if "base" not in values:
         return values
-    if not isinstance(base, str) or (path.parent / base).resolve() in above:
-        raise ValueError(f"{path}: base = {base!r}: another file is expected, by its name")
-    below = read_values(path.parent / base, (*above, path.resolve()))
-    for stage in stages:
-        same = [s for s in below["stage"] if s.get("name") == stage.get("name")]
-        if not same:
-            known = ", ".join(str(s.get("name")) for s in below["stage"])
-            raise ValueError(f"{path}: no stage {stage.get('name')!r} in {base}; "
-                             f"there are: {known}")
-        same[0].update(stage)
-    return below | values | {"stage": below["stage"]}
+    below = read_values(path.parent / values.pop("base"))
+    for stage in values.pop("stage"):
+        for same in named_stages(below["stage"], stage.get("name"), str(path)):
+            same.update(stage)
+    return below | values
 
 
 def read_config(path: str, settings: list[str]) -> Config:
     """The TOML file, then overrides: key=value, STAGE.key=value, stage.key=value for all stages."""
     values = read_values(Path(path))
-    stages = values["stage"]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -177,10 +164,7 @@ def read_config(path: str, settings: list[str]) -> Config:
         except ValueError:
             value = text  # a bare word is a string
         name, dot, key = key.rpartition(".")
-        tables = [s for s in stages if name in ("stage", s.get("name"))] if dot else [values]
-        if not tables:
-            known = ", ".join(str(s.get("name", "?")) for s in stages)
-            raise ValueError(f"--set {setting}: no stage {name!r}; there are: {known}")
+        tables = named_stages(values["stage"], name, f"--set {setting}") if dot else [values]
         for table in tables:
             table[key] = value
     try:

@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from data import UNSCORED, Batch, JsonlDataset, RowError, encode_row
 from iaa import IAA, Adaptor
 from llama import Llama, LlamaConfig
 from tokenization.tokenizer import Tokenizer
-from training.config import Config, StageConfig, adaptor_config, longest_row
+from training.config import Config, StageConfig, adaptor_config
 
 PRINT_S = 15  # seconds between two lines of progress where they cannot be rewritten
-RECENT = 20  # steps over which the rate is measured
 TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
 SAMPLED = 64  # rows that are looked at where it is
 
@@ -87,25 +85,27 @@ class Row:
     source: str = "assumed"
 
 
-def average_row(config: Config, stage: StageConfig, model: IAA, text: int | None = None) -> Row:
-    """A picture and `text` tokens; text None: the mean of some rows of the data, where it is there.
-    """
-    patches = model.clip.config.patches
-    there = all(Path(path).is_file() for path in (config.llm + "/config.json", *stage.data))
-    examples = []
-    if text is None and there:
+def average_row(config: Config, stage: StageConfig, model: IAA) -> Row:
+    """The mean of some rows of the data; where it is not there, a picture and TEXT_TOKENS."""
+    patches, examples = model.clip.config.patches, []
+    if all(Path(path).is_file() for path in (config.llm + "/config.json", *stage.data)):
         tokenizer, dataset = Tokenizer.load(config.llm), JsonlDataset(stage.data, config.images)
-        longest = longest_row(config, model.llama.config.context)
+        longest = min(config.max_tokens, model.llama.config.context)
         for index in range(0, len(dataset), -(-len(dataset) // SAMPLED)):
             with contextlib.suppress(RowError):
                 examples.append(encode_row(dataset.row(index), tokenizer, patches,
                                            stage.template or None, config.system, longest))
     if not examples:
-        text = TEXT_TOKENS if text is None else text
-        return Row(patches + text, text // 2)
+        return Row(patches + TEXT_TOKENS, TEXT_TOKENS // 2)
     tokens = sum(len(e.tokens) for e in examples) / len(examples)
     scored = sum(int((e.targets != UNSCORED).sum()) for e in examples) / len(examples)
     return Row(math.ceil(tokens), math.ceil(scored), f"mean of {len(examples)} rows of the data")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log.jsonl. A line that a running or killed run has not finished is left out."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class Log:
@@ -118,17 +118,15 @@ class Log:
     def __init__(
         self, model: IAA, out: str, stage: StageConfig, ranks: Ranks, first: int, later: float
     ):
-        self.model, self.out, self.stage, self.ranks, self.later = model, out, stage, ranks, later
+        self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
         self.path = Path(out, stage.name, "log.jsonl")
-        self.first, self.clock, self.printed = first, time.perf_counter(), 0.0
-        self.recent = deque(maxlen=RECENT)  # (FLOPs, seconds) of the last steps
-        self.tokens, self.padded, self.skipped, self.cut, self.flops = 0, 0, 0, 0, 0.0
-        if self.path.is_file():
-            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] < first]
-            self.flops = sum(json.loads(line).get("flops", 0.0) for line in kept)
-            if ranks.rank == 0:
-                write_text(self.path, "".join(line + "\n" for line in kept))
+        self.printed, self.skipped, self.cut = 0.0, 0, 0
+        kept = [row for row in read_log(self.path) if row["step"] < first]
+        self.flops = sum(row["flops"] for row in kept)
+        if ranks.rank == 0:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.clock = time.perf_counter()
+        self.began = self.clock, self.flops, first  # the rate is that since then
 
     def step(self, step: int, values: dict, batches: list[Batch], wait_s: float) -> None:
         """Note a step. Tokens and FLOPs of all ranks are estimated from this rank's share."""
@@ -138,17 +136,15 @@ class Log:
         flops = share * sum(step_flops(self.model, self.stage.adaptor, *b.tokens.shape, b.scored)
                             for b in batches)
         tokens = sum(int(b.lengths.sum()) for b in batches)
+        padded = sum(b.tokens.numel() for b in batches)
         self.flops += flops
-        self.recent.append((flops, seconds))
-        self.tokens += tokens
-        self.padded += sum(b.tokens.numel() for b in batches)
         self.cut += sum(b.cut for b in batches)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.ranks.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         row = {"step": step, **values, "tokens_per_s": share * tokens / seconds, "flops": flops,
                "tflops": flops / seconds / 1e12, "data_wait": wait_s / seconds,
-               "padding": 1 - self.tokens / max(1, self.padded), "seconds": seconds,
+               "padding": 1 - tokens / max(1, padded), "seconds": seconds,
                "memory_gb": memory / 1e9, "cut": self.cut}
         for reason in [reason for b in batches for reason in b.skipped]:
             self.skipped += 1
@@ -160,20 +156,18 @@ class Log:
 
     def show(self, step: int, row: dict) -> None:
         """The progress line: rewritten on a terminal, elsewhere printed every PRINT_S seconds."""
-        rate = sum(f for f, _ in self.recent) / sum(s for _, s in self.recent)  # FLOP/s
-        done, last = step + 1 - self.first, step + 1 == self.stage.steps
-        stage_s = (self.stage.steps - step - 1) * sum(s for _, s in self.recent) / len(self.recent)
-        run_s = stage_s + self.later / rate
-        if done == min(4, self.stage.steps - self.first):  # the first step alone is a slow one
-            print(f"{'':79}\r{self.out}: about {math.ceil(run_s / 60)} min of training "
-                  "left at the rate of the first steps", flush=True)
+        clock, flops, first = self.began
+        seconds, flops = self.clock - clock, self.flops - flops
+        stage_s = (self.stage.steps - step - 1) * seconds / (step + 1 - first)
+        run_s = stage_s + self.later * seconds / flops  # later stages have steps of other sizes
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
         cut = f"  {self.cut} rows cut" if self.cut else ""
         line = (f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}"
-                f"{held_out}  {row['tokens_per_s']:,.0f} tokens/s  {rate / 1e12:.3f} TFLOP/s{cut}"
-                f"  {stage_s / 60:.1f} min left, {run_s / 60:.1f} of the run")
+                f"{held_out}  {row['tokens_per_s']:,.0f} tokens/s  {flops / seconds / 1e12:.3f} "
+                f"TFLOP/s{cut}  {stage_s / 60:.1f} min left, {run_s / 60:.1f} of the run")
+        last = step + 1 == self.stage.steps
         if sys.stdout.isatty():
             print(f"\r{line}\x1b[K", end="\n" if last or held_out else "", flush=True)
-        elif held_out or last or done == 1 or time.perf_counter() - self.printed > PRINT_S:
+        elif held_out or last or time.perf_counter() - self.printed > PRINT_S:
             self.printed = time.perf_counter()
             print(line, flush=True)

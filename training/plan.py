@@ -1,6 +1,6 @@
 """What a run holds, sends and computes, known before anything is rented or downloaded.
 
-    python -m training.plan --config F [--set KEY=VALUE] [--world 8] [--memory-gb 80] [--tflops 312]
+    python -m training.plan --config F [--set KEY=VALUE] [--world 8] [--memory-gb 80] [--tflops 125]
 
 The model is built on the meta device: weights have shapes and no values. Sizes come from the
 folders in the configuration or, where they are not there yet, from the name of a size at the end of
@@ -33,9 +33,9 @@ from clip import ClipConfig
 from common.files import one_line
 from iaa import IAA, LOSS_ROWS
 from llama import DecoderLayer, LlamaConfig
-from training.config import Config, StageConfig, longest_row, read_config
+from training.config import Config, StageConfig, read_config
 from training.log import Row, average_row, count, meta_model, step_flops
-from training.zero import Stop, Unit, model_parts, timetable
+from training.zero import model_parts, timetable
 
 MASTER = 4  # bytes of an fp32 number
 LOGIT = 3 * MASTER  # bytes of a logit when its gradient is made: itself, its log-probability, that
@@ -59,42 +59,6 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
     return module.SIZES[max(fitting, key=len)]
 
 
-def bytes_held(
-    units: list[Unit], stage: int, world: int, accumulation: int, c: int
-) -> dict[str, int]:
-    """What a rank holds from step to step by zero.py's table, by kind; frozen: those in shards.
-
-    units: of `timetable`. accumulation: micro-batches of a rank in a step.
-    """
-    numel = count(w for unit in units if unit.trained for w in unit.weights)
-    padded = sum(unit.padded(world) for unit in units if unit.trained)
-    frozen = sum(unit.padded(world) for unit in units if not unit.trained)
-    if stage == 0:
-        buckets = MASTER * numel if world > 1 else 0
-        return {"frozen weights": 0, "trained weights": 0, "fp32 masters": MASTER * numel,
-                "moments": 2 * MASTER * numel, "gradients": MASTER * numel + buckets}
-    whole = stage == 1 and accumulation > 1  # until the last micro-batch
-    shard = MASTER * padded // world
-    return {"frozen weights": c * frozen // world,
-            "trained weights": c * padded if stage < 3 else 0, "fp32 masters": shard,
-            "moments": 2 * shard, "gradients": MASTER * padded if whole else shard}
-
-
-def bytes_sent(
-    units: list[Unit], stops: list[Stop], stage: int, world: int, accumulation: int, c: int, r: int
-) -> int:
-    """What a rank sends in a step by zero.py's table, but for the norm and the number of tokens."""
-    trained = [unit for unit in units if unit.trained]
-    if stage == 0:
-        return 2 * MASTER * count(w for u in trained for w in u.weights) * (world - 1) // world
-    size = sum(unit.padded(world) for unit in trained)
-    total = r * size * (1 if stage == 1 else accumulation) + (c * size if stage < 3 else 0)
-    for before, stop in pairwise([None, *stops]):
-        if stop.gather and (before is None or before.unit is not stop.unit):
-            total += accumulation * c * stop.unit.padded(world)
-    return total * (world - 1) // world
-
-
 def layer_activations(sizes: LlamaConfig, c: int, trained: bool) -> int:
     """Bytes that autograd keeps of a decoder layer for each token."""
     attention = (sizes.heads + sizes.kv_heads) * sizes.head_size
@@ -106,80 +70,92 @@ def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: 
     """Bytes that come and go with a micro-batch: what autograd keeps, and the logits."""
     sizes, c, micro = model.llama.config, model.llama.dtype.itemsize, stage.micro_batch
     width, patches = sizes.width, model.clip.config.patches
-    total = copies = largest = 0
+    layers, copies = [], 0  # layers: bytes for each token
     for part in model_parts(model, stage.adaptor):
+        if isinstance(part.module, DecoderLayer):
+            layers.append(layer_activations(sizes, c, part.trained))
         if part.trained and part.read_in_backward and zero == 0 and c < MASTER:
             copies += c * count(part.weights)  # of the masters, in the compute dtype
-        if isinstance(part.module, DecoderLayer):
-            kept = layer_activations(sizes, c, part.trained)
-            largest = max(largest, kept)
-            total += micro * row.tokens * (c * width if config.recompute else kept)
-    total += micro * row.tokens * largest if config.recompute else 0
-    total += c * micro * patches * (model.clip.config.width + 2 * width)  # the projector's
-    return total + copies + LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
+    kept = c * width * len(layers) + max(layers) if config.recompute else sum(layers)
+    projector = c * micro * patches * (model.clip.config.width + 2 * width)
+    logits = LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
+    return micro * row.tokens * kept + projector + copies + logits
 
 
 def memory_and_traffic(
     model: IAA, config: Config, stage: StageConfig, row: Row, world: int
 ) -> tuple[dict[str, int], int]:
-    """Bytes on a rank, by kind, and bytes that it sends in a step."""
+    """Bytes on a rank, by kind, and bytes that it sends in a step: the tables of zero.py.
+
+    The gradient's norm and the number of tokens, a number each, are not in what is sent.
+    """
     zero, c = stage.zero if world > 1 else 0, model.llama.dtype.itemsize
     r = MASTER if config.reduce_fp32 else c
-    accumulation = math.ceil(stage.batch / stage.micro_batch / world)
+    accumulation = math.ceil(stage.batch / stage.micro_batch / world)  # micro-batches of a rank
     units, stops, _ = timetable(model, stage.adaptor, zero, config.shard_frozen)
-    held = bytes_held(units, zero, world, accumulation, c)
-    if zero < 3 or not config.shard_frozen:
-        held["frozen weights"] = c * count([*model.llama.parameters(), *model.clip.parameters()])
-    held["activations"] = activations(model, config, stage, zero, row)
-    gathered = [c * stop.unit.padded(world) if stop.gather else 0 for stop in stops]
-    sent = max(r * unit.padded(world) for unit in units if unit.trained) if zero else 0
-    held["units in transit"] = max(a + b for a, b in pairwise([0, *gathered])) + 2 * sent
-    return held, bytes_sent(units, stops, zero, world, accumulation, c, r)
+    size = {unit: unit.padded(world if zero else 1) for unit in units}  # stage 0 does not pad
+    trained = sum(size[unit] for unit in units if unit.trained)
+    in_shards = sum(size[unit] for unit in units if not unit.trained)
+    frozen = in_shards // world or count([*model.llama.parameters(), *model.clip.parameters()])
+    shard, buckets = trained // world, trained if world > 1 else 0  # DDP sends from its buckets
+    before = [None, *(stop.unit for stop in stops)]  # what a stop finds gathered already
+    gathers = [size[stop.unit] if stop.gather and stop.unit is not unit else 0
+               for stop, unit in zip(stops, before, strict=False)]
+    copies, masters, gradients, sent = {
+        0: (0, trained, trained + buckets, 2 * MASTER * trained),
+        1: (trained, shard, trained if accumulation > 1 else shard, r * trained + c * trained),
+        2: (trained, shard, shard, accumulation * r * trained + c * trained),
+        3: (0, shard, shard, accumulation * (r * trained + c * sum(gathers))),
+    }[zero]
+    # Of gradients, one unit is sent while another is filled.
+    reducing = 2 * r * max(size[unit] for unit in units if unit.trained) if zero else 0
+    held = {
+        "frozen weights": c * frozen, "trained weights": c * copies,
+        "fp32 masters": MASTER * masters, "moments": 2 * MASTER * masters,
+        "gradients": MASTER * gradients,
+        "activations": activations(model, config, stage, zero, row),
+        "units in transit": c * max(a + b for a, b in pairwise([0, *gathers])) + reducing}
+    return held, sent * (world - 1) // world
 
 
 def table(
     model: IAA, config: Config, stage: StageConfig, row: Row, world: int, memory_gb: float
 ) -> list[str]:
     """Memory and traffic of a rank at each ZeRO stage, * the configuration's own, as lines."""
-    longest = longest_row(config, model.llama.config.context)
+    longest = min(config.max_tokens, model.llama.config.context)
     long = Row(longest, math.ceil(longest * row.scored / row.tokens))
     columns = []
     for zero, shard in VARIANTS if world > 1 else VARIANTS[:1]:
         own = zero == stage.zero and (zero < 3 or shard == config.shard_frozen) or world == 1
         at = model, replace(config, shard_frozen=shard), replace(stage, zero=zero)
         held, sent = memory_and_traffic(*at, row, world)
-        size, most = sum(held.values()), sum(memory_and_traffic(*at, long, world)[0].values())
-        figures = {**held, "in all": size, f"in all, rows of {longest}": most,
+        most = sum(memory_and_traffic(*at, long, world)[0].values())
+        figures = {**held, "in all": sum(held.values()), f"in all, rows of {longest}": most,
                    "sent in a step": sent}
-        limit = memory_gb * 1e9
-        fits = "no" if size > limit else "not long rows" if most > limit else "yes"
-        if not columns:
-            columns.append(["GB on a rank", *figures, f"fits {memory_gb:g} GB"])
-        name = (f"ZeRO-{zero}" if shard else "3, frozen whole") + "*" * own
-        columns.append([name, *(f"{value / 1e9:,.2f}" for value in figures.values()), fits])
-    widths = [max(map(len, column)) for column in columns]
-    return ["  " + first.ljust(widths[0]) + "".join(
-        "  " + text.rjust(width) for text, width in zip(rest, widths[1:], strict=True))
-        for first, *rest in zip(*columns, strict=True)]
+        columns.append({
+            "GB on a rank": (f"ZeRO-{zero}" if shard else "3, frozen whole") + "*" * own,
+            **{name: f"{value / 1e9:,.2f}" for name, value in figures.items()},
+            f"fits {memory_gb:g} GB": "yes" if most <= memory_gb * 1e9 else "no"})
+    widths = [max(map(len, column.values())) + 2 for column in columns]
+    return [f"  {name:25}" + "".join(
+        f"{column[name]:>{width}}" for column, width in zip(columns, widths, strict=True))
+        for name in columns[0]]
 
 
-def plan(
-    config: Config, world: int, memory_gb: float, tflops: float, utilisation: float,
-    text: int | None
-) -> str:
-    """The plan of every stage. tflops: a rank's peak. text: tokens of a row, None: by the data."""
+def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
+    """The plan of every stage. tflops: TFLOP/s that a rank reaches."""
     lines, hours = [], 0.0
     for stage in config.stage:
         sizes = frozen_config(config.llm, "llama"), frozen_config(config.vision, "clip")
         model = meta_model(config, stage, *sizes)
-        row = average_row(config, stage, model, text)
+        row = average_row(config, stage, model)
         frozen_llm, tower, trained = (count(part.parameters()) for part in (
             model.llama, model.clip, model.adaptors[stage.adaptor]))
         flops = step_flops(model, stage.adaptor, stage.batch, row.tokens,
                            stage.batch * row.scored, config.recompute)
         most = math.ceil(stage.batch / stage.micro_batch / world)  # micro-batches of a rank
-        share = most * stage.micro_batch / stage.batch
-        took = stage.steps * share * flops / (tflops * 1e12 * utilisation) / 3600
+        share = most * stage.micro_batch / stage.batch  # of the rank that has most: all wait for it
+        took = stage.steps * share * flops / (tflops * 1e12) / 3600
         hours += took
         lines += [
             f"stage {stage.name}: trains {trained:,} weights; frozen LLM {frozen_llm:,}, "
@@ -188,8 +164,8 @@ def plan(
             f"{stage.micro_batch}; rows of {row.tokens} tokens, {row.scored} scored "
             f"({row.source})", *table(model, config, stage, row, world, memory_gb),
             f"  {flops / 1e12:,.1f} TFLOP in a step; {took:,.1f} hours", ""]
-    return "\n".join([*lines, f"{hours:,.1f} hours at {world} x {tflops:g} TFLOP/s, "
-                              f"{utilisation:.0%} of it reached; sending is not counted"])
+    return "\n".join([*lines, f"{hours:,.1f} hours at {world} x {tflops:g} TFLOP/s; "
+                              "sending is not counted"])
 
 
 @one_line("training.plan")
@@ -201,19 +177,10 @@ def main(argv: list[str] | None = None) -> None:
                         help="override a key, as for train.py")
     parser.add_argument("--world", type=int, default=8, help="ranks [%(default)s]")
     parser.add_argument("--memory-gb", type=float, default=80, help="of a rank [%(default)s]")
-    parser.add_argument("--tflops", type=float, default=312,
-                        help="peak of a rank in TFLOP/s [%(default)s: an A100 in bf16]")
-    parser.add_argument("--utilisation", type=float, default=0.4,
-                        help="share of that peak that is reached [%(default)s]")
-    parser.add_argument("--text-tokens", type=int,
-                        help="of a row beside its picture, half of them scored [the data's mean]")
+    parser.add_argument("--tflops", type=float, default=125, help="TFLOP/s that a rank reaches "
+                        "[%(default)s: 40 %% of an A100's peak in bf16]")
     args = parser.parse_args(argv)
-    if min(args.world, args.memory_gb, args.tflops, args.utilisation) <= 0:
-        parser.error("--world, --memory-gb, --tflops, --utilisation: above 0")
-    if args.text_tokens is not None and args.text_tokens < 2:
-        parser.error("--text-tokens: 2 or more, one of them scored")
-    print(plan(read_config(args.config, args.set), args.world, args.memory_gb, args.tflops,
-               args.utilisation, args.text_tokens))
+    print(plan(read_config(args.config, args.set), args.world, args.memory_gb, args.tflops))
 
 
 if __name__ == "__main__":

@@ -203,18 +203,8 @@ class Unit:
     def start_reduce_scatter(self, dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
         """Start to sum all ranks' flat gradients, sent in `dtype`. Returns what it fills, too."""
         gradient, self.gradient = self.gradient.to(dtype), None
-        if dist.get_backend() == "gloo":  # its reduce_scatter sends the whole sum to every rank
-            received = torch.empty_like(gradient)  # this rank's shard as it is on each rank
-            return dist.all_to_all_single(received, gradient, async_op=True), received
-        received = gradient.new_empty(self.size)
+        received = gradient.new_empty(self.size)  # the sum, of this rank's shard only
         return dist.reduce_scatter_single(received, gradient, async_op=True), received
-
-    def accumulate(self, received: Tensor) -> None:
-        """Add what a finished reduce_scatter has received to the shard's gradient, in fp32."""
-        if self.shard.grad is None:
-            self.shard.grad = torch.zeros_like(self.shard)
-        for shard in received.view(-1, self.size):
-            self.shard.grad += shard
 
 
 @dataclass
@@ -317,11 +307,13 @@ class ZeroSharded:
                 self.pending_reduce = stop.unit, *stop.unit.start_reduce_scatter(self.reduce_dtype)
 
     def finish_reduce(self) -> None:
-        """Wait for the running reduce_scatter, if there is one."""
+        """Wait for the running reduce_scatter, if there is one; add its result in fp32."""
         if self.pending_reduce is not None:
             unit, work, received = self.pending_reduce
             work.wait()
-            unit.accumulate(received)
+            if unit.shard.grad is None:
+                unit.shard.grad = torch.zeros_like(unit.shard)
+            unit.shard.grad += received
             self.pending_reduce = None
 
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
