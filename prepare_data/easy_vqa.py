@@ -22,7 +22,7 @@ import numpy as np
 from clip import open_image
 from common.files import new_folder
 from data import GROUNDING_PROMPT, boxes_to_text
-from prepare_data.rows import conversation, make_row
+from prepare_data.rows import make_row
 
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
@@ -75,8 +75,7 @@ def easy_vqa_rows(
             ("boxes", "grounding", [grounding], frame),
         ):
             counts[f"{split}: {kind} written"] += 1
-            turns = conversation(pairs)
-            yield kind, make_row("easy-vqa", split, f"{kind}/{number}", name, turns, workflow,
+            yield kind, make_row("easy-vqa", split, f"{kind}/{number}", name, pairs, workflow,
                                  **extra)
 
 
