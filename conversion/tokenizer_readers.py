@@ -1,7 +1,7 @@
 """Foreign tokenizers -> `Tokenizer`: Meta's files, Hugging Face folders, sentencepiece, GGUF.
 
 A byte-level BPE becomes a table of bytes in merge order and the regex by which text is split.
-Other kinds are refused, never approximated. Special tokens are kept by name.
+Other kinds are refused, never approximated.
 
 Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp (GGUF metadata).
 """
@@ -9,6 +9,7 @@ Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp 
 from pathlib import Path
 
 from common.files import read_json
+from conversion.checkpoint_readers import reading
 from tokenization.tokenizer import Tokenizer, read_ranks
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -22,6 +23,10 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GGUF_SPLITS = {"llama-bpe": LLAMA3_SPLIT, "smollm": DIGITS_SPLIT, "gpt-2": GPT2_SPLIT}
+# GPT-2's printable character -> byte: in these a `tokenizer.json` or a GGUF spells tokens.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+GPT2_BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
 LLAMA3_TOKENS = 128000  # ahead of the special ones
 TEMPLATE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}
 IMAGE_TOKENS = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>")
@@ -45,55 +50,37 @@ def build_tokenizer(
 
 
 def read_sentencepiece(path: Path) -> Tokenizer | None:
-    """Llama 2's or Vicuna's `tokenizer.model`; None where it is Llama 3's, lines of base64."""
-    model = path.read_bytes()
-    if model[:1] != b"\n":
+    """Llama 2's or Vicuna's `tokenizer.model`; None where there is none, or Llama 3's in base64."""
+    if not path.is_file() or (model := path.read_bytes())[:1] != b"\n":
         return None
     # No text makes <unk>, so it can stand for an image.
     return Tokenizer(model, {"<unk>": 0, "<s>": 1, "</s>": 2}, "vicuna", "<unk>")
 
 
-def llama3_specials(version: str) -> dict[str, int]:
-    """Name -> id of the 256 special tokens of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1").
-
-    The names are in no file of Meta's.
-    """
-    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
-             9: "eot_id"}
-    if version == "3.1":
-        named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
-    reserved = [place for place in range(256) if place not in named]
-    named |= {place: f"reserved_special_token_{number}" for number, place in enumerate(reserved)}
-    return {f"<|{named[place]}|>": LLAMA3_TOKENS + place for place in range(256)}
-
-
 def read_meta_tokenizer(path: Path, version: str) -> Tokenizer:
-    """Meta's `tokenizer.model`. version: of a Llama 3, as in `llama3_specials`."""
+    """Meta's `tokenizer.model`, of Llama 2, of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1")."""
     if tokenizer := read_sentencepiece(path):
         return tokenizer
     model = read_ranks(path)
     if [*model.values()] != [*range(LLAMA3_TOKENS)]:
         raise ValueError(f"{path}: {len(model)} tokens: Llama 3 has {LLAMA3_TOKENS}, from 0 on")
-    return build_tokenizer(model, llama3_specials(version), LLAMA3_SPLIT)
-
-
-def gpt2_bytes() -> dict[str, int]:
-    """GPT-2's printable character -> byte: in these a `tokenizer.json` or a GGUF spells tokens."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    # The names of the special tokens are in no file of Meta's. Those without a use are numbered.
+    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
+             9: "eot_id"}
+    if version == "3.1":
+        named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+    unnamed = [place for place in range(256) if place not in named]
+    named |= {place: f"reserved_special_token_{number}" for number, place in enumerate(unnamed)}
+    specials = {f"<|{named[place]}|>": LLAMA3_TOKENS + place for place in range(256)}
+    return build_tokenizer(model, specials, LLAMA3_SPLIT)
 
 
 def merge_order(vocab: dict[str, int], specials: dict, merges: list) -> dict[bytes, int]:
     """Bytes of ordinary tokens -> id, in merge order: single bytes, then the merges, the rest."""
-    table = gpt2_bytes()
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    order = [*table, *("".join(pair) for pair in pairs), *vocab]
-    try:
-        return {bytes(table[c] for c in token): vocab[token] for token in order
-                if token in vocab and token not in specials}
-    except KeyError as error:
-        raise ValueError(f"not a byte-level BPE: a token holds {error}") from None
+    order = [*GPT2_BYTES, *("".join(pair) for pair in pairs), *vocab]
+    return {bytes(GPT2_BYTES[c] for c in token): vocab[token] for token in order
+            if token in vocab and token not in specials}
 
 
 def hf_split(tokenizer: dict) -> str:
@@ -118,18 +105,16 @@ def hf_split(tokenizer: dict) -> str:
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
     """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
-    model_path, path = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model_path.is_file() and (tokenizer := read_sentencepiece(model_path)):
+    if tokenizer := read_sentencepiece(folder / "tokenizer.model"):
         return tokenizer
-    content, config = read_json(path), folder / "tokenizer_config.json"
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = read_json(path)
     template = read_json(config).get("chat_template") if config.is_file() else None
-    try:
+    with reading(path):
         pattern, model = hf_split(content), content["model"]
         specials = {token["content"]: token["id"] for token in content["added_tokens"]}
         ranked = merge_order(model["vocab"], specials, model["merges"])
         return build_tokenizer(ranked, specials, pattern, str(template))  # or a list of them
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
@@ -139,7 +124,7 @@ def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
     """
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     beside = path.with_name("tokenizer.model")
-    if kind == "llama" and beside.is_file() and (tokenizer := read_sentencepiece(beside)):
+    if kind == "llama" and (tokenizer := read_sentencepiece(beside)):
         return tokenizer
     if kind != "gpt2" or split not in GGUF_SPLITS:
         raise ValueError(f"{path}: tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
@@ -149,6 +134,6 @@ def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
                              for name in ("tokens", "token_type", "merges"))
     ids = {token: number for number, token in enumerate(tokens)}
     specials = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}
-    ranked = merge_order(ids, specials, merges)
     template = fields.get("tokenizer.chat_template", "")
-    return build_tokenizer(ranked, specials, GGUF_SPLITS[split], template)
+    return build_tokenizer(merge_order(ids, specials, merges), specials, GGUF_SPLITS[split],
+                           template)

@@ -15,9 +15,9 @@ from pathlib import Path
 from common.files import one_line
 from prepare_data import boxes, questions
 from prepare_data.easy_vqa import easy_vqa
-from prepare_data.rows import convert
+from prepare_data.rows import Counts, convert
 
-READERS = {  # command -> what makes rows of one input
+READERS = {  # command -> what yields the rows of one input
     "llava-pretrain": partial(questions.llava, source="llava_pretrain", folder="llava_pretrain/"),
     "allava": partial(questions.llava, source="allava"),
     "llava-mix665k": partial(questions.llava, source="llava_mix665k"),
@@ -29,26 +29,6 @@ READERS = {  # command -> what makes rows of one input
     "flickr30k": boxes.flickr30k,
     "objects365": partial(boxes.detections, source="objects365"),
 }
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        "python -m prepare_data", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("command", choices=[*READERS, "easy-vqa"])
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="published files or folders")
-    add("out", type=Path, metavar="OUT", help="JSONL file to write")
-    add("--images", type=Path, metavar="ROOT", help="root of all pictures")
-    add("--check-images", action="store_true", help="open every picture below --images")
-    add("--exclude-images", metavar="REFER", help="folder with refcoco/, refcoco+/, refcocog/: "
-        "leave out each picture that they are evaluated on; or none")
-    add("--split", default="train", help="of RefCOCO [train]")
-    add("--limit", type=int, metavar="N", help="stop after N rows")
-    add("--max-malformed", type=float, default=0.01, metavar="SHARE",
-        help="of rows not as published: more is an error [0.01]")
-    return parser
 
 
 def excluded_images(args: argparse.Namespace) -> Set[int]:
@@ -65,25 +45,35 @@ def excluded_images(args: argparse.Namespace) -> Set[int]:
 @one_line("prepare_data")
 def main() -> None:
     """Command line."""
-    parser = command_line()
+    parser = argparse.ArgumentParser(
+        "python -m prepare_data", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=[*READERS, "easy-vqa"])
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help="published files or folders")
+    add("out", type=Path, metavar="OUT", help="JSONL file to write")
+    add("--images", type=Path, metavar="ROOT", help="root of all pictures")
+    add("--check-images", action="store_true", help="open every picture below --images")
+    add("--exclude-images", metavar="REFER", help="folder with refcoco/, refcoco+/, refcocog/: "
+        "leave out each picture that they are evaluated on; or none")
+    add("--split", default="train", help="of RefCOCO [train]")
+    add("--limit", type=int, metavar="N", help="stop after N rows")
+    add("--max-malformed", type=float, default=0.01, metavar="SHARE",
+        help="of rows not as published: more is an error [0.01]")
     args = parser.parse_intermixed_args()
     if (args.command == "easy-vqa") == bool(args.inputs):
         parser.error("every command but easy-vqa takes at least one INPUT, then OUT")
-    if args.check_images and args.images is None:
+    if args.command == "easy-vqa":
+        for what, count in easy_vqa(args.out).items():
+            print(f"{what}: {count}")
+        return
+    if args.images is None and (args.check_images or args.command == "docvqa-cmarkea"):
         raise ValueError("--images ROOT is missing: the folder that all pictures are below")
     own = {"docvqa-cmarkea": {"root": args.images}, "refcoco": {"split": args.split}}
-    try:
-        if args.command == "easy-vqa":
-            for what, count in easy_vqa(args.out).items():
-                print(f"{what}: {count}")
-            return
-        read, options = READERS[args.command], own.get(args.command, {})
-        items = chain.from_iterable(read(path, **options) for path in args.inputs)
-        convert(items, args.out, excluded_images(args), args.images if args.check_images else None,
-                args.limit, args.max_malformed)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: pip install -r requirements/data.txt (easy-vqa: demo.txt)"
-                         ) from None
+    read, counts = partial(READERS[args.command], **own.get(args.command, {})), Counts()
+    rows = chain.from_iterable(read(path, counts) for path in args.inputs)
+    convert(rows, counts, args.out, excluded_images(args),
+            args.images if args.check_images else None, args.limit, args.max_malformed)
 
 
 if __name__ == "__main__":

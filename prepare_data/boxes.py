@@ -1,21 +1,18 @@
-"""Published data sets with boxes, one function each: from the published file to our rows.
-
-As in `questions.py`, a function yields items in an order that depends on the file alone.
-"""
+"""Published data sets with boxes, one function each: from the published file to our rows."""
 
 import pickle
 import re
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
 from data import GROUNDING_PROMPT, boxes_to_text, padded_square
-from prepare_data.rows import Drop, Item, clean, conversation, each, make_row, read_list
+from prepare_data.rows import Counts, Drop, clean, make_row, read_list
 
 MIN_SIDE = 0.02  # of the padded square: two decimals cannot say where a smaller box is
 MAX_BOXES = 20  # of a row; a longer list is dropped whole, since a cut one would teach to leave out
@@ -47,17 +44,14 @@ def grounding_row(
         raise Drop("a box is outside the picture, or empty once rounded")
     stop = "." * (zlib.crc32(f"{source}/{split}/{key}".encode()) & 1)
     question = GROUNDING_PROMPT.format(clean(expression).rstrip(".")) + stop
-    return make_row(source, split, key, image, conversation([(question, answer)]), "grounding",
-                    width=size[0], height=size[1], boxes=boxes)
+    return make_row(source, split, key, image, [(question, answer)], "grounding", width=size[0],
+                    height=size[1], boxes=boxes)
 
 
 def entries(path: Path, part: str, *fields: str) -> dict[int, list]:
     """id -> these fields of each entry in one list of an annotation file in COCO's form."""
     return {entry["id"]: [entry[name] for name in fields]
             for entry in read_list(path, f"{part}.item")}
-
-
-# ---------------------------------------------------------------------------------- RefCOCO
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -84,33 +78,38 @@ def evaluation_images(refer: Path) -> Set[int]:
             for reference in refer_list(refer / name) if reference["split"] != "train"}
 
 
-def refcoco(path: Path, split: str) -> Iterator[Item]:
+def refcoco(path: Path, counts: Counts, split: str) -> Iterator[dict]:
     """RefCOCO, RefCOCO+ or RefCOCOg: REFER's folder with `instances.json` and `refs(...).p`.
 
     A row for each sentence about a box.
     """
     images = entries(path / "instances.json", "images", "file_name", "width", "height")
     boxes = entries(path / "instances.json", "annotations", "bbox", "iscrowd")
-    asked = ((reference, sentence) for reference in refer_list(path)
-             if reference["split"] == split for sentence in reference["sentences"])
-
-    def sentence_row(pair: tuple[dict, dict]) -> Iterator[Item]:
-        reference, sentence = pair
-        bbox, crowd = boxes[reference["ann_id"]]
-        if crowd:
-            raise Drop("a crowd")
-        name, *size = images[reference["image_id"]]  # the reference's own "file_name" has a suffix
-        key = f"ref{reference['ref_id']}/sent{sentence['sent_id']}"
-        yield grounding_row(path.name, split, key, f"coco/train2014/{name}", size,
-                            sentence["sent"], [corners(*bbox, size)])
-
-    return each(asked, sentence_row)
+    asked = [(reference, sentence) for reference in refer_list(path)
+             if reference["split"] == split for sentence in reference["sentences"]]
+    for reference, sentence in asked:
+        with counts.each():
+            bbox, crowd = boxes[reference["ann_id"]]
+            if crowd:
+                raise Drop("a crowd")
+            name, *size = images[reference["image_id"]]  # the reference's own name has a suffix
+            key = f"ref{reference['ref_id']}/sent{sentence['sent_id']}"
+            yield grounding_row(path.name, split, key, f"coco/train2014/{name}", size,
+                                sentence["sent"], [corners(*bbox, size)])
 
 
-# ---------------------------------------------------------------------------------- detection
+def list_boxes(found: list[list], size: tuple[int, int]) -> list[tuple]:
+    """All boxes of a category in a picture, by x1, from their (crowd, x, y, w, h). Or Drop."""
+    if any(crowd for crowd, *_ in found):
+        raise Drop("a crowd, not every one of it boxed")
+    distinct = sorted({tuple(corners(*box, size)) for _, *box in found})
+    smallest = MIN_SIDE * padded_square(*size)[0]
+    if any(min(x2 - x1, y2 - y1) < smallest for x1, y1, x2, y2 in distinct):
+        raise Drop("a box too small for two decimals")
+    return distinct  # the order is ours: the paper does not say its own
 
 
-def detections(path: Path, source: str) -> Iterator[Item]:
+def detections(path: Path, counts: Counts, source: str) -> Iterator[dict]:
     """A file in COCO's form, as `instances_train2017.json`: a row for each picture and category.
 
     The file's boxes are not in the order of its pictures. They are kept as numbers, about 90 bytes
@@ -118,39 +117,26 @@ def detections(path: Path, source: str) -> Iterator[Item]:
     """
     names, split = entries(path, "categories", "name"), path.stem.rpartition("_")[2]
     boxes = defaultdict(lambda: array("d"))  # image id -> (category, crowd, x, y, w, h) of each box
-
-    def keep(entry: dict) -> Iterable[Item]:
-        x, y, w, h = entry["bbox"]
-        boxes[entry["image_id"]] += array(
-            "d", (entry["category_id"], entry["iscrowd"], x, y, w, h))
-        return ()
-
-    def picture(image: dict) -> Iterator[Item]:
-        categories = defaultdict(list)
-        table = np.reshape(boxes.pop(image["id"], ()), (-1, 6))  # (boxes, 6)
-        for number, *box in table.tolist():
-            categories[int(number)].append(box)
-        return each(sorted(categories.items()), lambda item: category(image, *item))
-
-    def category(image: dict, number: int, found: list[list]) -> Iterator[Item]:
-        (label,), file, size = names[number], image["file_name"], (image["width"], image["height"])
-        if source == "objects365":  # v1/patch8/a.jpg lies in patch8/a.jpg; names are as "Cup/Mug"
-            file, label = "/".join(file.split("/")[-2:]), label.split("/")[0].lower()
-        if any(crowd for crowd, *_ in found):
-            raise Drop("a crowd, not every one of it boxed")
-        distinct = sorted({tuple(corners(*box, size)) for _, *box in found})
-        smallest = MIN_SIDE * padded_square(*size)[0]
-        if any(min(x2 - x1, y2 - y1) < smallest for x1, y1, x2, y2 in distinct):
-            raise Drop("a box too small for two decimals")
-        yield grounding_row(source, split, f"{image['id']}/{number}", f"{source}/{split}/{file}",
-                            size, label, distinct)  # by x1: the paper does not say how
-
-    yield from each(read_list(path, "annotations.item"), keep)
-    yield from each(read_list(path, "images.item"), picture)
-    yield from (ValueError("boxes of an unknown picture") for _ in boxes)
-
-
-# ---------------------------------------------------------------------------------- Flickr30k
+    for entry in read_list(path, "annotations.item"):
+        with counts.each():
+            x, y, w, h = entry["bbox"]
+            numbers = entry["category_id"], entry["iscrowd"], x, y, w, h
+            boxes[entry["image_id"]] += array("d", numbers)
+    for image in read_list(path, "images.item"):
+        with counts.each():
+            size, categories = (image["width"], image["height"]), defaultdict(list)
+            for category, *box in np.reshape(boxes.pop(image["id"], ()), (-1, 6)).tolist():
+                categories[int(category)].append(box)
+            # Of Objects365: v1/patch8/a.jpg lies in patch8/a.jpg, and categories are as "Cup/Mug".
+            file = "/".join(image["file_name"].split("/")[-2:])
+            for category, found in sorted(categories.items()):
+                with counts.each():
+                    label = names[category][0].split("/")[0].lower()
+                    yield grounding_row(source, split, f"{image['id']}/{category}",
+                                        f"{source}/{split}/{file}", size, label,
+                                        list_boxes(found, size))
+    if boxes:
+        counts["malformed: boxes of an unknown picture"] += len(boxes)
 
 
 def entity_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list]]:
@@ -170,33 +156,34 @@ def entity_boxes(path: Path) -> tuple[tuple[int, int], dict[str, list]]:
     return (int(root.findtext("size/width")), int(root.findtext("size/height"))), boxes
 
 
-def flickr30k(path: Path) -> Iterator[Item]:
+def phrase_chains(sentences: list[str]) -> dict[str, set[str]]:
+    """Phrase -> the chains that it names: "[/EN#101/people/clothing Two cooks] stir", of 101."""
+    chains = defaultdict(set)
+    for sentence in sentences:
+        for chain, words in re.findall(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]+)\]", sentence):
+            words = re.sub(r" ([,.;:!?'])", r"\1", words.strip()).lower()
+            chains[words].add(chain)
+    return chains
+
+
+def flickr30k(path: Path, counts: Counts) -> Iterator[dict]:
     """Flickr30k Entities: a folder with Annotations/, Sentences/, train.txt, UNRELATED_CAPTIONS.
 
     A row for each distinct phrase that names boxes in the sentences about a picture.
     """
     unrelated = set((path / "UNRELATED_CAPTIONS").read_text(encoding="utf-8").splitlines())
-
-    def picture(key: str) -> Iterator[Item]:
-        size, boxes = entity_boxes(path / "Annotations" / f"{key}.xml")
-        sentences = (path / "Sentences" / f"{key}.txt").read_text(encoding="utf-8").splitlines()
-        chains = defaultdict(set)  # words -> the chains that they name
-        for number, sentence in enumerate(sentences, 1):
-            if f"{key} {number}" not in unrelated:  # as [/EN#101/people/clothing Two cooks] stir
-                for chain, words in re.findall(r"\[/EN#(\d+)(?:/\w+)+ ([^\]]+)\]", sentence):
-                    words = re.sub(r" ([,.;:!?'])", r"\1", words.strip()).lower()
-                    chains[words].add(chain)
-
-        def phrase(numbered: tuple) -> Iterator[Item]:
-            number, (words, named) = numbered
-            if len(named) > 1:
-                raise Drop("the phrase names different things in one picture")
-            found = boxes.get(*named)
-            if not found:
-                raise Drop("the phrase has no box")
-            yield grounding_row("flickr30k", "train", f"{key}/{number}",
-                                f"flickr30k-images/{key}.jpg", size, words, sorted(found))
-
-        return each(enumerate(chains.items()), phrase)
-
-    return each((path / "train.txt").read_text(encoding="utf-8").split(), picture)
+    for key in (path / "train.txt").read_text(encoding="utf-8").split():
+        with counts.each():
+            size, boxes = entity_boxes(path / "Annotations" / f"{key}.xml")
+            lines = (path / "Sentences" / f"{key}.txt").read_text(encoding="utf-8").splitlines()
+            chains = phrase_chains([line for number, line in enumerate(lines, 1)
+                                    if f"{key} {number}" not in unrelated])
+            for number, (words, named) in enumerate(chains.items()):
+                with counts.each():
+                    if len(named) > 1:
+                        raise Drop("the phrase names different things in one picture")
+                    found = boxes.get(*named)
+                    if not found:
+                        raise Drop("the phrase has no box")
+                    yield grounding_row("flickr30k", "train", f"{key}/{number}",
+                                        f"flickr30k-images/{key}.jpg", size, words, sorted(found))

@@ -14,7 +14,6 @@ The boxes are measured from the pixels: the published data have none.
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from clip import open_image
 from common.files import new_folder
 from data import GROUNDING_PROMPT, boxes_to_text
-from prepare_data.rows import conversation, make_row
+from prepare_data.rows import make_row
 
 COLOURS = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
@@ -51,33 +50,24 @@ def measure_shape(pixels: np.ndarray) -> tuple[str, str, list[int]]:
     return colour, shape, box
 
 
-def easy_vqa_rows(
-    split: str, images: dict[int, str], questions: dict[int, list], out: Path, counts: Counter
-) -> Iterator[tuple[str, dict]]:
-    """(kind, row) of a split, in order; copies its pictures to `out/SPLIT/` and counts the rows."""
-    for number, path in sorted(images.items()):
-        image, asked = open_image(path), questions[number]
-        colour, shape, box = measure_shape(np.asarray(image))
-        told = {answer for _, answer in asked}
-        shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
-        if not told & COLOURS.keys() <= {colour}:
-            counts[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
-            continue
-        name = f"{split}/{number}.png"
-        shutil.copyfile(path, out / name)
-        answer = boxes_to_text([box], *image.size)
-        caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
-        grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
-        frame = {"width": image.width, "height": image.height, "boxes": [box]}
-        for kind, workflow, pairs, extra in (
-            ("captions", "mm", [caption], {}),
-            ("questions", "mm", questions[number], {"independent": True}),
-            ("boxes", "grounding", [grounding], frame),
-        ):
-            counts[f"{split}: {kind} written"] += 1
-            turns = conversation(pairs)
-            yield kind, make_row("easy-vqa", split, f"{kind}/{number}", name, turns, workflow,
-                                 **extra)
+def picture_rows(split: str, number: int, path: Path, asked: list) -> dict[str, dict] | None:
+    """The rows about a picture by kind; None where the answers' colour is not the pixels'."""
+    image = open_image(path)
+    colour, shape, box = measure_shape(np.asarray(image))
+    told = {answer for _, answer in asked}
+    if not told & COLOURS.keys() <= {colour}:
+        return None
+    shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
+    name, answer = f"{split}/{number}.png", boxes_to_text([box], *image.size)
+    caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
+    grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
+    return {
+        "captions": make_row("easy-vqa", split, f"captions/{number}", name, [caption]),
+        "questions": make_row("easy-vqa", split, f"questions/{number}", name, asked,
+                              independent=True),
+        "boxes": make_row("easy-vqa", split, f"boxes/{number}", name, [grounding], "grounding",
+                          width=image.width, height=image.height, boxes=[box]),
+    }
 
 
 def easy_vqa(out: Path) -> Counter:
@@ -94,8 +84,15 @@ def easy_vqa(out: Path) -> Counter:
             questions, lines = defaultdict(list), defaultdict(list)
             for question, answer, number in zip(*asked, strict=True):
                 questions[number].append((question, answer))
-            for kind, row in easy_vqa_rows(split, images, questions, new, counts):
-                lines[kind].append(json.dumps(row) + "\n")
+            for number, path in sorted(images.items()):
+                rows = picture_rows(split, number, path, questions[number])
+                if rows is None:
+                    counts[f"{split}: dropped, the answers' colour is not the pixels'"] += 1
+                    continue
+                shutil.copyfile(path, new / split / f"{number}.png")
+                for kind, row in rows.items():
+                    lines[kind].append(json.dumps(row) + "\n")
             for kind, texts in lines.items():
+                counts[f"{split}: {kind} written"] = len(texts)
                 (new / f"{split}-{kind}.jsonl").write_text("".join(texts))
     return counts

@@ -1,40 +1,54 @@
-"""What all converters share: how rows are made, and the one loop that checks and writes them.
+"""What all converters share: how a row is made, and the loop that checks rows and writes them.
 
-A reader of a published data set yields items. An item is a row, as `data.check_row` wants it, or
-the exception that says why a record was left out.
+A reader of a published data set yields rows as `data.check_row` wants them, in an order that
+depends on the file alone. What it leaves out, it counts.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from clip import open_image
 from common.files import new_file
-from data import RowError, check_row, path_below
+from data import check_row, path_below
 from tokenization.templates import IMAGE
 
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
+# What plain code raises over a record that is not as published; SyntaxError: of broken XML.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
 
 
 class Drop(Exception):
     """Why a record is left out, although its file is as it was published."""
 
 
-# What plain code raises over a record that is not as published; SyntaxError: of broken XML.
-MALFORMED = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
-Item = dict | Exception
+class Counts(Counter):
+    """The number of rows by outcome."""
 
-
-def each(records: Iterable, make: Callable[..., Iterable[Item]]) -> Iterator[Item]:
-    """The items of `make(record)` for each record; a record over which it raises ends in that."""
-    for record in records:
+    @contextmanager
+    def each(self) -> Iterator[None]:
+        """Around the work on one record: what its content raises is counted, and the next comes."""
         try:
-            yield from make(record)
-        except (Drop, *MALFORMED) as error:
-            yield error
+            yield
+        except Drop as drop:
+            self[f"dropped: {drop}"] += 1
+        except MALFORMED as error:
+            self[f"malformed: {type(error).__name__}: {error}"[:120]] += 1
+
+    def check(self, max_malformed: float) -> None:
+        """Print all. ValueError where a larger share is malformed, or nothing was written."""
+        for outcome, count in self.most_common(50):
+            print(f"{count:,}  {outcome}")
+        malformed = sum(self[outcome] for outcome in self if outcome.startswith("malformed"))
+        if malformed > max_malformed * self.total():
+            raise ValueError(f"{malformed:,} of {self.total():,} are malformed, so nothing is "
+                             "written; a higher --max-malformed accepts them")
+        if not self["written"]:
+            raise ValueError("no row to write: is it the file that this data set has?")
 
 
 def clean(text: str) -> str:
@@ -45,20 +59,19 @@ def clean(text: str) -> str:
     return text
 
 
-def conversation(pairs: Iterable[tuple[str, str]], image: bool = True) -> list[dict]:
-    """Pairs of question and answer as turns. The placeholder of an image opens the first."""
+def make_row(
+    source: str, split: str, key, image: str | None, pairs: Iterable[tuple[str, str]],
+    workflow: str = "mm", **fields,
+) -> dict:
+    """A row of questions and answers; the placeholder of an image opens the first.
+
+    key: unique in its source and split. fields: those that not every row has.
+    """
     turns = []
     for question, answer in pairs:
-        opening = IMAGE if image and not turns else ""
+        opening = IMAGE if image is not None and not turns else ""
         turns += [{"from": "human", "value": opening + clean(question)},
                   {"from": "gpt", "value": clean(answer)}]
-    return turns
-
-
-def make_row(
-    source: str, split: str, key, image: str | None, turns: list[dict], workflow="mm", **fields
-) -> dict:
-    """A row. key: unique in its source and split. fields: those that not every row has."""
     return {"id": f"{source}/{split}/{key}", "image": image, "source": source, "split": split,
             "workflow": workflow, **fields, "conversations": turns}
 
@@ -84,10 +97,8 @@ def picture_size(root: Path, name: str) -> tuple[int, int]:
     """(width, height) of a picture below `root`, decoded whole. ValueError where it cannot be."""
     try:
         return open_image(path_below(root, name)).size
-    except RowError:
-        raise ValueError("the picture is missing, or not below the root") from None
-    except ValueError:
-        raise ValueError("the picture is broken") from None
+    except ValueError:  # one reason for all pictures, to count them
+        raise ValueError("the picture is missing, broken, or not below the root") from None
 
 
 def check_image(row: dict, excluded: Set[int], root: Path | None) -> None:
@@ -107,52 +118,28 @@ def check_image(row: dict, excluded: Set[int], root: Path | None) -> None:
         raise ValueError("the picture is not of the size that its boxes are for")
 
 
-def check_counts(counts: Counter, max_malformed: float) -> None:
-    """Print the number of rows by outcome. ValueError where too few of them are good."""
-    for outcome, count in counts.most_common(50):
-        print(f"{count:,}  {outcome}")
-    malformed = sum(count for outcome, count in counts.items() if outcome.startswith("malformed"))
-    if malformed > max_malformed * counts.total():
-        raise ValueError(f"{malformed:,} of {counts.total():,} are malformed, so nothing is "
-                         "written; a higher --max-malformed accepts them")
-    if not counts["written"]:
-        raise ValueError("no row to write: is it the file that this data set has?")
-
-
 def convert(
-    items: Iterable[Item],
+    rows: Iterable[dict],
+    counts: Counts,  # those of the readers of `rows`
     out: Path,
     excluded: Set[int] = frozenset(),
     root: Path | None = None,  # None: pictures are not opened
     limit: int | None = None,  # stop after so many rows
     max_malformed: float = 0.01,  # share
-) -> Counter:
-    """Write the rows among `items` to `out`. Print and return the number of rows by outcome.
-
-    `out` appears when all is done, or not at all. ValueError where no row was written, or where
-    more than the share `max_malformed` of the items is malformed.
-    """
+) -> None:
+    """Write rows to `out`, which appears when all is done, or not at all. Raises as `check`."""
     if out.exists():
         raise FileExistsError(f"{out} is there already; remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    counts = Counter()
     with new_file(out) as new:
         with open(new, "wb") as file:
-            for item in items:
-                try:
-                    if isinstance(item, Exception):
-                        raise item
-                    if item["image"] is not None:
-                        check_image(item, excluded, root)
-                    line = json.dumps(check_row(item), ensure_ascii=False).encode()
-                except Drop as drop:
-                    counts[f"dropped: {drop}"] += 1
-                except MALFORMED as error:
-                    counts[f"malformed: {type(error).__name__}: {error}"[:120]] += 1
-                else:
+            for row in rows:
+                with counts.each():
+                    if row["image"] is not None:
+                        check_image(row, excluded, root)
+                    line = json.dumps(check_row(row), ensure_ascii=False).encode()
                     file.write(line + b"\n")
                     counts["written"] += 1
-                    if counts["written"] == limit:
-                        break
-        check_counts(counts, max_malformed)
-    return counts
+                if counts["written"] == limit:
+                    break
+        counts.check(max_malformed)

@@ -13,7 +13,7 @@ pytest.importorskip("ijson", reason="pip install -r requirements/data.txt")
 from data import GROUNDING_PROMPT, ONE_LETTER, ONE_WORD, check_row
 from prepare_data import __main__ as command
 from prepare_data.boxes import grounding_row, refer_list
-from prepare_data.rows import convert, make_row
+from prepare_data.rows import Counts, convert, make_row
 
 
 def write(path: Path, value) -> Path:
@@ -23,55 +23,50 @@ def write(path: Path, value) -> Path:
     return path
 
 
-@pytest.fixture
-def out(tmp_path) -> Path:
-    """The file to write."""
-    return tmp_path / "out.jsonl"
+def read(path: Path) -> list[dict]:
+    """The rows of a JSONL file, each as training wants it."""
+    return [check_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, out):
-    """A function that runs a command into `out`, twice, and returns the outcomes that it prints."""
+def run(monkeypatch, capsys, tmp_path):
+    """A function that runs a command twice and returns (outcomes as printed, rows)."""
 
-    def call(name: str, *args) -> dict[str, int]:
+    def call(name: str, *args) -> tuple[dict[str, int], list[dict]]:
         args = sorted(args, key=lambda arg: not isinstance(arg, Path))
-        monkeypatch.setattr(sys, "argv", ["prepare_data", name, *map(str, [*args, out])])
         contents = []
-        for _ in range(2):
+        for out in (tmp_path / "first.jsonl", tmp_path / "second.jsonl"):
             out.unlink(missing_ok=True)
+            monkeypatch.setattr(sys, "argv", ["prepare_data", name, *map(str, [*args, out])])
             command.main()
             contents.append(out.read_bytes())
             printed = capsys.readouterr().out.splitlines()
         assert contents[0] == contents[1]
-        return {outcome: int(count) for count, outcome in (line.split("  ") for line in printed)}
+        counts = {outcome: int(count) for count, outcome in (line.split("  ") for line in printed)}
+        return counts, read(out)
 
     return call
 
 
 @pytest.fixture
-def fails(run, out):
+def fails(run, tmp_path):
     """A function that runs a command, sees it end with one line and no file, and returns that."""
 
     def call(*args) -> str:
-        before = sorted(out.parent.rglob("*"))
+        before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stopped:
             run(*args)
         assert stopped.value.code.startswith("prepare_data: ") and "\n" not in stopped.value.code
-        assert sorted(out.parent.rglob("*")) == before
+        assert sorted(tmp_path.rglob("*")) == before
         return stopped.value.code
 
     return call
 
 
-def rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, each as training wants it."""
-    return [check_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def brief(path: Path) -> list[tuple]:
+def brief(rows: list[dict]) -> list[tuple]:
     """(id, image, texts of the turns) of each row."""
     return [(row["id"], row["image"], *(turn["value"] for turn in row["conversations"]))
-            for row in rows(path)]
+            for row in rows]
 
 
 def talk(*texts: str, first: int = 0) -> list[dict]:
@@ -88,7 +83,7 @@ def asked(row: dict) -> tuple[str, str]:
     return asks_for.removesuffix("."), answer
 
 
-def test_llava_mix665k(tmp_path, out, run):
+def test_llava_mix665k(tmp_path, run):
     """Rows with and without a picture, an answer ahead of all questions; dirt is counted."""
     pair = talk("<image>\nWhat?", "That.")
     source = write(tmp_path / "llava_v1_5_mix665k.json", [
@@ -99,36 +94,34 @@ def test_llava_mix665k(tmp_path, out, run):
         {"id": "t", "conversations": talk("a", "b", "last")},
         {"id": "u", "image": "../../etc/passwd.jpg", "conversations": pair},
         {"id": 7, "image": 7, "conversations": pair}])
-    assert run("llava-mix665k", source, "--max-malformed", 0.8) == {
+    counts, rows = run("llava-mix665k", source, "--max-malformed", 0.8)
+    assert counts == {
         "written": 2,
         "malformed: ValueError: a text is empty": 1,
         "malformed: ValueError: human and gpt do not take turns": 1,
         "malformed: ValueError: the image's path leaves the root of the pictures": 1,
         'malformed: TypeError: can only concatenate str (not "int") to str': 1}
-    assert brief(out) == [
+    assert brief(rows) == [
         ("llava_mix665k/train/12#0", "coco/train2017/000000000012.jpg",
          "<image>\nHow many mugs?", "2", "Are they blue?", "No"),
         ("llava_mix665k/train/q_0#1", None, "Erkläre", "„Rekursion“")]
 
 
-def test_captions_of_llava_and_allava(tmp_path, out, run, fails):
-    """The placeholder moves to the front, or comes back; several files; a limit; half a file."""
+def test_captions_of_llava_and_allava(tmp_path, run):
+    """The placeholder moves to the front, or comes back; several files; a limit."""
     record = {"id": "001", "image": "00/001.jpg", "conversations": talk("Caption.\n<image>", "mug")}
-    run("llava-pretrain", write(tmp_path / "b.json", [record]))
-    assert brief(out) == [("llava_pretrain/train/001#0", "llava_pretrain/00/001.jpg",
-                           "<image>\nCaption.", "mug")]
+    assert brief(run("llava-pretrain", write(tmp_path / "b.json", [record]))[1]) == [
+        ("llava_pretrain/train/001#0", "llava_pretrain/00/001.jpg", "<image>\nCaption.", "mug")]
     chinese = {"id": "c1", "image": "allava_vflan/a.jpg", "conversations": talk("描述。", "水壶。")}
     evol = {"idx": 5, "conversations": talk("Explain.", "Well.")}
     files = [write(tmp_path / "c.json", [chinese]), write(tmp_path / "e.json", [evol])]
-    run("allava", *files)
-    assert brief(out) == [("allava/train/c1#0", "allava_vflan/a.jpg", "<image>\n描述。", "水壶。"),
-                          ("allava/train/5#0", None, "Explain.", "Well.")]
-    assert run("allava", *files, "--limit", 1) == {"written": 1}
-    out.unlink()
-    assert f"{files[0]}: not JSON, or not all of it" in fails("allava", write(files[0], '[{"a"'))
+    assert brief(run("allava", *files)[1]) == [
+        ("allava/train/c1#0", "allava_vflan/a.jpg", "<image>\n描述。", "水壶。"),
+        ("allava/train/5#0", None, "Explain.", "Well.")]
+    assert run("allava", *files, "--limit", 1)[0] == {"written": 1}
 
 
-def test_docvqa(tmp_path, out, run):
+def test_docvqa(tmp_path, run):
     """A row a question, a picture named by its content; no picture, a bad id."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
@@ -140,45 +133,44 @@ def test_docvqa(tmp_path, out, run):
     records = [{"id": name, "qa": pairs, "image": {"bytes": content, "path": None}}
                for name, content in contents.items()]
     write_table(pyarrow.Table.from_pylist(records), write(part, ""))
-    counts = run("docvqa-cmarkea", part.parent, "--images", str(root), "--max-malformed", 0.7)
+    counts, rows = run("docvqa-cmarkea", part.parent, "--images", str(root),
+                       "--max-malformed", 0.7)
     assert counts == {"written": 2, "malformed: KeyError: b'<ht'": 1,
                       "malformed: ValueError: 'id' is no file name": 1}
-    assert brief(out) == [
+    assert brief(rows) == [
         ("docvqa_cmarkea/train/d1/0", "docvqa/train/d1.png", "<image>\nTotal?", "42"),
         ("docvqa_cmarkea/train/d1/1", "docvqa/train/d1.png", "<image>\nWhose?", "A")]
     (written,) = root.rglob("*.*")
     assert written.name == "d1.png" and written.read_bytes() == picture.read_bytes()
 
 
-def test_vsr(tmp_path, out, run):
+def test_vsr(tmp_path, run):
     """Yes and No, the picture's folder from its link."""
     record = {"image": "000000000017.jpg", "label": 1, "caption": "The lamp is left of the sofa.",
               "image_link": "http://example.invalid/train2017/000000000017.jpg"}
     other = record | {"label": 0, "image_link": "http://example.invalid/val2017/000000000017.jpg"}
     lines = [record, other, record | {"image": "../17.jpg"}, record | {"label": 2}]
     source = write(tmp_path / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    assert run("vsr", source, "--max-malformed", 0.5)["written"] == 2
     question = f"<image>\nIs this statement about the picture true? {record['caption']}{ONE_WORD}"
-    assert brief(out) == [
+    assert brief(run("vsr", source, "--max-malformed", 0.5)[1]) == [
         ("vsr/train/000000", "coco/train2017/000000000017.jpg", question, "Yes"),
         ("vsr/train/000001", "coco/val2017/000000000017.jpg", question, "No")]
 
 
-def test_scienceqa(tmp_path, out, run):
+def test_scienceqa(tmp_path, run):
     """Context, options and letter; text-only problems; no test problems."""
     problem = {"question": "Which is a liquid?", "choices": ["stone", "milk"], "answer": 1,
                "hint": "", "image": None, "split": "train"}
-    problems = {"7": problem, "8": problem | {"hint": "Look.", "image": "image.png"},
-                "9": problem, "10": problem | {"answer": 2}}
-    write(tmp_path / "problems.json", problems)
+    write(tmp_path / "problems.json", {
+        "7": problem, "8": problem | {"hint": "Look.", "image": "image.png"}, "9": problem,
+        "10": problem | {"answer": 2}})
     write(tmp_path / "pid_splits.json", {"train": ["7", "10"], "val": ["8"], "test": ["9"]})
-    assert run("scienceqa", tmp_path, "--max-malformed", 0.34) == {
-        "written": 2, "malformed: IndexError: string index out of range": 1}
+    counts, rows = run("scienceqa", tmp_path, "--max-malformed", 0.34)
+    assert counts == {"written": 2, "malformed: IndexError: string index out of range": 1}
     options = f"Which is a liquid?\nA. stone\nB. milk{ONE_LETTER}"
-    assert brief(out) == [
-        ("scienceqa/train/7", None, options, "B"),
-        ("scienceqa/val/8", "scienceqa/images/val/8/image.png",
-         f"<image>\nContext: Look.\n{options}", "B")]
+    assert brief(rows) == [("scienceqa/train/7", None, options, "B"),
+                           ("scienceqa/val/8", "scienceqa/images/val/8/image.png",
+                            f"<image>\nContext: Look.\n{options}", "B")]
 
 
 def reference(number: int, split: str, image: int, *sentences: str) -> dict:
@@ -218,24 +210,24 @@ def refer(tmp_path) -> Path:
     return root
 
 
-def test_refcoco_leaves_out_what_is_evaluated_on(refer, out, run):
+def test_refcoco_leaves_out_what_is_evaluated_on(refer, run):
     """A row a sentence, the box as xyxy; pictures of any set's val or test are left out."""
     accept = ("--max-malformed", 0.5)
-    assert run("refcoco", refer / "refcoco", *accept) == {
+    counts, (first, second) = run("refcoco", refer / "refcoco", *accept)
+    assert counts == {
         "written": 2, "dropped: a crowd": 1,
         "dropped: its picture is one that grounding is evaluated on": 1,
         "malformed: KeyError: 904": 1, "malformed: ValueError: a text is empty": 1}
-    first, second = rows(out)
     assert first["image"] == "coco/train2014/COCO_train2014_000000000013.jpg"
     assert [first[name] for name in ("id", "workflow", "width", "height", "boxes")] == [
         "refcoco/train/ref1/sent10", "grounding", 640, 480, [[100, 50, 300, 250]]]
     assert asked(first) == ("left mug", "[0.16, 0.2, 0.47, 0.52]")
     assert asked(second)[0] == "mug on left"
-    run("refcoco", *(refer / name for name in ("refcoco", "refcoco+", "refcocog")), *accept)
-    assert [row["id"] for row in rows(out)] == [
+    sets = [refer / name for name in ("refcoco", "refcoco+", "refcocog")]
+    assert [row["id"] for row in run("refcoco", *sets, *accept)[1]] == [
         "refcoco/train/ref1/sent10", "refcoco/train/ref1/sent12", "refcoco+/train/ref1/sent10"]
-    run("refcoco", refer / "refcoco", *accept, "--split", "testA")
-    assert [row["id"] for row in rows(out)] == ["refcoco/testA/ref3/sent30"]
+    (tested,) = run("refcoco", refer / "refcoco", *accept, "--split", "testA")[1]
+    assert tested["id"] == "refcoco/testA/ref3/sent30"
 
 
 def test_hostile_pickles_are_refused(refer, fails):
@@ -261,37 +253,36 @@ COCO = {
     "categories": [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]}
 
 
-def test_coco(tmp_path, refer, out, run, fails):
+def test_coco(tmp_path, refer, run, fails):
     """A row a picture and category; crowds, long lists and tiny boxes drop the whole row."""
     source = write(tmp_path / "instances_train2017.json", COCO)
     assert "--exclude-images REFER" in fails("coco", source)
     accept = ("--max-malformed", 0.5, "--exclude-images")
-    assert run("coco", source, *accept, "none") == {
+    counts, (first, second, third) = run("coco", source, *accept, "none")
+    assert counts == {
         "written": 3,
         "dropped: a crowd, not every one of it boxed": 1,
         "dropped: more than 20 boxes": 1,
         "dropped: a box too small for two decimals": 1,
         "malformed: ValueError: not enough values to unpack (expected 4, got 3)": 1,
-        "malformed: ValueError: boxes of an unknown picture": 1,
+        "malformed: boxes of an unknown picture": 1,
         "malformed: ValueError: a box is not x, y, width, height: is it x1, y1, x2, y2?": 1,
         "malformed: KeyError: 2": 1}
-    first, second, third = rows(out)
     assert first["id"] == "coco/train2017/12/90" and first["image"].endswith("/000000000012.jpg")
     assert first["boxes"] == [[100, 50, 300, 250], [300.55, 50, 500.55, 250]]  # once each, by x1
     assert asked(first) == ("toothbrush", "[0.16, 0.2, 0.47, 0.52]; [0.47, 0.2, 0.78, 0.52]")
     assert second["boxes"] == [[600, 400, 640, 480]]  # clipped
     assert asked(third)[0] == "person" and len(third["boxes"]) == 20
-    run("coco", source, *accept, str(refer))
-    assert [row["id"] for row in rows(out)] == ["coco/train2017/13/90", "coco/train2017/15/1"]
+    kept = run("coco", source, *accept, str(refer))[1]
+    assert [row["id"] for row in kept] == ["coco/train2017/13/90", "coco/train2017/15/1"]
 
 
-def test_objects365(tmp_path, out, run):
+def test_objects365(tmp_path, run):
     """The last two parts of the file's name, the first of alternative category names."""
     image = {"id": 3, "file_name": "images/v1/patch8/a.jpg", "width": 480, "height": 640}
-    run("objects365", write(tmp_path / "zhiyuan_objv2_train.json", {
+    (row,) = run("objects365", write(tmp_path / "zhiyuan_objv2_train.json", {
         "images": [image], "annotations": [box(1, 3, 11, -20, 0, 500, 640)],
-        "categories": [{"id": 11, "name": "Cup/Bottle"}]}))
-    (row,) = rows(out)
+        "categories": [{"id": 11, "name": "Cup/Bottle"}]}))[1]
     assert (row["id"], row["image"]) == ("objects365/train/3/11", "objects365/train/patch8/a.jpg")
     assert asked(row) == ("cup", "[0.12, 0.0, 0.88, 1.0]")
 
@@ -308,25 +299,25 @@ SENTENCES = """[/EN#101/people Two cooks] stir [/EN#0/notvisual it] in [/EN#102/
 """
 
 
-def test_flickr30k(tmp_path, out, run):
+def test_flickr30k(tmp_path, run):
     """Plural boxes, 1-based pixels, distinct phrases; scenes, ambiguous and unrelated ones go."""
     write(tmp_path / "Annotations/900001.xml", ENTITIES)
     write(tmp_path / "Annotations/900002.xml", "<annotation>")
     write(tmp_path / "Sentences/900001.txt", SENTENCES)
     write(tmp_path / "train.txt", "900001\n900002\n")
     write(tmp_path / "UNRELATED_CAPTIONS", "# format: <imageID> <sentence number>\n900001 4\n")
-    assert run("flickr30k", tmp_path, "--max-malformed", 0.5) == {
+    counts, (first, second) = run("flickr30k", tmp_path, "--max-malformed", 0.5)
+    assert counts == {
         "written": 2, "dropped: the phrase has no box": 2,
         "dropped: the phrase names different things in one picture": 1,
         "malformed: ParseError: no element found: line 1, column 12": 1}
-    first, second = rows(out)
     assert first["image"] == "flickr30k-images/900001.jpg"
     assert first["boxes"] == [[10, 20, 110, 220], [200, 30, 260, 230]]
     assert asked(first) == ("two cooks", "[0.02, 0.16, 0.22, 0.56]; [0.4, 0.18, 0.52, 0.58]")
     assert (second["id"], asked(second)[0]) == ("flickr30k/train/900001/3", "the cook's hat")
 
 
-def test_check_images(tmp_path, out):
+def test_check_images(tmp_path):
     """Missing, cut off, outside by a link, of another size than its boxes are for: malformed."""
     good, cut, link = (tmp_path / "root" / f"{name}.jpg" for name in ("good", "cut", "link"))
     good.parent.mkdir()
@@ -334,29 +325,32 @@ def test_check_images(tmp_path, out):
     cut.write_bytes(good.read_bytes()[:300])
     link.symlink_to(good.rename(tmp_path / "outside.jpg"))
     Image.new("P", (64, 48)).save(good, format="GIF")  # under the name of a .jpg: it may be
-    items = [make_row("s", "t", name, f"{name}.jpg", talk("<image>\nWhat?", "That."))
-             for name in ("good", "cut", "link", "none")]
-    items += [grounding_row("s", "t", f"{w}x{h}", "good.jpg", (w, h), "mug", [[1, 2, 30, 40]])
-              for w, h in ((64, 48), (48, 64))]
-    assert convert(items, out, root=good.parent, max_malformed=0.7) == {
-        "written": 2, "malformed: ValueError: the picture is broken": 1,
-        "malformed: ValueError: the picture is missing, or not below the root": 2,
+    rows = [make_row("s", "t", name, f"{name}.jpg", [("What?", "That.")])
+            for name in ("good", "cut", "link", "none")]
+    rows += [grounding_row("s", "t", f"{w}x{h}", "good.jpg", (w, h), "mug", [[1, 2, 30, 40]])
+             for w, h in ((64, 48), (48, 64))]
+    counts = Counts()
+    convert(rows, counts, tmp_path / "out", root=good.parent, max_malformed=0.7)
+    assert counts == {
+        "written": 2,
+        "malformed: ValueError: the picture is missing, broken, or not below the root": 3,
         "malformed: ValueError: the picture is not of the size that its boxes are for": 1}
-    assert [row["id"] for row in rows(out)] == ["s/t/good", "s/t/64x48"]
+    assert [row["id"] for row in read(tmp_path / "out")] == ["s/t/good", "s/t/64x48"]
 
 
-def test_one_percent_may_be_malformed(out):
+def test_one_percent_may_be_malformed(tmp_path):
     """More are an error, and as after an exception there is no file, nor a part of one."""
-    good = [make_row("s", "t", number, None, talk("q", "a")) for number in range(99)]
-    bad = [make_row("s", "t", 0, None, talk("q", "\ud800")), good[0] | {"id": 7}]
+    good = [make_row("s", "t", number, None, [("q", "a")]) for number in range(99)]
+    bad, out = [make_row("s", "t", 0, None, [("q", "\ud800")]), good[0] | {"id": 7}], tmp_path / "o"
     with pytest.raises(ValueError, match="2 of 101 are malformed, so nothing is written"):
-        convert(good + bad, out)
+        convert(good + bad, Counts(), out)
     with pytest.raises(ZeroDivisionError):
-        convert((1 / (2 - number) and row for number, row in enumerate(good)), out)
-    assert not list(out.parent.iterdir())
-    assert convert(good + bad[:1], out)["written"] == 99
+        convert((1 / (2 - number) and row for number, row in enumerate(good)), Counts(), out)
+    assert not list(tmp_path.iterdir())
+    convert(good + bad[:1], Counts(), out)
+    assert len(read(out)) == 99
     with pytest.raises(FileExistsError, match="there already"):
-        convert(good, out)
+        convert(good, Counts(), out)
 
 
 @pytest.mark.parametrize("name", sorted(command.READERS))
