@@ -14,179 +14,135 @@ Answers and scores go to `eval/WHAT/` in the model's folder. docs/evaluation.md 
 
 import argparse
 import importlib
-import types
-from collections.abc import Callable
+import os
 from pathlib import Path
 
-from common.device import CHOICES, DTYPES, Ranks, choose_device, choose_dtype
+import torch.distributed as dist
+
+from common.device import CHOICES, Ranks
 from common.files import one_line
-from evaluation import easy_vqa, mme, refcoco, sheet, text_retention
-from evaluation.answers import (
-    Question,
-    Record,
-    Table,
-    ask,
-    gather,
-    print_table,
-    sample_questions,
-    save,
-)
-from iaa import TEXT, Index, load_iaa
+from evaluation import answers, easy_vqa, mme, refcoco, sheet, text_retention
+from evaluation.answers import Question, Record, Table
+from iaa import TEXT, Index
 from sample import Chat
 
 BENCHMARKS = {"easy-vqa": easy_vqa, "refcoco": refcoco, "mme": mme}
 PATIENCE_S = 7200  # rank 0 waits so long for the slowest rank
 
 
-def load(args: argparse.Namespace, workflows: list[str], ranks: Ranks) -> Chat:
-    """The model with these workflows, and its tokenizer; one of several ranks takes its own GPU."""
+def load(args: argparse.Namespace, workflows: list[str] | None, ranks: Ranks, **settings) -> Chat:
+    """The model with these workflows, None: all. One of several ranks takes its own GPU."""
     device = str(ranks.device) if ranks.world > 1 else args.device
-    return Chat.load(args.model, args.dtype, device, args.quantize, workflows)
+    return Chat.load(args.model, args.dtype, device, args.quantize, workflows, **settings)
 
 
-def answer(
-    args: argparse.Namespace, questions: list[Question], max_tokens: dict[str, int], ranks: Ranks
-) -> list[Record]:
-    """The records of the questions that the model has adaptors for; on rank 0, in their order."""
+def answer(args: argparse.Namespace, questions: list[Question], ranks: Ranks) -> list[Record]:
+    """A record for each question that the model has an adaptor for; a rank asks its share."""
     there = Index.read(args.model).adaptors
-    workflows = [name for name in max_tokens if name in there]
-    chat = load(args, workflows or [*max_tokens], ranks)  # raises where there is none of them
-    questions = [question for question in questions if question.workflow in workflows]
-    mine = questions[ranks.rank :: ranks.world]
-    records = gather(ask(chat.model, chat.tokenizer, mine, max_tokens, args.batch), ranks)
-    place = {question.key: number for number, question in enumerate(questions)}
-    return sorted(records, key=lambda record: place[record["key"]])
+    asked = [question for question in questions if question.workflow in there]
+    workflows = dict.fromkeys(question.workflow for question in asked or questions)
+    chat = load(args, [*workflows], ranks)  # raises where there is none of them
+    said = answers.ask(chat, asked[ranks.rank :: ranks.world], args.batch)
+    if ranks.world > 1:
+        parts = [None] * ranks.world
+        dist.all_gather_object(parts, said)
+        said = [""] * len(asked)
+        for rank, part in enumerate(parts):
+            said[rank :: ranks.world] = part
+    return [{"key": q.key, "image": q.image, **q.facts, "prompt": q.text, "answer": text}
+            for q, text in zip(asked, said, strict=True)]
 
 
-def run_benchmark(args: argparse.Namespace) -> None:
+def run_benchmark(args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask all questions on all ranks, then score them on rank 0."""
     benchmark = BENCHMARKS[args.what]
-    questions = sample_questions(benchmark.read(args.data, args.images), args.limit, args.seed)
-    with Ranks(PATIENCE_S, "gloo") as ranks:
-        records = answer(args, questions, benchmark.MAX_TOKENS, ranks)
-        if ranks.rank == 0:
-            table = benchmark.score(records)
-            save(args.model / "eval" / args.what, records, table)
-            print_table(args.what, table)
+    questions = [q for path in args.data for q in benchmark.read(Path(path), args.images)]
+    records = answer(args, answers.sample_questions(questions, args.limit), ranks)
+    if ranks.rank == 0:
+        table = benchmark.score(records)
+        answers.report(args.model / "eval" / args.what, args.what, records, table)
 
 
-def run_sheet(args: argparse.Namespace) -> None:
+def run_sheet(args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask some held-out questions of the demo and draw them with their answers."""
-    out = args.out or args.model / "answers.png"
-    questions = sheet.choose(easy_vqa.read(args.data), args.seed)
-    with Ranks(PATIENCE_S, "gloo") as ranks:
-        records = answer(args, questions, easy_vqa.MAX_TOKENS, ranks)
-    answered = {record["key"] for record in records}
-    sheet.write(out, [question for question in questions if question.key in answered], records)
-    print(out)
+    path = args.model / "answers.png"
+    records = answer(args, sheet.choose(easy_vqa.read(Path(args.data[0]))), ranks)
+    if ranks.rank == 0:
+        sheet.draw(records, path)
+        print(path)
 
 
-def run_text_retention(args: argparse.Namespace) -> None:
+def run_text_retention(args: argparse.Namespace, ranks: Ranks) -> None:
     """Compare each workflow, without pictures, with the LLM loaded afresh."""
-    texts = [path.read_text(encoding="utf-8") for path in args.data]
-    device = choose_device(args.device)
-    name, _ = choose_dtype(args.dtype, device)
-    model, llm = load_iaa(args.model, DTYPES[name], device, args.workflow)
-    workflows = args.workflow or [TEXT, *model.adaptors]
-    table = text_retention.compare(model, llm, workflows, texts, args.limit)
-    print_table(f"text, {name}", table, ".4g")
+    texts = [Path(path).read_text(encoding="utf-8") for path in args.data]
+    only = [args.workflow] if args.workflow else None
+    chat, base = load(args, only, ranks), load(args, [TEXT], ranks)
+    table = text_retention.compare(chat.model, base.model, chat.tokenizer,
+                                   only or [TEXT, *chat.model.adaptors], texts, args.limit or 16)
+    answers.print_table("text", table, ".4g")
     if TEXT in table:
         row = table[TEXT]
         print(f"text-only logits identical to the base model: {row['identical']} "
               f"({row['tokens']} tokens)")
 
 
-def run_lm(args: argparse.Namespace) -> None:
-    """Score text benchmarks through lm-eval, in one process."""
-    harness = import_harness("lm")
-    manager = harness.open_tasks(args.tasks, args.include, args.allow_code_execution)
-    run_tasks(args, args.workflow, lambda chat, name: harness.evaluate(
-        chat.model, chat.tokenizer, args.workflow, name, manager, args.limit,
-        args.allow_code_execution))
+def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Score tasks through lm-eval or lmms-eval; a task's files and table come when it is done."""
+    harness = importlib.import_module(f"evaluation.{args.what}_eval_model")
+    if args.allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    elif "humaneval" in args.data:
+        raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
+    manager = harness.TaskManager(include_path=args.include and str(args.include),
+                                  include_defaults=args.include is None)
+    for name in args.data:
+        if harness.TASKS.get(name, [name])[0] not in manager.all_tasks:
+            raise ValueError(f"no task or group {name!r} in {args.include or args.what + '-eval'}")
+    workflow = args.workflow or {"lm": TEXT, "lmms": "mm"}[args.what]
+    chat = load(args, [workflow], ranks, chosen=workflow)
+    for name in args.data:
+        found = harness.evaluate(chat, name, manager, args)
+        if ranks.rank == 0:
+            records = [record for some in found["samples"].values() for record in some]
+            answers.report(args.model / "eval" / args.what / name, f"{args.what}-eval", records,
+                           figures(found["results"]), ".4g")
 
 
-def run_lmms(args: argparse.Namespace) -> None:
-    """Score benchmarks with pictures through lmms-eval."""
-    harness = import_harness("lmms")
-    run_tasks(args, harness.WORKFLOW, lambda chat, name: harness.evaluate(
-        chat.model, chat.tokenizer, name, args.include, args.limit, args.batch))
+def figures(results: dict[str, dict]) -> Table:
+    """A harness's figures, named "metric,filter", without what else it says of a task or group."""
+    return {task: {name.split(",")[0]: float(value) for name, value in row.items()
+                   if "," in name and "stderr" not in name and isinstance(value, int | float)}
+            for task, row in results.items()}
 
 
-def import_harness(what: str) -> types.ModuleType:
-    """Our model for lm-eval or lmms-eval. ValueError says which requirements are missing."""
-    try:
-        return importlib.import_module(f"evaluation.{what}_eval_model")
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install -r requirements/{what}-eval.txt") from None
-
-
-def run_tasks(
-    args: argparse.Namespace, workflow: str,
-    evaluate: Callable[[Chat, str], tuple[Table, list[Record]] | None],
-) -> None:
-    """Evaluate each task on all ranks; its files and its table come as soon as it is done."""
-    with Ranks(PATIENCE_S, "gloo") as ranks:
-        chat = load(args, [workflow], ranks)
-        for name in args.tasks:
-            found = evaluate(chat, name)
-            if found is not None:  # on rank 0
-                table, records = found
-                save(args.model / "eval" / args.what / name, records, table)
-                print_table(f"{args.what}-eval", table, ".4g")
-
-
-# ---------------------------------------------------------------------------------- command line
-
-
-def add_command(parts, name: str, run: Callable, about: str, asks: bool = True) -> Callable:
-    """A subcommand with the options that all have, and those of asking; its `add_argument`."""
-    sub = parts.add_parser(name, help=about, description=about, allow_abbrev=False)
-    sub.set_defaults(run=run)
-    add = sub.add_argument
-    add("--model", type=Path, default=Path("runs/demo"), help="folder of a run [%(default)s]")
-    add("--dtype", default="auto", help=f"{', '.join(CHOICES)} [%(default)s]")
-    add("--device", help="cuda, mps, cpu [the first that there is]")
-    if asks:
-        add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
-        add("--quantize", choices=["int8"], help="weights of LLM and adaptors, as in sample.py")
-    return add
+COMMANDS = {"text-retention": run_text_retention, "sheet": run_sheet, "lm": run_harness,
+            "lmms": run_harness, **dict.fromkeys(BENCHMARKS, run_benchmark)}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises ValueError for a --limit or --batch below 1."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation", description="Score a model.",
+    parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parts = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, benchmark in BENCHMARKS.items():
-        add = add_command(parts, name, run_benchmark, benchmark.__doc__.splitlines()[0])
-        add("data", type=Path, metavar="DATA", help="the published file or folder")
-        add("--images", type=Path, help="root of the pictures, where DATA has none")
-        add("--limit", type=int, help="questions of each workflow, by whole pictures [all]")
-        add("--seed", type=int, default=0, help="of the choice of pictures [%(default)s]")
-    add = add_command(parts, "sheet", run_sheet, "Answers of the demo's model as one picture.")
-    add("data", type=Path, metavar="DATA", help="as of easy-vqa")
-    add("--out", type=Path, help="the picture to write [MODEL/answers.png]")
-    add("--seed", type=int, default=0, help="of the choice of pictures [%(default)s]")
-    add = add_command(parts, "text-retention", run_text_retention,
-                      "Text against the frozen LLM alone: identical?", asks=False)
-    add("data", type=Path, nargs="+", metavar="TEXT", help="text files to read")
-    add("--workflow", nargs="+", help="text, or adaptors' names [all]")
-    add("--limit", type=int, default=16, help="texts to continue, at most [%(default)s]")
-    for name, run, about in (("lm", run_lm, "Benchmarks of text through lm-eval."),
-                             ("lmms", run_lmms, "Benchmarks with pictures through lmms-eval.")):
-        add = add_command(parts, name, run, about)
-        add("tasks", nargs="+", metavar="TASK", help="see docs/evaluation.md")
-        add("--include", type=Path, metavar="FOLDER", help="task files in place of the harness's")
-        add("--limit", type=int, help="questions of each task [all]")
-        if name == "lm":
-            add("--workflow", default=TEXT, help="text, or an adaptor's name [%(default)s]")
-            add("--allow-code-execution", action="store_true",
-                help="humaneval runs what the model writes")
+    add = parser.add_argument
+    add("what", metavar="WHAT", choices=COMMANDS, help=", ".join(COMMANDS))
+    add("data", metavar="DATA", nargs="+", help="published files or folders; texts; tasks")
+    add("--model", type=Path, default=Path("runs/demo"), help="folder of a run [%(default)s]")
+    add("--dtype", default="auto", help=f"{', '.join(CHOICES)} [%(default)s]")
+    add("--device", help="cuda, mps, cpu [the first that there is]")
+    add("--quantize", choices=["int8"], help="weights of LLM and adaptors, as in sample.py")
+    add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
+    add("--limit", type=int, help="questions of each workflow (by whole pictures) or task [all]; "
+                                  "texts that text-retention continues [16]")
+    add("--images", type=Path, help="root of the pictures, for refcoco")
+    add("--workflow", help="for text-retention [all], lm [text], lmms [mm]")
+    add("--include", type=Path, metavar="FOLDER",
+        help="task files for lm and lmms, in place of the harness's")
+    add("--allow-code-execution", action="store_true",
+        help="lm humaneval runs what the model writes")
     args = parser.parse_args(argv)
-    for name in ("limit", "batch"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: must be 1 or more")
+    if args.batch < 1 or args.limit is not None and args.limit < 1:
+        raise ValueError(f"--batch {args.batch}, --limit {args.limit}: must be 1 or more")
     return args
 
 
@@ -194,7 +150,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
-    args.run(args)
+    try:
+        with Ranks(PATIENCE_S, "gloo") as ranks:
+            COMMANDS[args.what](args, ranks)
+    except ImportError as error:
+        raise ValueError(f"{error}: docs/evaluation.md says what to install") from None
 
 
 if __name__ == "__main__":

@@ -21,19 +21,21 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from common.files import one_line, read_json, write_text
-from training.config import read_config
+from training.config import Config, read_config
 
-VARIANTS = Path("configs/ablations")
+CONFIGS = Path(__file__).parent.parent / "configs"
+BUDGET = str(CONFIGS / "ablate.toml")
+QUESTIONS = "300"  # asked of each run
 HEAD = ("name", "variant", "seeds", "right, %", "held-out loss", "min")
 
 
-def read_variants(folder: Path) -> dict[str, tuple[str, list[str]]]:
+def read_variants() -> dict[str, tuple[str, list[str]]]:
     """Name -> (what it is, its settings as of `train.py --set`).
 
     A file with stages of its own changes the data of the paper's size: nothing to try here.
     """
     found = {"iaa": ("structure c, own embedding and head, all stages", [])}
-    for path in sorted(folder.glob("*.toml")):
+    for path in sorted((CONFIGS / "ablations").glob("*.toml")):
         values = tomllib.loads(path.read_text())
         if "stage" not in values:
             about = path.read_text().splitlines()[0].lstrip("# ")
@@ -42,14 +44,12 @@ def read_variants(folder: Path) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def settings_of_run(
-    config: str, given: list[str], variant: list[str], out: Path, seed: int
-) -> list[str]:
+def settings_of_run(given: list[str], variant: list[str], out: Path, seed: int) -> list[str]:
     """The settings of one run: the caller's, the variant's, its folder, and the whole budget."""
     settings = [*given, *variant, f"out={out}", f"seed={seed}"]
-    whole, kept = (sum(stage.steps for stage in read_config(config, some).stage)
+    whole, kept = (sum(stage.steps for stage in read_config(BUDGET, some).stage)
                    for some in (given, settings))
-    first = read_config(config, settings).stage[0]
+    first = read_config(BUDGET, settings).stage[0]
     return [*settings, f"{first.name}.steps={first.steps + whole - kept}"]
 
 
@@ -59,66 +59,51 @@ def run(*command: str) -> None:
         raise ValueError(f"failed: python {' '.join(command)}")
 
 
-def result(folder: Path, config: str, settings: list[str]) -> dict[str, float]:
-    """What the table shows of a finished run."""
-    scores, stages = read_json(folder / "eval/easy-vqa/scores.json"), read_config(config, settings)
-    log = [json.loads(line) for stage in stages.stage
+def result(config: Config) -> tuple[float, float, float]:
+    """Of a finished run: right answers in percent, the held-out loss, minutes of training."""
+    folder = Path(config.out)
+    log = [json.loads(line) for stage in config.stage
            for line in (folder / stage.name / "log.jsonl").read_text().splitlines()]
-    return {"right": scores["right, %"]["all"], "held_out": log[-1]["held_out"],
-            "minutes": sum(line["seconds"] for line in log) / 60}
+    right = read_json(folder / "eval/easy-vqa/scores.json")["right, %"]["all"]
+    return right, log[-1]["held_out"], sum(line["seconds"] for line in log) / 60
 
 
-def table(variants: dict[str, tuple[str, list[str]]], results: dict[str, list[dict]]) -> str:
-    """The finished runs as a Markdown table, a row a variant."""
-    def cell(values: list[float], form: str) -> str:
-        spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{mean(values):{form}}{spread}"
-
+def table(variants: dict[str, tuple[str, list[str]]], results: dict[str, list[tuple]]) -> str:
+    """The finished runs as a Markdown table, a row a variant: means, and deviations over seeds."""
     rows = [HEAD, ("---",) * len(HEAD)]
     for name, runs in results.items():
-        columns = {key: [found[key] for found in runs] for key in runs[0]}
-        rows.append((name, variants[name][0], str(len(runs)), cell(columns["right"], ".1f"),
-                     cell(columns["held_out"], ".3f"), f"{mean(columns['minutes']):.1f}"))
+        cells = [f"{mean(column):.3g}" + (f" ± {stdev(column):.2g}" if len(column) > 1 else "")
+                 for column in zip(*runs, strict=True)]
+        rows.append((name, variants[name][0], str(len(runs)), *cells))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def ablate(config: str, given: list[str], names: list[str], seeds: int, questions: int) -> None:
+@one_line("evaluation.ablate", "the same command goes on")
+def main(argv: list[str] | None = None) -> None:
     """Train and score what is not finished, one seed of all variants first; print the table."""
-    variants, whole = read_variants(VARIANTS), read_config(config, given)
-    unknown = [name for name in names if name not in variants]
-    if unknown:
-        raise ValueError(f"no variant {unknown[0]!r}; there are: {', '.join(variants)}")
-    results: dict[str, list[dict]] = {}
-    for seed in range(seeds):
-        for name in names or variants:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.ablate", allow_abbrev=False,
+                                     description="The paper's ablations at the demo's size.")
+    variants, results = read_variants(), {}
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="runs of each variant [%(default)s]")
+    add("--only", nargs="+", default=list(variants), choices=variants, metavar="NAME",
+        help=f"of {', '.join(variants)} [all]")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py")
+    args = parser.parse_args(argv)
+    whole = read_config(BUDGET, args.set)
+    for seed in range(args.seeds):
+        for name in args.only:
             folder = Path(whole.out, f"{name}-{seed}")
-            settings = settings_of_run(config, given, variants[name][1], folder, seed)
+            settings = settings_of_run(args.set, variants[name][1], folder, seed)
             if not (folder / "eval/easy-vqa/scores.json").is_file():
                 print(f"\n{name}, seed {seed}: {variants[name][0]}", flush=True)
                 flags = [word for setting in settings for word in ("--set", setting)]
-                run("train.py", "--config", config, *flags)
+                run("train.py", "--config", BUDGET, *flags)
                 run("-m", "evaluation", "easy-vqa", whole.images, "--model", str(folder),
-                    "--limit", str(questions))
-            results.setdefault(name, []).append(result(folder, config, settings))
+                    "--limit", QUESTIONS)
+            results.setdefault(name, []).append(result(read_config(BUDGET, settings)))
             write_text(Path(whole.out, "table.md"), table(variants, results))
     print(f"\n{table(variants, results)}")
-
-
-@one_line("evaluation.ablate", "the same command goes on")
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.ablate", allow_abbrev=False,
-                                     description="The paper's ablations at the demo's size.")
-    add = parser.add_argument
-    add("--config", default="configs/ablate.toml", help="the budget of a run [%(default)s]")
-    add("--seeds", type=int, default=3, help="runs of each variant [%(default)s]")
-    add("--only", nargs="+", default=[], metavar="NAME", help="variants [all]")
-    add("--questions", type=int, default=300, help="asked of each run [%(default)s]")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train.py")
-    args = parser.parse_args()
-    if min(args.seeds, args.questions) < 1:
-        raise ValueError("--seeds, --questions: 1 or more")
-    ablate(args.config, args.set, args.only, args.seeds, args.questions)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
 """Questions about pictures: each is asked alone, many in a batch, and the answers go to files.
 
-A benchmark is a module (easy_vqa.py, refcoco.py, mme.py) with two functions and a constant:
+A benchmark is a module (easy_vqa.py, refcoco.py, mme.py) with two functions:
 - `read(data, images)` turns its published files into questions,
-- `score(records)` turns the answers into a table,
-- `MAX_TOKENS` is the length of an answer for each workflow that the benchmark asks.
+- `score(records)` turns the answers into a table.
 """
 
 import json
 import random
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from clip import open_image, preprocess
-from common.device import Ranks
 from common.files import write_json, write_text
-from iaa import IAA, TEXT
-from sample import generate
-from tokenization.templates import render
-from tokenization.tokenizer import Tokenizer
+from sample import Chat, generate
 
-PROGRESS_SECONDS = 10
-Record = dict  # a line of answers.jsonl: "key", "prompt", "answer" and the question's facts
+Record = dict  # a line of answers.jsonl: "key", "image", the question's facts, "prompt", "answer"
 Table = dict[str, dict[str, float | str]]  # name of a row -> name of a column -> value
 
 
@@ -37,33 +30,17 @@ class Question:
 
     key: str  # unique in its benchmark
     text: str
-    image: Path
+    image: Path | None
+    max_tokens: int  # of its answer
     workflow: str = "mm"
     facts: dict = field(default_factory=dict)  # what the scorer must know, kept with the answer
 
 
-def read_questions(
-    path: Path, make: Callable[[dict, int], Iterable[Question]]
-) -> list[Question]:
-    """The questions that make(row, line number) finds in each row of a JSONL file.
-
-    Raises FileNotFoundError, or ValueError that names file and line.
-    """
-    questions = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            if line.strip():
-                questions += make(json.loads(line), number)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            told = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}:{number}: {told}") from None
-    return questions
-
-
-def sample_questions(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
     """At least `limit` questions of each workflow, all of a picture or none; all without a limit.
 
-    Whole pictures, because a benchmark may score the questions about a picture together.
+    Whole pictures, because a benchmark may score the questions about a picture together. The choice
+    is random, but always the same.
     """
     if limit is None:
         return questions
@@ -71,7 +48,7 @@ def sample_questions(questions: list[Question], limit: int | None, seed: int) ->
     for question in questions:
         by_picture.setdefault((question.workflow, question.image), []).append(question)
     pictures = list(by_picture)
-    random.Random(seed).shuffle(pictures)
+    random.Random(0).shuffle(pictures)
     taken: dict[str, list[Question]] = {}
     for workflow, image in pictures:
         some = taken.setdefault(workflow, [])
@@ -81,76 +58,79 @@ def sample_questions(questions: list[Question], limit: int | None, seed: int) ->
 
 
 def answer_batch(
-    model: IAA,
-    tokenizer: Tokenizer,
-    asked: list[tuple[str, Image.Image | None]],
-    workflow: str,
-    max_tokens: int,
+    chat: Chat, asked: list[tuple[str, Image.Image | None]], workflow: str, max_tokens: int
 ) -> list[str]:
     """Greedy answers to (question, picture or None) pairs, each as if it were asked alone."""
-    adaptor, clip = model.adaptor(workflow), model.clip.config
-    form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
-    prompts = [render(tokenizer, [("user", text)], form["template"], form["system"],
-                      0 if picture is None else clip.patches)[0] for text, picture in asked]
-    pictures = [preprocess(picture, clip) for _, picture in asked if picture is not None]
-    images = torch.stack(pictures).to(model.llama.device) if pictures else None  # (N, 3, S, S)
-    answers = generate(model, prompts, images, workflow, max_tokens, tokenizer.stop_ids)
-    return [tokenizer.decode(ids).strip() for ids in answers]
+    prompts = [replace(chat, chosen=workflow, image=picture).prompt(text)[0]
+               for text, picture in asked]
+    pictures = [preprocess(picture, chat.model.clip.config)
+                for _, picture in asked if picture is not None]
+    images = torch.stack(pictures).to(chat.model.llama.device) if pictures else None  # (N, 3, S, S)
+    answers = generate(chat.model, prompts, images, workflow, max_tokens, chat.tokenizer.stop_ids)
+    return [chat.tokenizer.decode(ids).strip() for ids in answers]
 
 
 def ask(
-    model: IAA,
-    tokenizer: Tokenizer,
+    chat: Chat,
     questions: list[Question],
-    max_tokens: dict[str, int],  # of an answer, by workflow
     batch: int,
-) -> list[Record]:
-    """A record for each question, in any order; a line on stderr says now and then how far it is.
+    open_picture: Callable[[Path | None], Image.Image | None] = open_image,  # a question's `image`
+) -> list[str]:
+    """The answer to each question, in their order; stderr shows how many there are so far.
 
-    A batch holds questions of similar length: little of it is padding. Long ones come first, so
-    that the time left is not guessed too low.
+    A batch holds questions of similar length: little of it is padding. Long ones come first: what
+    needs too much memory fails at once.
     """
-    records, began = [], time.perf_counter()
-    said = began
-    for workflow in sorted({question.workflow for question in questions} - {TEXT}):
-        part = [question for question in questions if question.workflow == workflow]
-        part.sort(key=lambda question: (-len(question.text), question.key))
-        for first in range(0, len(part), batch):
-            some = part[first : first + batch]
-            answers = answer_batch(model, tokenizer, [(q.text, open_image(q.image)) for q in some],
-                                   workflow, max_tokens[workflow])
-            records += [{"key": q.key, **q.facts, "prompt": q.text, "answer": answer}
-                        for q, answer in zip(some, answers, strict=True)]
-            now = time.perf_counter()
-            if now - said > PROGRESS_SECONDS or len(records) == len(questions):
-                left = (now - began) / len(records) * (len(questions) - len(records))
-                print(f"{len(records)} of {len(questions)} questions answered, {left:.0f} s left",
-                      file=sys.stderr, flush=True)
-                said = now
-    return records
+    answers, done, groups = [""] * len(questions), 0, defaultdict(list)
+    for number, question in enumerate(questions):
+        groups[question.workflow, question.max_tokens].append(number)
+    for (workflow, max_tokens), numbers in groups.items():
+        numbers.sort(key=lambda n: -len(questions[n].text))
+        for first in range(0, len(numbers), batch):
+            some = numbers[first : first + batch]
+            asked = [(questions[n].text, open_picture(questions[n].image)) for n in some]
+            said = answer_batch(chat, asked, workflow, max_tokens)
+            for n, answer in zip(some, said, strict=True):
+                answers[n] = answer
+            done += len(some)
+            print(f"\r{done} of {len(questions)} questions answered", end="", file=sys.stderr,
+                  flush=True)
+    print(file=sys.stderr)
+    return answers
 
 
-def gather(records: list[Record], ranks: Ranks) -> list[Record]:
-    """The records of all ranks on rank 0, nothing on the others."""
-    if ranks.world == 1:
-        return records
-    parts = [None] * ranks.world if ranks.rank == 0 else None
-    dist.gather_object(records, parts)
-    return [record for part in parts or () for record in part]
+def settings_of_task(settings: dict) -> tuple[int, list[str]]:
+    """The length of an answer and the stop texts that a task of lm-eval or lmms-eval asks for.
+
+    Raises ValueError where the task wants sampling.
+    """
+    if settings.get("do_sample") and settings.get("temperature", 1) != 0:
+        raise ValueError("a task wants sampling: only greedy answers are supported")
+    until = settings.get("until") or []
+    length = settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256
+    return length, [until] if isinstance(until, str) else until
 
 
-def save(folder: Path, records: list[Record], table: Table) -> None:
-    """Write or replace `answers.jsonl` and `scores.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
-    write_text(folder / "answers.jsonl", "".join(lines))
-    write_json(folder / "scores.json", table)
+def cut(answer: str, until: Iterable[str]) -> str:
+    """The answer ahead of the first of the stop texts in it."""
+    for stop in filter(None, until):
+        answer = answer.split(stop)[0]
+    return answer
 
 
 def percent(flags: Iterable[bool]) -> float:
     """The share of true ones, 0 to 100; of one flag at least."""
     flags = list(flags)
     return 100 * sum(flags) / len(flags)
+
+
+def report(folder: Path, title: str, records: list[Record], table: Table, form: str = ".1f"):
+    """Write or replace `answers.jsonl` and `scores.json`, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
+    write_text(folder / "answers.jsonl", "".join(lines))
+    write_json(folder / "scores.json", table)
+    print_table(title, table, form)
 
 
 def print_table(title: str, table: Table, form: str = ".1f") -> None:

@@ -5,68 +5,60 @@ box of the answer overlaps the measured one with an IoU of 0.5 or more.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from data import path_below
-from evaluation.answers import Question, Record, Table, percent, read_questions
-from evaluation.refcoco import first_box_hits
+from data import JsonlDataset, iou, path_below, text_to_boxes
+from evaluation.answers import Question, Record, Table, percent
 from tokenization.templates import IMAGE
 
-MAX_TOKENS = {"mm": 8, "grounding": 48}
-KINDS = ("colour", "shape", "yes/no")
+MAX_TOKENS = {"mm": 8, "grounding": 48}  # of an answer, by workflow
+KINDS = ("colour", "shape", "yes/no")  # of questions whose answer is a word
 
 
 def answer_kind(answer: str) -> str:
-    """The kind of question that has this answer: one of KINDS."""
+    """The kind of question that has this answer: one of KINDS, or "box"."""
     if answer in ("yes", "no"):
         return "yes/no"
+    if answer.startswith("["):
+        return "box"
     return "shape" if answer in ("rectangle", "circle", "triangle") else "colour"
 
 
-def read(data: Path, images: Path | None = None) -> list[Question]:
-    """The held-out questions and boxes. ValueError or FileNotFoundError names a bad file."""
-    return [*read_words(data), *read_boxes(data)]
-
-
-def read_words(data: Path) -> list[Question]:
-    """The held-out questions, each with the commonest answer to its kind in the training rows."""
-    counts = {kind: Counter() for kind in KINDS}
-
-    def count(row: dict, number: int) -> list[Question]:
-        words = [turn["value"] for turn in row["conversations"][1::2]]
-        for answer in (word for word in words if not word.startswith("[")):  # that is a box
-            counts[answer_kind(answer)][answer] += 1
-        return []
-
-    def make(row: dict, number: int) -> list[Question]:
-        image = path_below(data, row["image"])
+def read_rows(path: Path) -> Iterator[tuple[dict, list[str], list[str]]]:
+    """(row, questions, answers) of each line. ValueError, FileNotFoundError name what is bad."""
+    rows = JsonlDataset([path], path.parent)
+    for row in map(rows.row, range(len(rows))):
         turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
-        return [
-            Question(f"{row['id']}/{place}", text, image,
-                     facts={"expected": answer, "commonest": commonest[answer_kind(answer)]})
-            for place, (text, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1)
-        ]
-
-    read_questions(data / "train-questions.jsonl", count)
-    commonest = {kind: max(counter, key=counter.get, default="")
-                 for kind, counter in counts.items()}
-    return read_questions(data / "test-questions.jsonl", make)
+        yield row, turns[::2], turns[1::2]
 
 
-def read_boxes(data: Path) -> list[Question]:
-    """The held-out boxes, for the workflow "grounding"."""
-
-    def make(row: dict, number: int) -> list[Question]:
-        text = row["conversations"][0]["value"].removeprefix(IMAGE)
-        facts = {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
-        return [Question(row["id"], text, path_below(data, row["image"]), "grounding", facts)]
-
-    return read_questions(data / "test-boxes.jsonl", make)
+def read(data: Path, images: Path | None = None) -> list[Question]:
+    """The held-out questions and boxes, each with the commonest training answer to its kind."""
+    counts = Counter(answer for _, _, answers in read_rows(data / "train-questions.jsonl")
+                     for answer in answers)
+    # Rare ones come first here: of each kind the commonest is what stays.
+    commonest = {answer_kind(answer): answer for answer, _ in reversed(counts.most_common())}
+    questions = []
+    for split in ("questions", "boxes"):
+        for row, texts, answers in read_rows(data / f"test-{split}.jsonl"):
+            image, workflow = path_below(data, row["image"]), row["workflow"]
+            for place, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):
+                facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer), "")}
+                if "boxes" in row:
+                    facts |= {"box": row["boxes"][0], "width": row["width"],
+                              "height": row["height"]}
+                questions.append(Question(f"{row['id']}/{place}", text, image,
+                                          MAX_TOKENS[workflow], workflow, facts))
+    return questions
 
 
 def is_right(record: Record) -> bool:
     """Whether the answer to a question, or to a request for a box, is right."""
-    return first_box_hits(record) if "box" in record else record["answer"] == record["expected"]
+    if "box" not in record:
+        return record["answer"] == record["expected"]
+    found = text_to_boxes(record["answer"], record["width"], record["height"])
+    return bool(found) and iou(found[0], record["box"]) >= 0.5
 
 
 def score(records: list[Record]) -> Table:

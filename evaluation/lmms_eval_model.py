@@ -1,11 +1,10 @@
 """Benchmarks with pictures through lmms-eval, whose model this file supplies.
 
-MMBench, MMMU and a hundred more: lmms-eval has their data, prompts and scorers. Its packages
-(requirements/lmms-eval.txt) need an environment of their own. It downloads data sets from a model
-hub. Where none is reachable, task files of one's own (`--include`) can name local files.
+MMBench, MMMU and a hundred more: lmms-eval (requirements/lmms-eval.txt) has their prompts and
+scorers, and downloads their data.
 """
 
-from pathlib import Path
+import argparse
 
 import torch
 from lmms_eval.api.model import lmms
@@ -13,12 +12,11 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from PIL import Image
 
-from evaluation.answers import Record, Table, answer_batch
-from iaa import IAA, TEXT
-from tokenization.tokenizer import Tokenizer
+from evaluation.answers import Question, ask, cut, settings_of_task
+from iaa import TEXT
+from sample import Chat
 
-WORKFLOW = "mm"  # of questions with a picture
-MAX_TOKENS = 256  # of an answer, where a task sets no limit
+TASKS = {}  # other names for tasks: there are none
 
 
 class PictureLM(lmms):
@@ -27,32 +25,21 @@ class PictureLM(lmms):
     is_simple = True  # a request is a text and its pictures, not a list of messages
     device = torch.device("cpu")  # of the counts that lmms-eval sends between ranks, over gloo
 
-    def __init__(self, model: IAA, tokenizer: Tokenizer, batch: int):
+    def __init__(self, chat: Chat, batch: int):
         super().__init__()
-        self.model, self.tokenizer, self.batch = model, tokenizer, batch
+        self.chat, self.batch = chat, batch
 
     def generate_until(self, requests: list) -> list[str]:
         """Greedy answers, cut ahead of the first of their stop texts. A request without a picture
         is a text-only question; of several pictures the model sees the first."""
-        groups: dict[tuple, list[int]] = {}
-        for number, request in enumerate(requests):
-            text, settings, _, _, _, _ = request.args
-            if settings.get("do_sample") and settings.get("temperature", 1) != 0:
-                raise ValueError("a task wants sampling: only greedy answers are supported")
-            workflow = WORKFLOW if self.picture(request) else TEXT
-            groups.setdefault((workflow, settings.get("max_new_tokens", MAX_TOKENS)), []).append(
-                number)
-        answers = [""] * len(requests)
-        for (workflow, max_tokens), numbers in groups.items():
-            numbers.sort(key=lambda number: -len(requests[number].args[0]))  # like lengths together
-            for first in range(0, len(numbers), self.batch):
-                some = numbers[first : first + self.batch]
-                asked = [(requests[number].args[0], self.picture(requests[number]))
-                         for number in some]
-                found = answer_batch(self.model, self.tokenizer, asked, workflow, max_tokens)
-                for number, answer in zip(some, found, strict=True):
-                    answers[number] = cut(answer, requests[number].args[1].get("until") or ())
-        return answers
+        questions, stops = [], []
+        for request in requests:
+            length, until = settings_of_task(request.args[1])
+            workflow = self.chat.workflow if self.picture(request) else TEXT
+            questions.append(Question("", request.args[0], request, length, workflow))
+            stops.append(until)
+        answers = ask(self.chat, questions, self.batch, self.picture)
+        return [cut(answer, until).strip() for answer, until in zip(answers, stops, strict=True)]
 
     def picture(self, request) -> Image.Image | None:
         """The first picture of a request, None where it has none."""
@@ -62,47 +49,14 @@ class PictureLM(lmms):
         return next((picture.convert("RGB") for picture in found), None)
 
     def loglikelihood(self, requests: list) -> list:
-        """Not supported: raises ValueError."""
-        raise ValueError("a task compares likelihoods: only tasks with written answers are "
-                         "supported")
+        """Not supported, nor are several rounds: raises ValueError."""
+        raise ValueError("only tasks with one written answer a question are supported")
 
-    def generate_until_multi_round(self, requests: list) -> list:
-        """Not supported: raises ValueError."""
-        raise ValueError("a task asks in several rounds: only single questions are supported")
+    generate_until_multi_round = loglikelihood
 
 
-def cut(answer: str, until: str | list[str]) -> str:
-    """The answer ahead of the first stop text in it."""
-    for stop in [until] if isinstance(until, str) else until:
-        answer = answer.split(stop)[0] if stop else answer
-    return answer.strip()
-
-
-def evaluate(
-    model: IAA,
-    tokenizer: Tokenizer,
-    name: str,
-    include: Path | None = None,  # a folder of task files, in place of those of lmms-eval
-    limit: int | None = None,
-    batch: int = 32,
-) -> tuple[Table, list[Record]] | None:
-    """The figures of a task or group, a row a task, and all samples; None on ranks but the first.
-
-    Raises ValueError for an unknown name.
-    """
-    manager = TaskManager(include_path=None if include is None else str(include),
-                          include_defaults=include is None)
-    if name not in manager.all_tasks:
-        raise ValueError(f"no task or group {name!r} in {include or 'lmms-eval'}")
-    found = simple_evaluate(
-        model=PictureLM(model, tokenizer, batch), tasks=[name], task_manager=manager, limit=limit,
+def evaluate(chat: Chat, name: str, manager: TaskManager, args: argparse.Namespace) -> dict | None:
+    """What lmms-eval finds for a task or group; None on ranks but the first."""
+    return simple_evaluate(
+        model=PictureLM(chat, args.batch), tasks=[name], task_manager=manager, limit=args.limit,
         bootstrap_iters=0, distributed_executor_backend="torchrun")
-    if found is None:
-        return None
-    table = {}
-    for task, figures in found["results"].items():
-        numbers = {metric.split(",")[0]: float(value) for metric, value in figures.items()
-                   if "," in metric and "stderr" not in metric and isinstance(value, int | float)}
-        if numbers:
-            table[task] = numbers
-    return table, [sample for samples in found["samples"].values() for sample in samples]

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import ONE_WORD
 from evaluation.answers import Question, Record, Table, percent
 
-MAX_TOKENS = {"mm": 128}
+MAX_TOKENS = 128  # of an answer
 YES_NO = " Please answer yes or no."
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene",
               "landmark", "artwork", "OCR")
@@ -19,40 +19,28 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 def read(data: Path, images: Path | None = None) -> list[Question]:
     """The published folder of 14 subtasks. ValueError says what of it is missing or damaged."""
-    roots = [data, *sorted(data.glob("*")), *sorted(data.glob("*/*"))]
-    root = next((folder for folder in roots if (folder / "existence").is_dir()), data)
-    missing = [name for name in (*PERCEPTION, *COGNITION) if not (root / name).is_dir()]
-    if missing:
-        raise ValueError(f"{data}: not MME's folder, or half of it: no {', '.join(missing)}")
-    return [question for subtask in (*PERCEPTION, *COGNITION)
-            for question in read_subtask(root / subtask)]
-
-
-def read_subtask(folder: Path) -> list[Question]:
-    """Pictures and texts of the same names, in two folders or side by side."""
-    texts, pictures = folder / "questions_answers_YN", folder / "images"
-    if not texts.is_dir():
-        texts = pictures = folder
-    shown = {path.stem: path for path in pictures.glob("*") if path.suffix in (".jpg", ".png")}
-    asked = {path.stem: path for path in texts.glob("*.txt")}
-    alone = sorted(shown.keys() ^ asked.keys())
-    if alone or not asked:
-        what = f"picture or text of {alone[0]} is missing" if alone else "nothing in it"
-        raise ValueError(f"{folder}: {what}")
-    return [
-        Question(f"{folder.name}/{stem}/{number}", text.replace(YES_NO, "") + ONE_WORD, shown[stem],
-                 facts={"subtask": folder.name, "picture": stem, "expected": answer})
-        for stem, path in sorted(asked.items())
-        for number, (text, answer) in enumerate(read_pair(path), 1)
-    ]
+    root = next((folder.parent for folder in data.rglob("existence")), data)
+    questions = []
+    for subtask in (*PERCEPTION, *COGNITION):  # texts and pictures in two folders, or in one
+        files = list((root / subtask).rglob("*.*"))
+        texts = {path.stem: path for path in files if path.suffix == ".txt"}
+        pictures = {path.stem: path for path in files if path.suffix in (".jpg", ".png")}
+        alone = sorted(texts.keys() ^ pictures.keys())
+        if alone or not texts:
+            raise ValueError(f"{data}: not MME's folder, or half of it: in {subtask}, "
+                             f"picture or text of {alone[0] if alone else 'all'} is missing")
+        for stem, path in sorted(texts.items()):
+            for number, (text, answer) in enumerate(read_pair(path), 1):
+                facts = {"subtask": subtask, "picture": stem, "expected": answer}
+                text = text.replace(YES_NO, "") + ONE_WORD
+                questions.append(Question(f"{subtask}/{stem}/{number}", text, pictures[stem],
+                                          MAX_TOKENS, facts=facts))
+    return questions
 
 
 def read_pair(path: Path) -> list[list[str]]:
     """The two lines `question<TAB>Yes|No` about a picture."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
     pairs = [line.strip().split("\t") for line in lines if line.strip()]
     if [len(pair) for pair in pairs] != [2, 2] or not all(a in ("Yes", "No") for _, a in pairs):
         raise ValueError(f"{path}: not two lines of a question, a tab, and Yes or No")
