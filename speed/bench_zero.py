@@ -37,7 +37,7 @@ STAGE = StageConfig("bench", ["none"], 1000, warmup=0.0)  # without warm-up: the
 
 def fsdp2(loss: Loss, model: IAA, ranks: Ranks) -> nn.Module:
     """The loss under FSDP2, a decoder layer a group, as its documentation advises."""
-    loss.whole = model  # FSDP2 shards the weights that a module registers, `Loss` has the trained
+    loss.whole = model  # FSDP2 shards what a module registers; `Loss` registers no frozen weight
     llama, adaptor, dtype = model.llama, model.adaptors[WORKFLOW], model.llama.dtype
     parts = [m for m in model.modules() if isinstance(m, (DecoderLayer, ClipLayer))]
     parts += [adaptor.embedding, adaptor.projector, [adaptor.norm, adaptor.head], model.clip]

@@ -47,9 +47,9 @@ def transformers_llama(llama: Llama) -> nn.Module:
     config = LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.ffn, head_dim=c.head_size,
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,  # `generate` never stops early
     )
     with llama.device:
         peer = LlamaForCausalLM(config).to(llama.dtype)
