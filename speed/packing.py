@@ -1,7 +1,7 @@
 """A loaded model's matrices stored for fast inference: in oneDNN's own layout, or as int8.
 
-- `pack` exchanges every matrix of the frozen LLM and of the adaptors in place, once, at the start.
-  A packed model cannot be trained or saved. Norms, embeddings and the vision tower stay.
+- `pack` exchanges every matrix of the frozen LLM and of the adaptors in place. A packed model
+  cannot be trained or saved. Norms, embeddings, projectors and the vision tower stay.
 - The LLM and the adaptors are packed alike, so the text workflow keeps the bits of the packed LLM
   alone. Another kernel rounds otherwise than the plain one, as another batch size does.
 - The operators are private to torch. A model that is not packed gives the same answers.
@@ -9,8 +9,8 @@
 Letters: B batch, T tokens.
 """
 
-import functools
-import time
+import timeit
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from llama import Linear, Llama
 
 FEW = 8  # tokens up to which the int8 kernel beats a product with dequantised weights
-PACKED_FOR = 16  # tokens that oneDNN chooses its layout for: good for one, and for a prompt
 
 
 def onednn_computes(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN multiplies matrices of `dtype` on `device` with the processor's own speed."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    there = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return there and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -39,7 +37,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
+        # The layout depends on a number of tokens. That for 16 is good for one, and for a prompt.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype, which must be the weight's."""
@@ -60,24 +59,22 @@ def dequantised(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return linear(x, weight.to(x.dtype)).mul_(scale.to(x.dtype))
 
 
-@functools.cache
+@cache
 def kernel_is_faster(dtype: torch.dtype) -> bool:
-    """Whether one token goes faster through `int8_kernel` on this CPU: both ways are timed once."""
+    """Whether one token goes faster through `int8_kernel` on this CPU: both ways are timed once.
+
+    Some processors have the kernel as a scalar loop alone.
+    """
     x = torch.ones(1, 1024, dtype=dtype)
     weight, scale = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
-    seconds = {int8_kernel: float("inf"), dequantised: float("inf")}
-    for _ in range(5):
-        for way in seconds:
-            start = time.perf_counter()
-            way(x, weight, scale)
-            seconds[way] = min(seconds[way], time.perf_counter() - start)
-    return seconds[int8_kernel] < seconds[dequantised]  # some CPUs have the scalar loop alone
+    kernel, product = (min(timeit.repeat(partial(way, x, weight, scale), number=1, repeat=10))
+                       for way in (int8_kernel, dequantised))
+    return kernel < product
 
 
 class Int8Linear(nn.Module):
     """A `Linear` without bias as int8 weights with a scale for each output.
 
-    One token or a few go through the int8 kernel, a prompt through a product in the model's dtype.
     Activations are not quantised: in int8 too they raised perplexity by 2.0 %, weights alone do
     by 0.3 % (SmolLM2-135M).
     """
@@ -87,8 +84,7 @@ class Int8Linear(nn.Module):
         values = weight.detach().float()
         scale = (values.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # (outputs,)
         values = (values / scale.float()[:, None]).round().clamp(-127, 127)
-        self.register_buffer("weight", values.to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.weight, self.scale = values.to(torch.int8), scale
         aligned = weight.shape[0] % 16 == weight.shape[1] % 32 == 0  # else the kernel reads beyond
         self.kernel = aligned and weight.device.type == "cpu" and kernel_is_faster(weight.dtype)
 

@@ -1,119 +1,125 @@
 """The models that speed/bench.py compares ours with, each an optional package.
 
-`transformers`: its own Llama with the weights of ours, and an IAA model from its layers, as a user
-of transformers would write one. Tests hold both to our logits and loss, so that the race is fair.
-llama.cpp, through the wheel xllamacpp: a GGUF file as it is.
+`transformers`: its own Llama with the weights of ours, and an IAA model of its layers, as a user of
+transformers would write one. llama.cpp, through the wheel xllamacpp: a GGUF file as it is.
 
 Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iaa import Adaptor
+from conversion.tensor_tables import HF_LLAMA, expand
+from iaa import IAA
 from llama import Llama, LlamaConfig
+
+Work = Callable[[], tuple[float, ...]]  # measures once; returns the seconds of each figure
 
 
 def split_weights(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """Our state dict of a Llama under transformers' names, with q, k, v and gate, up apart."""
-    found = {"model.embed_tokens.weight": state["embedding.weight"],
-             "model.norm.weight": state["norm.weight"],
-             "lm_head.weight": state["embedding.weight" if config.tied else "head.weight"]}
-    sizes = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
-    for i in range(config.layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        parts = state[ours + "attention.qkv.weight"].split(sizes)
-        for letter, part in zip("qkv", parts, strict=True):
-            found[f"{theirs}self_attn.{letter}_proj.weight"] = part
-        parts = state[ours + "ffn.gate_up.weight"].chunk(2)
-        for name, part in zip(("gate", "up"), parts, strict=True):
-            found[f"{theirs}mlp.{name}_proj.weight"] = part
-        found[theirs + "self_attn.o_proj.weight"] = state[ours + "attention.out.weight"]
-        found[theirs + "mlp.down_proj.weight"] = state[ours + "ffn.down.weight"]
-        found[theirs + "input_layernorm.weight"] = state[ours + "attention_norm.weight"]
-        found[theirs + "post_attention_layernorm.weight"] = state[ours + "ffn_norm.weight"]
+    qkv = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    found = {}
+    for table_row in HF_LLAMA:
+        for ours, theirs, _ in expand(table_row, config.layers):
+            weight = state.get(ours, state["embedding.weight"])  # a tied head is the embedding
+            names = theirs.split()
+            sizes = qkv if len(names) == len(qkv) else len(weight) // len(names)
+            found |= zip(names, weight.split(sizes), strict=True)
     return found
 
 
 def transformers_llama(llama: Llama) -> nn.Module:
-    """`LlamaForCausalLM` with the weights of our Llama, frozen, in its dtype."""
+    """`LlamaForCausalLM` with the weights of our Llama, frozen, in its dtype.
+
+    Llama 3.1's rotary scaling is left out: it changes logits and no time.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c, rope = llama.config, {"rope_type": "default"}
-    if c.rope_scaling is not None:
-        s = c.rope_scaling
-        rope = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor,
-                "original_max_position_embeddings": s.original_context}
+    c = llama.config
     config = LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.ffn, head_dim=c.head_size,
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        max_position_embeddings=c.context, rope_parameters={"rope_theta": c.rope_theta, **rope},
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, attn_implementation="sdpa",
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,  # `generate` never stops early
     )
-    peer = LlamaForCausalLM(config).to(llama.dtype)
-    peer.load_state_dict(split_weights(llama.state_dict(), c), strict=True)
-    return peer.to(llama.device).eval().requires_grad_(False)
+    with llama.device:
+        peer = LlamaForCausalLM(config).to(llama.dtype)
+    peer.load_state_dict(split_weights(llama.state_dict(), c))
+    return peer.eval().requires_grad_(False)
+
+
+def transformers_answering(llama: Llama, prompt: Tensor, new: int) -> Work:
+    """Seconds of a prompt (1, T) up to its first new token, and of `new` tokens after it."""
+    peer = transformers_llama(llama)
+
+    def work() -> tuple[float, float]:
+        times = []  # of the prompt's arrival, then of each token
+        streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()),
+                                   end=lambda: None)
+        peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                      max_new_tokens=new + 1, streamer=streamer)
+        return times[1] - times[0], times[-1] - times[1]
+
+    return work
+
+
+def llama_cpp_answering(gguf: Path, prompt: list[int], new: int) -> Work:
+    """The same of a GGUF file, on as many threads as torch has, by llama.cpp's own clock."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(gguf), len(prompt) + new + 8, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.verbosity = 0
+    server = xllamacpp.Server(params)
+    request = {"prompt": prompt, "n_predict": new + 1, "temperature": 0, "ignore_eos": True,
+               "cache_prompt": False}
+
+    def work() -> tuple[float, float]:
+        times = server.handle_completions(request)["timings"]
+        decoded = times["predicted_ms"] * new / (times["predicted_n"] - 1)
+        return times["prompt_ms"] / 1e3, decoded / 1e3
+
+    return work
 
 
 class TransformersIAA(nn.Module):
-    """IAA (structure c, own embedding and head) from transformers' layers, with all logits.
+    """An adaptor (structure c, own embedding and head) of transformers' layers, with all logits.
 
     Trained weights are fp32 under autocast, where ours casts them itself.
     """
 
-    def __init__(self, base: nn.Module, clip: nn.Module, ours: Adaptor, image_token: int):
+    def __init__(self, ours: IAA, workflow: str):
         super().__init__()
-        self.base, self.clip, self.image_token = base, clip, image_token
-        self.insertion = ours.config.insertion
+        self.clip, self.image_token, self.dtype = ours.clip, ours.image_token, ours.llama.dtype
+        adaptor, self.llama = ours.adaptors[workflow], transformers_llama(ours.llama)
 
         def trained(module: nn.Module) -> nn.Module:
             return copy.deepcopy(module).float().requires_grad_()
 
-        self.layers = nn.ModuleList(trained(base.model.layers[i]) for i in self.insertion)
-        self.embedding, self.norm = trained(base.model.embed_tokens), trained(base.model.norm)
-        self.head = trained(base.lm_head)
-        self.head.weight = nn.Parameter(self.head.weight.detach().clone())  # apart from a tied one
-        self.projector = copy.deepcopy(ours.projector)
+        model, layers = self.llama.model, []
+        for i, layer in enumerate(model.layers):
+            layers += [layer, trained(layer)] if i in adaptor.config.insertion else [layer]
+        model.layers, model.config.num_hidden_layers = nn.ModuleList(layers), len(layers)
+        model.embed_tokens, model.norm = trained(model.embed_tokens), trained(model.norm)
+        self.llama.lm_head, self.projector = trained(self.llama.lm_head), trained(adaptor.projector)
 
     def loss(self, tokens: Tensor, targets: Tensor, workflow: str, images: Tensor) -> Tensor:
         """As `IAA.loss`: the sum over the scored positions."""
-        model, dtype = self.base.model, self.base.dtype
-        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 features = self.clip(images)
-            x = self.embedding(tokens).to(dtype)  # (B, T, D)
-            features = self.projector(features.to(dtype)).to(dtype)
+            x = self.llama.model.embed_tokens(tokens).to(self.dtype)  # (B, T, D)
+            features = self.projector(features.to(self.dtype)).to(self.dtype)
             x = x.masked_scatter((tokens == self.image_token)[..., None], features)
-            rope = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device)[None])
-            for i, layer in enumerate(model.layers):
-                x = layer(x, position_embeddings=rope)
-                if i in self.insertion:
-                    x = self.layers[self.insertion.index(i)](x, position_embeddings=rope)
-            logits = self.head(self.norm(x)).flatten(0, 1).float()  # (B T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
-
-
-class LlamaCpp:
-    """A GGUF file in llama.cpp, on as many threads as torch has."""
-
-    def __init__(self, gguf: str, context: int):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = gguf, context, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.verbosity = 0
-        self.server = xllamacpp.Server(params)
-
-    def seconds(self, prompt: list[int], new: int) -> tuple[float, float]:
-        """Of a prompt of token ids, and of `new` tokens after the first, by its own clock."""
-        times = self.server.handle_completions({
-            "prompt": prompt, "n_predict": new + 1, "temperature": 0, "ignore_eos": True,
-            "cache_prompt": False})["timings"]
-        decoded = times["predicted_ms"] * new / max(1, times["predicted_n"] - 1)
-        return times["prompt_ms"] / 1e3, decoded / 1e3
+            logits = self.llama(inputs_embeds=x, use_cache=False).logits.float()  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from clip import Clip, ClipConfig
+from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
 from speed import bench
 from speed.peers import TransformersIAA, split_weights, transformers_llama
@@ -12,17 +14,28 @@ TINY = LlamaConfig(11, 6, 2, 3, 1, 2, 5, 512)  # D 6, 2 layers, H 3, K 1, E 2, F
 TOWER = ClipConfig(20, 2, 4, 28, 4, 8)
 
 
-def test_counts_of_a_tiny_model():
-    """By hand: a layer's matrices hold 6 x 10 + 6 x 6 + 3 x 6 x 5 = 186 weights."""
-    model = bench.meta_model(TINY, TOWER, 1)
-    attention, head = 4 * 7 * 7 * 3 * 2, 2 * 6 * 11  # 7 x 7 pairs, H E = 6, masked ones too
-    assert bench.forward_flops(model, "text", 7) == 2 * (2 * 7 * 186 + attention) + head == 7692
-    assert bench.forward_flops(model, "mm", 7) == 3 * (2 * 7 * 186 + attention) + head
-    assert bench.forward_flops(model, "mm", 7, pictures=1) > bench.forward_flops(model, "mm", 7)
-    weights, cache = 2 * (186 + 12) + 6 * 11, 2 * 2 * 1 * 2 * 20  # with two norms a layer
-    assert bench.decode_bytes(model, "text", 20, 2, 2) == 2 * (weights + cache) == 1244
-    assert bench.decode_bytes(model, "text", 20, 1, 4) == weights + 4 * cache  # int8, cache in fp32
-    assert bench.decode_bytes(model, "mm", 0, 1, 1) == weights + 186 + 12
+def tiny_model() -> IAA:
+    """With an insertion layer after each frozen one, all weights random."""
+    model = IAA(Llama(TINY), Clip(TOWER), 10)
+    model.adaptors["mm"] = Adaptor(AdaptorConfig((0, 1)), TINY, TOWER.width)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    model.adaptors["mm"].init_from_frozen(model.llama)
+    return model
+
+
+@pytest.mark.parametrize(("workflow", "layers"), [("text", 2), ("mm", 4)])
+def test_what_an_answer_needs(workflow, layers, monkeypatch):
+    """FLOPs as torch counts them; bytes by hand: a layer's matrices hold 186 weights."""
+    monkeypatch.setattr(bench, "NEW", 26)
+    flops, read = bench.answer_needs(TINY, layers, 7, 1, 4)  # int8, a cache in fp32
+    model = tiny_model().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x = model(torch.zeros(1, 7, dtype=torch.int64, device="meta"), workflow)
+        model.logits(x[:, -1], workflow)
+    assert flops == counter.get_total_flops()
+    cache = layers * 2 * 1 * 2 * 20  # at the middle of the answer
+    assert read == layers * (6 * 10 + 6 * 6 + 3 * 6 * 5) + 6 * 11 + 4 * cache
 
 
 def test_split_weights_are_the_fused_ones():
@@ -36,61 +49,51 @@ def test_split_weights_are_the_fused_ones():
     assert torch.equal(joined, state["layers.1.ffn.gate_up.weight"])
 
 
-@pytest.fixture
-def bases(tmp_path, write_base) -> list[str]:
-    """--llm and --vision of a tiny random model."""
-    write_base(tmp_path / "llm", Llama(LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0)))
-    write_base(tmp_path / "vision", Clip(TOWER))
-    return ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision")]
-
-
-def test_a_whole_run_on_a_tiny_model(bases, capsys, monkeypatch):
-    """Every figure of every variant of ours has a rate, a share and a ratio."""
+def test_a_whole_run_on_a_tiny_model(tmp_path, write_base, capsys, monkeypatch):
+    """Every figure of every variant of ours has a row with its rate and share; sizes by name."""
     # without peers, which take minutes to import and to build
-    monkeypatch.setattr(bench, "installed", lambda _: False)
-    monkeypatch.setattr(bench, "measure_limits", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(bench, "choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench, "frozen_config", lambda name, kind: TOWER)
     monkeypatch.setattr(bench, "NEW", 4)
-    bench.main([*bases, "--runs", "2", "--inserted", "2", "--dtype", "bf16", "--device", "cpu"])
-    rows = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
-    variants = ["ours ", "ours, 2 inserted ", "ours, 2 inserted, picture", "ours, int8",
-                "ours, fp32"]
-    expected = [(figure, name) for figure in ("prefill", "decode") for name in variants]
-    expected += [("training", "ours, 2 inserted"), ("training", "ours, 0 inserted")]
+    monkeypatch.setattr(bench, "TURNS", 3)
+    llama = Llama(LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0))
+    write_base(tmp_path / "llm", llama)
+    bench.main(["--llm", str(tmp_path / "llm"), "--vision", "no/such/ViT-L", "--inserted", "2",
+                "--dtype", "fp32"])
+    limits, missing, *rows = capsys.readouterr().out.splitlines()
+    assert "TFLOP/s" in limits and missing == "transformers is not installed: its rows are left out"
+    answers = ("ours", "ours, 2 inserted", "ours, picture", "ours, int8")
+    expected = [("training", "ours, 0 inserted"), ("training", "ours, 2 inserted"), *(
+        (figure, name) for name in answers for figure in ("prefill", "decode"))]
     assert len(rows) == len(expected)
     for row, (figure, name) in zip(rows, expected, strict=True):
-        assert row.startswith(f"{figure:9} {name}") and "% of limit" in row and "(2 turns)" in row
-    assert "1.00 times ours " in rows[0]
+        assert row.startswith(f"{figure:9} {name:18}")
+        assert " tokens/s  2 turns" in row and "% of limit" in row
 
 
-def test_a_slow_machine_counts_the_first_turn(capsys):
-    """Where no second turn fits the budget, the first is the figure."""
-    calls = []
-    cases = {"ours": bench.Case(lambda: calls.append(1) or (2.0,), {"training": (8, 1.0)})}
-    bench.measure(cases, budget=0.0, most=5)
-    out = capsys.readouterr().out
-    assert len(calls) == 1 and "4.0 tokens/s" in out and "50% of limit" in out and "1 turns" in out
-
-
-def test_sizes_by_name(monkeypatch):
-    """A size in place of a folder has random weights in the dtype."""
-    monkeypatch.setattr(bench, "frozen_config", lambda name, kind: TINY)
-    model = bench.frozen("llama", "no/such/3-8B", torch.bfloat16, torch.device("cpu"))
-    assert model.dtype == torch.bfloat16 and model.config == TINY
+@pytest.mark.parametrize(("allowed_s", "rows"), [
+    (0, "4.0 tokens/s  1 turns   25% of limit  5.00 times as fast as transformers (0.8)"),
+    (9, "8.0 tokens/s  2 turns   50% of limit  3.00 times as fast as transformers (2.7)")])
+def test_measuring(allowed_s, rows, capsys, monkeypatch):
+    """The first turn warms up, and counts only where no time is left for another."""
+    monkeypatch.setattr(bench, "SECONDS", allowed_s)
+    monkeypatch.setattr(bench, "TURNS", 3)
+    ours, theirs = iter([2.0, 1.0, 1.0]), iter([10.0, 4.0, 2.0])
+    bench.measure({"decode": 8}, "ours", lambda: (next(ours),), lambda: (next(theirs),),
+                  {"decode": (8, 4)})
+    assert capsys.readouterr().out.split(maxsplit=2) == ["decode", "ours", rows + "\n"]
 
 
 def test_peers_compute_the_same():
     """Where transformers is installed: the peers' logits and training loss equal ours."""
     pytest.importorskip("transformers", reason="needs requirements/dev.txt")
-    model = bench.meta_model(TINY, TOWER, 2).to_empty(device="cpu")
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    model.adaptors["mm"].init_from_frozen(model.llama)
-    model.image_token = 10
-    peer, tokens = transformers_llama(model.llama), torch.arange(10)[None]
+    model, tokens = tiny_model(), torch.arange(10)[None]
     with torch.no_grad():
         ours = model.logits(model(tokens))
-        torch.testing.assert_close(peer(tokens).logits, ours, atol=1e-4, rtol=0)
-    theirs = TransformersIAA(peer, model.clip, model.adaptors["mm"], model.image_token)
-    b = bench.make_batch(model, 2, 20, 5, 0)
-    wanted, got = (m.loss(b.tokens, b.targets, "mm", b.images) for m in (model, theirs))
+        theirs = transformers_llama(model.llama)(tokens).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    b = bench.make_batch(model, 2, 20, 5)
+    wanted, got = (m.loss(b.tokens, b.targets, "mm", b.images)
+                   for m in (model, TransformersIAA(model, "mm")))
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
