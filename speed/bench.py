@@ -221,6 +221,7 @@ def parse_arguments(about: str, argv: list[str] | None) -> argparse.Namespace:
     add("--vision", default=DEMO[1], help="folder of the vision tower, or a size [%(default)s]")
     add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
     add("--dtype", default="auto", help=f"compute in one of {', '.join(CHOICES)} [%(default)s]")
+    add("--device", help="of bench.py: cuda, mps, cpu [the first that there is]")
     return parser.parse_args(argv)
 
 
@@ -228,7 +229,7 @@ def parse_arguments(about: str, argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_arguments(__doc__, argv)
-    args.device = choose_device()
+    args.device = choose_device(args.device)
     name, why = choose_dtype(args.dtype, args.device)
     args.dtype = DTYPES[name]
     print(f"computing in {name} on {args.device.type}: {why}", file=sys.stderr)

@@ -120,7 +120,7 @@ class Log:
     ):
         self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
         self.path = Path(out, stage.name, "log.jsonl")
-        self.printed, self.skipped, self.cut = 0.0, 0, 0
+        self.first, self.printed, self.skipped, self.cut = first, 0.0, 0, 0
         kept = [row for row in read_log(self.path) if row["step"] < first]
         self.flops = sum(row["flops"] for row in kept)
         if ranks.rank == 0:
@@ -153,6 +153,9 @@ class Log:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             self.show(step, row)
+        if step == self.first and step + 1 < self.stage.steps:
+            # The first step is a slow one: the time that is left goes by the others.
+            self.began = self.clock, self.flops, step + 1
 
     def show(self, step: int, row: dict) -> None:
         """The progress line: rewritten on a terminal, elsewhere printed every PRINT_S seconds."""
