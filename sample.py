@@ -5,7 +5,8 @@
 
 From picture to answer: `Chat.ask` renders the conversation as token ids, `generate` fills the KV
 cache with the prompt and the picture, then decodes one token a pass, and `Stream` turns tokens into
-text. The workflow may change between turns: an adaptor sees the picture, "text" does not.
+text. The workflow may change between turns: an adaptor sees the picture, "text" does not. Each turn
+reads the whole conversation anew, as nothing in a KV cache holds for another workflow.
 
 Boxes in an answer are fractions of the picture padded to a square. `Answer.boxes` and the drawing
 are in the picture's own pixels.
@@ -32,12 +33,11 @@ from common.device import CHOICES, DTYPES, choose_device, choose_dtype
 from common.files import new_file, one_line
 from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
-from llama import KVCache, attention_mask
+from llama import attention_mask
 from tokenization.templates import render
 from tokenization.tokenizer import Stream, Tokenizer
 
-COLOURS = ("#ff2d2d", "#00b050", "#2d7dff", "#ff9900", "#c020d0")  # of boxes, in their order
-DRAWN_PX = 448  # a picture whose longer side is less is enlarged before boxes are drawn on it
+DRAWN_PX = 448  # a picture whose longer side is less is enlarged: a line would hide what is in it
 HELP = """/image PATH      look at another picture; what was said about the one before is forgotten
 /workflow NAME   change the workflow, keep the history
 /reset           forget the history, keep the picture
@@ -55,7 +55,9 @@ def sample_token(
 
     Raises ValueError where logits are not finite: the weights or the dtype are at fault.
     """
-    if not logits.isfinite().all():
+    # 0 times inf or NaN is NaN. A sum of the logits alone might overflow where all are finite, and
+    # isfinite().all() takes ten times as long, at each token.
+    if (logits * 0).sum() != 0:
         raise ValueError("the model's logits are not finite: its weights are broken, or they "
                          "overflow in this --dtype")
     if temperature == 0:
@@ -80,42 +82,39 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,  # row r draws from its own stream, seeded with seed + r
     on_token: Callable[[int, int], bool | None] | None = None,  # each (row, token); True: row ends
-    cache: KVCache | None = None,  # with the beginning of the one prompt, and room for the rest
 ) -> list[list[int]]:
     """The new tokens of each prompt, as if it were alone in the batch.
 
-    Shorter prompts are padded on the left. The padding is segment -1, which no other token sees.
     Raises ValueError for an empty prompt, a length beyond the context, or images that do not fit.
     """
-    past = 0 if cache is None else cache.length
-    unread = [prompt[past:] for prompt in prompts]
-    if not all(unread) or not unread or (cache is not None and len(prompts) > 1):
-        raise ValueError("one prompt or more with tokens; a cache belongs to a single prompt")
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt is empty, or there is none")
     longest, device = max(map(len, prompts)), model.llama.device
     context = model.llama.config.context
     if longest + max_tokens > context:
         raise ValueError(f"a prompt of {longest} tokens + {max_tokens} new ones exceed "
                          f"the context of {context}")
-    if cache is None:
-        cache = model.new_cache(len(prompts), longest + max_tokens, workflow)
-    pad = int(model.image_token == 0)  # any token but the placeholder
-    rows = [[pad] * (longest - past - len(ids)) + ids for ids in unread]
+    cache = model.new_cache(len(prompts), longest + max_tokens, workflow)
+    pad = int(model.image_token == 0)  # any token but the placeholder, which would need an image
+    # Padded on the left, all prompts end in one column, and the first new tokens stand in the next.
+    rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     starts = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)  # (B, 1)
     columns = torch.arange(longest + max_tokens, device=device)
-    segments = -(columns < starts).long() if starts.any() else None  # (B, S)
+    segments = -(columns < starts).long() if starts.any() else None  # (B, S), -1: seen by no other
+    # A generator a row: what a row draws must not depend on its neighbours.
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
     tokens = torch.tensor(rows, device=device)  # (B, T): the prompts, then one token a pass
     for _ in range(max_tokens):
         end = cache.length + tokens.shape[1]
-        positions = (columns[cache.length : end] - starts).clamp(min=0)  # (B, T)
+        positions = (columns[cache.length : end] - starts).clamp(min=0)  # (B, T), pads at 0
         seen = None if segments is None else segments[:, :end]
-        mask = attention_mask(tokens.shape[1], cache.length, seen, device)
+        mask = attention_mask(tokens.shape[1], cache.length, seen, device)  # hides pads
         x = model(tokens, workflow, images, positions, mask, cache)  # (B, T, D)
         images = None  # their keys and values are in the cache now
-        logits = model.logits(x[:, -1], workflow).float()  # (B, V)
+        logits = model.logits(x[:, -1], workflow).float()  # (B, V): only the last says what follows
         chosen = sample_token(logits, temperature, top_p, generators)  # (B,)
-        for row in sorted(running):
+        for row in sorted(running):  # a copy: rows that end leave the set within the loop
             token = int(chosen[row])
             ended = token in stop
             if not ended:
@@ -125,7 +124,7 @@ def generate(
                 running.discard(row)
         if not running:
             break
-        tokens = chosen[:, None].to(device)
+        tokens = chosen[:, None].to(device)  # also of ended rows: a batch keeps its shape
     return answers
 
 
@@ -146,16 +145,6 @@ class Answer:
 
 
 @dataclass
-class Memory:
-    """The KV cache of the last turn, and what it holds."""
-
-    workflow: str
-    image: Image.Image | None
-    cache: KVCache
-    ids: list[int]  # of the cache's tokens; the last ones may be unread
-
-
-@dataclass
 class Chat:
     """A conversation with a model: its history, its picture and its workflow may change."""
 
@@ -168,7 +157,6 @@ class Chat:
     chosen: str | None = None  # workflow; None: by the picture
     image: Image.Image | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
-    memory: Memory | None = None
 
     @classmethod
     def load(
@@ -181,16 +169,16 @@ class Chat:
         **sampling,
     ) -> "Chat":
         """Open the model that train.py left in `folder`. Raises ValueError, FileNotFoundError."""
-        from speed.packing import pack  # the weights in the processor's own layout, or as int8
+        from speed.packing import pack  # here: whoever only generates needs no private operators
 
-        if not Path(folder, "iaa.json").is_file():
+        if not Path(folder, "iaa.json").is_file():  # a newcomer's first mistake
             raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
                                     "python train.py --config configs/demo.toml, or see README")
         place = choose_device(device)
         name, why = choose_dtype(dtype, place)
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
-        pack(model, quantize == "int8")
+        pack(model, quantize == "int8")  # else in the processor's own layout, which is faster
         return cls(model, Tokenizer.load(tokenizer), **sampling)
 
     @property
@@ -198,64 +186,37 @@ class Chat:
         """Of the next answer: the chosen one, else "mm" with a picture and "text" without."""
         return self.chosen or (TEXT if self.image is None else "mm")
 
-    def prompt(self, text: str) -> tuple[list[int], Image.Image | None]:
-        """The conversation and its new question as token ids, and the picture that it shows."""
-        adaptor = self.model.adaptor(self.workflow)
-        image = None if adaptor is None else self.image
-        form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
-        patches = 0 if image is None else self.model.clip.config.patches
-        turns = [*self.turns, ("user", text)]
-        return render(self.tokenizer, turns, form["template"], form["system"], patches)[0], image
-
-    def reuse_cache(self, ids: list[int], image: Image.Image | None) -> Memory:
-        """The last turn's cache, cut to the beginning that it shares with `ids`, or a new one.
-
-        At least the last token stays unread: its logits begin the answer. A picture is read as a
-        whole or not at all.
-        """
-        last, shared = self.memory, 0
-        if last is not None and last.workflow == self.workflow and last.image is image:
-            most = min(last.cache.length, len(ids) - 1)
-            while shared < most and last.ids[shared] == ids[shared]:
-                shared += 1
-        if not shared or self.model.image_token in ids[shared:]:
-            last = self.memory = None  # frees the old cache before a new one is made
-            cache, shared = self.model.new_cache(1, 0, self.workflow), 0
-            last = self.memory = Memory(self.workflow, image, cache, [])
-        last.cache.cut(shared)
-        last.ids = list(ids)
-        return last
-
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
         """Answer `text`, piece by piece to `on_text`. Both join the history once a token is there.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
-        workflow, began = self.workflow, time.perf_counter()
-        ids, image = self.prompt(text)
+        workflow, began, times = self.workflow, time.perf_counter(), []
+        adaptor = self.model.adaptor(workflow)
+        image = None if adaptor is None else self.image  # the frozen LLM alone cannot see
+        form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
+        clip, pixels, patches = self.model.clip.config, None, 0
+        if image is not None:
+            pixels = preprocess(image, clip)[None].to(self.model.llama.device)  # (1, 3, S, S)
+            patches = clip.patches
+        turns = [*self.turns, ("user", text)]  # as in training: a model knows no other form
+        ids, _ = render(self.tokenizer, turns, form["template"], form["system"], patches)
         context = self.model.llama.config.context
-        new, stream = min(context - len(ids), self.max_tokens), Stream(self.tokenizer, on_text)
-        if new < 1:
-            raise ValueError(f"the prompt, with history and picture, takes {len(ids)} tokens: "
-                             f"the context of {context} leaves no room for an answer")
-        memory = self.reuse_cache(ids, image)
-        memory.cache.reserve(len(ids) + new, context)
-        pixels = None
-        if image is not None and memory.cache.length == 0:
-            pixels = preprocess(image, self.model.clip.config)[None].to(self.model.llama.device)
+        new = min(self.max_tokens, max(1, context - len(ids)))  # 0 would raise nothing
+        stream = Stream(self.tokenizer, on_text)
 
         def on_token(row: int, token: int) -> None:
-            memory.ids.append(token)
+            times.append(time.perf_counter())
             stream.add(token)
 
+        seed = self.seed + len(self.turns)  # else a question asked twice draws the same answer
         try:
             generate(self.model, [ids], pixels, workflow, new, self.tokenizer.stop_ids,
-                     self.temperature, self.top_p, self.seed + len(self.turns), on_token,
-                     memory.cache)
+                     self.temperature, self.top_p, seed, on_token)
         finally:  # also after Ctrl-C in the middle of an answer
-            if stream.times:
-                self.turns = [*self.turns, ("user", text), ("assistant", stream.shown)]
-        times, boxes = stream.times, boxes_on(image, stream.shown) if image else []
+            if times:
+                self.turns = [*turns, ("assistant", stream.shown)]  # or half of one
+        boxes = boxes_on(image, stream.shown) if image else []
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
         first = (times or [time.perf_counter()])[0] - began
         return Answer(workflow, text, stream.shown, boxes, len(times), first, speed)
@@ -263,7 +224,7 @@ class Chat:
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
     """The boxes of an answer in pixels, cut at the picture's edges, without those outside it."""
-    w, h = image.size
+    w, h = image.size  # an answer may reach into the border of the square, where nothing is
     boxes = [(max(x1, 0.0), max(y1, 0.0), min(x2, w), min(y2, h))
              for x1, y1, x2, y2 in text_to_boxes(answer, w, h)]
     return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
@@ -274,23 +235,24 @@ def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
     scale = max(1, -(-DRAWN_PX // max(image.size)))
     picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     pen, line = ImageDraw.Draw(picture), max(3, max(picture.size) // 150)
-    for number, box in enumerate(boxes):
+    for box in boxes:
         x1, y1, x2, y2 = (round(v * scale) for v in box)
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))  # Pillow draws the last pixel too
-        pen.rectangle(corners, outline=COLOURS[number % len(COLOURS)], width=line)
+        pen.rectangle(corners, outline="red", width=line)
     return picture
 
 
 # ---------------------------------------------------------------------------------- command line
 
 
-def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool = False) -> None:
+def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> None:
     """Ask, print the answer as it comes (or JSON at its end), then write its boxes if wanted."""
+    # A piece has no line end, so without flush the terminal would hold it back.
     answer = chat.ask(text, lambda piece: as_json or print(piece, end="", flush=True))
     fields = {key: value for key, value in asdict(answer).items() if key != "boxes" or value}
     print(json.dumps(fields, ensure_ascii=False) if as_json else "", flush=True)
     if boxes and answer.boxes:
-        with new_file(boxes) as new:
+        with new_file(boxes) as new:  # a full disk leaves the picture of the answer before
             draw_boxes(chat.image, answer.boxes).save(new)
     elif boxes:
         print(f"no box in the answer: {boxes} not written", file=sys.stderr)
@@ -299,14 +261,14 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool = Fals
 def command(chat: Chat, line: str) -> str:
     """Carry out a chat command, but /quit, and return what to say. Raises ValueError, OSError."""
     name, _, argument = line.partition(" ")
-    argument = argument.strip().strip("'\"")
+    argument = argument.strip().strip("'\"")  # a path dragged into a terminal comes in quotes
     if name == "/image" and argument:
-        image = open_image(os.path.expanduser(argument))
+        image = open_image(os.path.expanduser(argument))  # here is no shell to expand "~"
         chat.turns = [] if chat.image else chat.turns  # they were about another picture
         chat.image = image
         return f"{argument}: {image.width} x {image.height} pixels; workflow {chat.workflow}"
     if name == "/workflow" and argument:
-        chat.model.adaptor(argument)  # raises for an unknown name
+        chat.model.adaptor(argument)  # raises for an unknown name, before it is chosen
         chat.chosen = argument
         return f"workflow {argument}"
     if name == "/reset":
@@ -315,9 +277,8 @@ def command(chat: Chat, line: str) -> str:
     return HELP if line == "/help" else f"unknown: {line}\n{HELP}"
 
 
-def converse(chat: Chat, boxes: Path | None) -> None:
+def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
     """Read questions and commands until /quit, the end of input, or Ctrl-C at the prompt."""
-    sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the chat
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its arrow keys; not on every system)
     print("/help lists the commands")
@@ -332,17 +293,17 @@ def converse(chat: Chat, boxes: Path | None) -> None:
             if line.startswith("/"):
                 print(command(chat, line))
             elif line:
-                answer_aloud(chat, line, boxes)
+                answer_aloud(chat, line, boxes, as_json)
         except KeyboardInterrupt:
             print(" [stopped]")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # a mistake does not end the chat
             print(error, file=sys.stderr)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises ValueError for what cannot be done, before anything is loaded."""
+    """The command line. ValueError for a number out of range, before anything is loaded."""
     example = GROUNDING_PROMPT.format("the red car")
-    parser = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(  # no abbreviations: a new option would change their meaning
         description="Ask an IAA model about a picture; without --prompt, chat.", allow_abbrev=False,
         epilog=f'Grounding takes a whole sentence: --prompt "{example}"')
     add = parser.add_argument
@@ -360,19 +321,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="cuda, mps, cpu [the first that there is]")
     add("--quantize", choices=["int8"], help="weights of LLM and adaptors in a fourth of fp32")
     args = parser.parse_args(argv)
-    asked, drawn = args.prompt is not None, args.boxes is not None
-    for wrong, rule in (
-        (args.json and not asked or asked and not args.prompt.strip(),
-         "--prompt must not be empty, and --json needs it"),
-        (drawn and asked and args.image is None, "--boxes needs --image, the picture to draw on"),
-        (drawn and not (args.boxes.suffix in (".png", ".jpg") and args.boxes.parent.is_dir()),
-         f"--boxes {args.boxes}: a .png or .jpg file in a folder that exists"),
-        (not (args.max_tokens > 0 and 0 <= args.temperature < 1e6 and 0 < args.top_p <= 1
-              and 0 <= args.seed < 2**62), "--max-tokens: 1 or more; --temperature: 0 or more; "
-         "--top-p: above 0, at most 1; --seed: 0 or more, below 2**62"),
-    ):
-        if wrong:
-            raise ValueError(rule)
+    if not (args.max_tokens > 0 and 0 <= args.temperature < 1e6 and 0 < args.top_p <= 1
+            and 0 <= args.seed < 2**62):  # NaN is none of these, either
+        raise ValueError("--max-tokens: 1 or more; --temperature: 0 or more; "
+                         "--top-p: above 0, at most 1; --seed: 0 or more, below 2**62")
     return args
 
 
@@ -380,15 +332,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
-    image = None if args.image is None else open_image(args.image)
+    image = None if args.image is None else open_image(args.image)  # first: a model loads slowly
+    if args.boxes and args.prompt and image is None:
+        raise ValueError("--boxes needs --image, the picture to draw on")
     only = args.workflow or (TEXT if image is None else "mm")  # one question needs one adaptor
     chat = Chat.load(args.model, args.dtype, args.device, args.quantize,
                      None if args.prompt is None else [only], max_tokens=args.max_tokens,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     chat.image, chat.chosen = image, args.workflow
-    chat.model.adaptor(chat.workflow)  # raises now where there is none of that name
     if args.prompt is None:
-        converse(chat, args.boxes)
+        converse(chat, args.boxes, args.json)
     else:
         answer_aloud(chat, args.prompt, args.boxes, args.json)
 

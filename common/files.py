@@ -3,9 +3,8 @@
 import contextlib
 import json
 import os
-import secrets
-import shutil
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Iterator
@@ -46,46 +45,38 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `path` when the block ends, and removed if it fails.
+def new_file(path: Path) -> Iterator[Path]:
+    """A path for a new file (or folder) that replaces `path` when the block ends.
 
-    Raises FileExistsError where `path` exists: nothing is ever replaced. The files are on the disk
+    It is in a temporary folder, which is removed also if the block fails. All bytes are on the disk
     before the rename, so that `path` is complete even if the power fails.
     """
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} is there already; remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with writing(path):
-            yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
+    place = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}  # on the same disk
+    with writing(path), tempfile.TemporaryDirectory(**place) as folder:
+        new = Path(folder, path.name)
+        yield new
+        for file in [*new.rglob("*"), new]:
             flush(file)
-        temporary.rename(path)
+        new.replace(path)
         flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that replaces `path` when the block ends, and is removed if it fails."""
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
-    try:
-        with writing(path):
-            yield temporary
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is renamed to `path` when the block ends, and removed if it fails.
+
+    Raises FileExistsError where `path` exists: a folder is never replaced.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as new:
+        new.mkdir()
+        yield new
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write or replace a text file in one step: if that fails, the old file stays."""
+    """Write or replace a text file in one step."""
     with new_file(path) as new:
         new.write_text(text, encoding="utf-8")
 
@@ -109,9 +100,9 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
-    missing = [key for key in (*keys, *kinds) if key not in value]
-    if missing:
-        raise ValueError(f"{path}: {missing[0]!r} is missing")
+    for key in (*keys, *kinds):
+        if key not in value:
+            raise ValueError(f"{path}: {key!r} is missing")
     return value | {key: parse_value(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
 
 
@@ -123,17 +114,15 @@ def parse_value(where: str, value, kind):
     """
     for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
         origin, inner = typing.get_origin(option) or option, typing.get_args(option)
-        if is_dataclass(option) and (isinstance(value, dict) or option is kind):
+        if is_dataclass(option) and isinstance(value, dict):
             return parse_dataclass(option, value, where)
         if origin is dict and isinstance(value, dict):
-            of = inner[1] if inner else object
-            return {key: parse_value(f"{where}.{key}", v, of) for key, v in value.items()}
-        is_list = origin in (list, tuple) and isinstance(value, list | tuple)
-        if is_list and (origin is list or inner[-1] is ... or len(inner) == len(value)):
+            return {key: parse_value(f"{where}.{key}", v, inner[1]) for key, v in value.items()}
+        if origin in (list, tuple) and isinstance(value, list | tuple):
             return origin(parse_value(f"{where}[{n}]", v, inner[0]) for n, v in enumerate(value))
-        if type(value) is option or option is object:
+        if type(value) is option:  # not isinstance: True is an int
             return value
-        if option is float and type(value) is int and abs(value) < 2**53:
+        if option is float and type(value) is int:
             return float(value)
     wanted = kind.__name__ if isinstance(kind, type) else kind
     raise ValueError(f"{where} = {value!r}: expected {wanted}")
@@ -141,8 +130,6 @@ def parse_value(where: str, value, kind):
 
 def parse_dataclass(kind, values: dict, where: str = ""):
     """A dataclass from a table. Raises ValueError for an unknown, missing or impossible value."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} = {values!r}: expected a table")
     hints = typing.get_type_hints(kind)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
@@ -152,8 +139,6 @@ def parse_dataclass(kind, values: dict, where: str = ""):
              for key, value in values.items()}
     try:
         return kind(**given)
-    except TypeError as error:
-        message = str(error).replace(f"{kind.__name__}.__init__()", where or "the config")
-        raise ValueError(message) from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+    except (TypeError, ValueError) as error:  # a value is missing, or the class refuses it
+        message = str(error).removeprefix(f"{kind.__name__}.__init__() ")
+        raise ValueError(f"{where}: {message}".removeprefix(": ")) from None

@@ -29,6 +29,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
 
 
+def byte_tokenizer() -> Tokenizer:
+    """A ChatML tokenizer with a token for each byte; the image's is 258."""
+    specials = ("<|im_start|>", "<|im_end|>", "<empty_output>", "<|endoftext|>")
+    special_tokens = {name: 256 + n for n, name in enumerate(specials)}
+    return Tokenizer({bytes([b]): b for b in range(256)}, special_tokens, "chatml",
+                     "<empty_output>", r"[\s\S]")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts from the same random state."""
@@ -59,10 +67,7 @@ def tiny_base(write_base):
         llama, tower = Llama(config), Clip(CLIP)
         write_base(root / "llama", llama)
         write_base(root / "clip", tower)
-        specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<empty_output>": 258,
-                    "<|endoftext|>": 259}
-        engine = {bytes([b]): b for b in range(256)}
-        Tokenizer(engine, specials, "chatml", "<empty_output>", r"[\s\S]").save(root / "llama")
+        byte_tokenizer().save(root / "llama")
         return llama, tower
 
     return write

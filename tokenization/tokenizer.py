@@ -10,16 +10,14 @@
 
 import base64
 import codecs
-import json
 import re
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
-from common.files import read_json
+from common.files import read_json, write_json
 
 LONG_SPACE = re.compile(r"(\s{10000})")  # text is cut there: a million overflow tiktoken's regex
 STOPS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<|endoftext|>")
@@ -60,21 +58,17 @@ class Tokenizer:
                              "choose an unused special token")
 
     def _start_tiktoken(self) -> dict[int, bytes]:
-        """Set `_bpe`, whose tokens are ranks, and `_ids`. Return the bytes of each id."""
+        """Set `_bpe`, whose tokens are ranks, and `_ids`, rank -> id. Return the bytes of an id."""
         ranks = {word: rank for rank, word in enumerate(self.model)}
-        ids = [*self.model.values()]
+        self._ids = [*self.model.values()]
         # tiktoken needs a token for each byte. Where the vocabulary has none, one is made up here.
         # Its id is -1, and `encode` drops it.
         for byte in (bytes([value]) for value in range(256)):
             if byte not in ranks:
                 ranks[byte] = len(ranks)
-                ids.append(-1)
-        self._ids = None if ids == list(range(len(ids))) else ids  # rank -> id, None: equal
-        try:
-            self._bpe = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks,
-                                          special_tokens={})
-        except Exception as error:  # tiktoken has its own kinds
-            raise ValueError(f"tiktoken refuses the split {self.pattern!r}: {error}") from None
+                self._ids.append(-1)
+        self._bpe = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
         return {token: word for word, token in self.model.items()}
 
     def _start_sentencepiece(self) -> dict[int, bytes]:
@@ -107,8 +101,7 @@ class Tokenizer:
             lines = (base64.b64encode(word) + b" %d\n" % token for word, token in model.items())
             model = b"".join(lines)
         (folder / "tokenizer.model").write_bytes(model)
-        text = json.dumps(settings, indent=1) + "\n"
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        write_json(folder / "tokenizer.json", settings)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -130,11 +123,10 @@ class Tokenizer:
         text = text.encode("utf-8", "replace").decode()
         if self.kind == "sentencepiece":
             return self._sp.Encode(text)
-        parts = LONG_SPACE.split(text)
-        ranks = [rank for part in parts for rank in self._bpe.encode_ordinary(part)]
-        if self._ids is None:
-            return ranks
-        return [self._ids[rank] for rank in ranks if self._ids[rank] >= 0]
+        ids = []
+        for part in LONG_SPACE.split(text):
+            ids += [self._ids[rank] for rank in self._bpe.encode_ordinary(part)]
+        return [token for token in ids if token >= 0]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of `ids`; special tokens and ids past the vocabulary (a padded head) have none."""
@@ -171,11 +163,9 @@ class Stream:
         self.tokenizer, self.on_text = tokenizer, on_text
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown = "", ""
-        self.times: list[float] = []  # of each token
 
     def add(self, token: int) -> None:
         """Take a token and pass on what is complete: half a character and white space wait."""
-        self.times.append(time.perf_counter())
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         new = self.text.strip()[len(self.shown) :]
         self.shown += new
