@@ -11,16 +11,12 @@ Letters: N images, S image side in pixels, p patch side, P patches, D width, H h
 Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,8 +45,6 @@ class ClipConfig:
     aspect: str = "pad"  # pictures are padded to a square; the one value that can be computed
 
     def __post_init__(self):
-        for name in ("mean", "std"):  # lists, as read from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("width", "layers", "heads", "ffn", "patch", "image_px"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -67,21 +61,6 @@ class ClipConfig:
             raise ValueError(f"aspect = {self.aspect!r}: pad, as LLaVA and IAA do")
         if not -self.layers <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer = {self.feature_layer}: -{self.layers} to -1")
-
-    @classmethod
-    def read(cls, folder: str | Path) -> tuple["ClipConfig", str]:
-        """Sizes and SHA-256 from config.json. Raises FileNotFoundError, or ValueError naming it."""
-        path = Path(folder, "config.json")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
-        try:
-            meta = json.loads(path.read_text())
-            if meta["kind"] != "clip" or not isinstance(meta["sha256"], str):
-                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'clip', or has "
-                                 "no SHA-256")
-            return cls(**meta["config"]), meta["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not as convert_weights.py writes it ({error})") from None
 
     @property
     def patches(self) -> int:
@@ -132,6 +111,8 @@ class ClipLayer(nn.Module):
 class Clip(nn.Module):
     """The tower: pixels -> patch features of `feature_layer`."""
 
+    config_class = ClipConfig
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config, width = config, config.width
@@ -142,32 +123,7 @@ class Clip(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
         norm = nn.LayerNorm(width, config.norm_eps) if config.feature_norm else nn.Identity()
         self.feature_norm = norm
-        self.sha256, self.stored_dtype = "", None  # of the files; `load` sets both
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "Clip":
-        """The frozen model that convert_weights.py wrote to `folder`, in eval mode.
-
-        dtype: None for the files' own. Raises FileNotFoundError, or ValueError naming the file or
-        tensor that is wrong.
-        """
-        config, sha256 = ClipConfig.read(folder)
-        with torch.device("meta"):  # shapes without storage: the values come from the files
-            model = cls(config)
-        tensors, file = {}, folder
-        try:
-            for file in sorted(Path(folder).glob("model-*.safetensors")):
-                tensors |= load_file(file, str(device))
-            stored = next((tensor.dtype for tensor in tensors.values()), dtype)
-            tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
-            model.load_state_dict(tensors, assign=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
-        model.sha256, model.stored_dtype = sha256, stored
-        return model.eval().requires_grad_(False)
+        self.sha256, self.stored_dtype = "", None  # of the files; `load_frozen` sets both
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) from `preprocess` -> (N, P, D): the patches, without the class token."""

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip import Clip, ClipConfig
-from common.files import new_folder, one_line, parse_dataclass, write_json
+from common.files import new_folder, one_line, parse_dataclass, read_frozen, write_json
 from conversion import checkpoint_readers as readers
 from conversion import tensor_tables as tables
 from conversion import tokenizer_readers as tokenizers
@@ -223,7 +223,7 @@ def convert(
     if adaptors and "clip" not in parts:
         if clip is None:
             raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
-        config, base["clip"] = ClipConfig.read(clip)
+        config, base["clip"] = read_frozen(ClipConfig, clip)
         width = parts["mm"].model.projector.up.in_features
         if config.width != width:
             raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import Clip
-from common.files import parse_dataclass, read_json, write_json
+from common.files import load_frozen, parse_dataclass, read_json, write_json
 from llama import (
     AfterLayer,
     DecoderLayer,
@@ -376,8 +376,8 @@ def load_iaa(
     folder, index = Path(folder), Index.read(folder)
     for name in workflows or ():
         check_workflow(name, index.adaptors)
-    llama = Llama.load(folder / index.llm, dtype, device)
-    model = IAA(llama, Clip.load(folder / index.vision, dtype, device), index.image_token)
+    llama = load_frozen(Llama, folder / index.llm, dtype, device)
+    model = IAA(llama, load_frozen(Clip, folder / index.vision, dtype, device), index.image_token)
     for name, place in index.adaptors.items():
         if workflows is None or name in workflows:
             check_adaptor_name(name)

@@ -17,16 +17,12 @@ GQA (arXiv 2305.13245).
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,8 +58,6 @@ class LlamaConfig:
     tied: bool = False  # the LM head is the embedding
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, dict):  # as it comes out of config.json
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn",
                      "context"):
             value = getattr(self, name)
@@ -72,21 +66,6 @@ class LlamaConfig:
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "
                              f"{self.kv_heads}, and head_size = {self.head_size} an even number")
-
-    @classmethod
-    def read(cls, folder: str | Path) -> tuple["LlamaConfig", str]:
-        """Sizes and SHA-256 from config.json. Raises FileNotFoundError, or ValueError naming it."""
-        path = Path(folder, "config.json")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
-        try:
-            meta = json.loads(path.read_text())
-            if meta["kind"] != "llama" or not isinstance(meta["sha256"], str):
-                raise ValueError(f"it holds a model of kind {meta['kind']!r}, not 'llama', or has "
-                                 "no SHA-256")
-            return cls(**meta["config"]), meta["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not as convert_weights.py writes it ({error})") from None
 
 
 SIZES = {
@@ -229,18 +208,6 @@ class KVCache:
         self.slot += 1
         return keys[:, :, :end], values[:, :, :end]
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` tokens, and nothing of a pass that was interrupted."""
-        self.length, self.slot = length, 0
-
-    def reserve(self, length: int, most: int) -> None:
-        """Make room for `length` tokens. A cache that must grow doubles, up to `most` tokens."""
-        *outer, room, size = self.data.shape
-        if room < length:
-            data = self.data.new_empty(*outer, min(2 * length, most) if room else length, size)
-            data[..., : self.length, :] = self.data[..., : self.length, :]
-            self.data = data
-
     def advance(self, tokens: int) -> None:
         """End a forward pass of `tokens` tokens. Raises ValueError where a slot was not filled."""
         if self.slot != len(self.data):
@@ -325,6 +292,8 @@ class Llama(nn.Module):
     A pass is three calls: `embedding(tokens)`, `forward` and `logits`.
     """
 
+    config_class = LlamaConfig
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -332,32 +301,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab_size)
-        self.sha256, self.stored_dtype = "", None  # of the files; `load` sets both
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "Llama":
-        """The frozen model that convert_weights.py wrote to `folder`, in eval mode.
-
-        dtype: None for the files' own. Raises FileNotFoundError, or ValueError naming the file or
-        tensor that is wrong.
-        """
-        config, sha256 = LlamaConfig.read(folder)
-        with torch.device("meta"):  # shapes without storage: the values come from the files
-            model = cls(config)
-        tensors, file = {}, folder
-        try:
-            for file in sorted(Path(folder).glob("model-*.safetensors")):
-                tensors |= load_file(file, str(device))
-            stored = next((tensor.dtype for tensor in tensors.values()), dtype)
-            tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
-            model.load_state_dict(tensors, assign=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
-        model.sha256, model.stored_dtype = sha256, stored
-        return model.eval().requires_grad_(False)
+        self.sha256, self.stored_dtype = "", None  # of the files; `load_frozen` sets both
 
     @property
     def dtype(self) -> torch.dtype:

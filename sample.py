@@ -186,21 +186,28 @@ class Chat:
         """Of the next answer: the chosen one, else "mm" with a picture and "text" without."""
         return self.chosen or (TEXT if self.image is None else "mm")
 
+    def prompt(self, text: str) -> tuple[list[int], Tensor | None]:
+        """The conversation with `text` as its last question: its ids, and its picture's pixels.
+
+        The form is that of the workflow's training rows: an adaptor knows no other. Pixels are
+        (1, 3, S, S), None for the workflow "text": the frozen LLM cannot see.
+        """
+        adaptor, clip = self.model.adaptor(self.workflow), self.model.clip.config
+        form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
+        pixels = None
+        if adaptor is not None and self.image is not None:
+            pixels = preprocess(self.image, clip)[None].to(self.model.llama.device)
+        ids, _ = render(self.tokenizer, [*self.turns, ("user", text)], form["template"],
+                        form["system"], 0 if pixels is None else clip.patches)
+        return ids, pixels
+
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
         """Answer `text`, piece by piece to `on_text`. Both join the history once a token is there.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
-        workflow, began, times = self.workflow, time.perf_counter(), []
-        adaptor = self.model.adaptor(workflow)
-        image = None if adaptor is None else self.image  # the frozen LLM alone cannot see
-        form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
-        clip, pixels, patches = self.model.clip.config, None, 0
-        if image is not None:
-            pixels = preprocess(image, clip)[None].to(self.model.llama.device)  # (1, 3, S, S)
-            patches = clip.patches
-        turns = [*self.turns, ("user", text)]  # as in training: a model knows no other form
-        ids, _ = render(self.tokenizer, turns, form["template"], form["system"], patches)
+        began, times, turns = time.perf_counter(), [], [*self.turns, ("user", text)]
+        ids, pixels = self.prompt(text)
         context = self.model.llama.config.context
         new = min(self.max_tokens, max(1, context - len(ids)))  # 0 would raise nothing
         stream = Stream(self.tokenizer, on_text)
@@ -211,15 +218,15 @@ class Chat:
 
         seed = self.seed + len(self.turns)  # else a question asked twice draws the same answer
         try:
-            generate(self.model, [ids], pixels, workflow, new, self.tokenizer.stop_ids,
+            generate(self.model, [ids], pixels, self.workflow, new, self.tokenizer.stop_ids,
                      self.temperature, self.top_p, seed, on_token)
         finally:  # also after Ctrl-C in the middle of an answer
             if times:
                 self.turns = [*turns, ("assistant", stream.shown)]  # or half of one
-        boxes = boxes_on(image, stream.shown) if image else []
+        boxes = [] if pixels is None else boxes_on(self.image, stream.shown)
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
         first = (times or [time.perf_counter()])[0] - began
-        return Answer(workflow, text, stream.shown, boxes, len(times), first, speed)
+        return Answer(self.workflow, text, stream.shown, boxes, len(times), first, speed)
 
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:

@@ -33,7 +33,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip import Clip, ClipConfig, open_image, preprocess
 from common.device import DTYPES, Ranks, choose_dtype
-from common.files import new_folder, one_line, read_json, write_json
+from common.files import (
+    load_frozen,
+    new_folder,
+    one_line,
+    read_frozen,
+    read_json,
+    write_json,
+)
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
@@ -129,7 +136,8 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models. With ZeRO-3 they go to the CPU first: a rank keeps only its shard."""
     in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # too big for one GPU
     device, dtype = "cpu" if in_shards else ranks.device, DTYPES[config.dtype]
-    llama, clip = Llama.load(config.llm, dtype, device), Clip.load(config.vision, dtype, device)
+    llama = load_frozen(Llama, config.llm, dtype, device)
+    clip = load_frozen(Clip, config.vision, dtype, device)
     tokenizer = Tokenizer.load(config.llm)
     return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), tokenizer)
 
@@ -252,7 +260,8 @@ def source_folder(config: Config, stage: StageConfig) -> Path | None:
 
 def settings_of(config: Config, stage: StageConfig) -> dict:
     """What the stage's result depends on. "beginning": the same of the stage it starts from."""
-    (sizes, llama), (_, clip) = LlamaConfig.read(config.llm), ClipConfig.read(config.vision)
+    sizes, llama = read_frozen(LlamaConfig, config.llm)
+    _, clip = read_frozen(ClipConfig, config.vision)
     found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
              "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
              "base model": {"llama": llama, "clip": clip}}

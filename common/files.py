@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON as typed values, and how a command ends."""
+"""Files that appear whole or not at all, JSON as typed values, frozen models, a command's end."""
 
 import contextlib
 import json
@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -24,6 +27,8 @@ def one_line(program: str, after_stop: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{program}: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"{program}: {error}; the files in requirements/ say which packages it needs")
     except KeyboardInterrupt:
         sys.exit(f"\n{program}: stopped; {after_stop}".removesuffix("; "))
 
@@ -104,6 +109,46 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
         if key not in value:
             raise ValueError(f"{path}: {key!r} is missing")
     return value | {key: parse_value(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
+
+
+def read_frozen(kind: type, folder: str | Path) -> tuple:
+    """The sizes of the frozen model in `folder`, a `kind`, and the SHA-256 of its weights.
+
+    kind: LlamaConfig or ClipConfig. Raises FileNotFoundError, or ValueError naming the file.
+    """
+    path, wanted = Path(folder, "config.json"), kind.__name__.removesuffix("Config").lower()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
+    meta = read_json(path, "config", kind=str, sha256=str)
+    if meta["kind"] != wanted:
+        raise ValueError(f"{path}: a model of kind {meta['kind']!r}, not {wanted!r}")
+    return parse_value(f"{path}: config", meta["config"], kind), meta["sha256"]
+
+
+def load_frozen(
+    kind: type[nn.Module],  # Llama or Clip
+    folder: str | Path,
+    dtype: torch.dtype | None = None,  # None: the files' own
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The frozen model that convert_weights.py wrote to `folder`, in eval mode.
+
+    Raises FileNotFoundError, or ValueError naming the file or tensor that is wrong.
+    """
+    config, sha256 = read_frozen(kind.config_class, folder)
+    with torch.device("meta"):  # shapes without storage: the values come from the files
+        model = kind(config)
+    tensors, file = {}, folder
+    try:
+        for file in sorted(Path(folder).glob("model-*.safetensors")):
+            tensors |= load_file(file, str(device))
+        stored = next((tensor.dtype for tensor in tensors.values()), dtype)
+        tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
+        model.load_state_dict(tensors, assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
+    model.sha256, model.stored_dtype = sha256, stored
+    return model.eval().requires_grad_(False)
 
 
 def parse_value(where: str, value, kind):

@@ -150,11 +150,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
-    try:
-        with Ranks(PATIENCE_S, "gloo") as ranks:
-            COMMANDS[args.what](args, ranks)
-    except ImportError as error:
-        raise ValueError(f"{error}: docs/evaluation.md says what to install") from None
+    with Ranks(PATIENCE_S, "gloo") as ranks:
+        COMMANDS[args.what](args, ranks)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clip import open_image, preprocess
+from clip import open_image
 from common.files import write_json, write_text
 from sample import Chat, generate
 
@@ -61,12 +61,12 @@ def answer_batch(
     chat: Chat, asked: list[tuple[str, Image.Image | None]], workflow: str, max_tokens: int
 ) -> list[str]:
     """Greedy answers to (question, picture or None) pairs, each as if it were asked alone."""
-    prompts = [replace(chat, chosen=workflow, image=picture).prompt(text)[0]
-               for text, picture in asked]
-    pictures = [preprocess(picture, chat.model.clip.config)
-                for _, picture in asked if picture is not None]
-    images = torch.stack(pictures).to(chat.model.llama.device) if pictures else None  # (N, 3, S, S)
-    answers = generate(chat.model, prompts, images, workflow, max_tokens, chat.tokenizer.stop_ids)
+    prompts, pixels = zip(*(replace(chat, chosen=workflow, image=picture).prompt(text)
+                            for text, picture in asked), strict=True)
+    shown = [picture for picture in pixels if picture is not None]  # (1, 3, S, S) each
+    images = torch.cat(shown) if shown else None  # (N, 3, S, S)
+    answers = generate(
+        chat.model, list(prompts), images, workflow, max_tokens, chat.tokenizer.stop_ids)
     return [chat.tokenizer.decode(ids).strip() for ids in answers]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from clip import Clip
 from common.device import CHOICES, DTYPES, choose_device, choose_dtype
-from common.files import one_line
+from common.files import load_frozen, one_line
 from data import UNSCORED, Batch
 from iaa import IAA, TEXT, Adaptor, AdaptorConfig, evenly_spaced_layers
 from llama import Llama, LlamaConfig
@@ -75,7 +75,7 @@ def build_model(args: argparse.Namespace, inserted: int) -> IAA:
 
     def frozen(kind: type[nn.Module], folder: str) -> nn.Module:
         if Path(folder).is_dir():
-            return kind.load(folder, args.dtype, args.device)
+            return load_frozen(kind, folder, args.dtype, args.device)
         return kind(frozen_config(folder, kind.__name__.lower())).to(args.dtype)
 
     with args.device:

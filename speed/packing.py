@@ -84,7 +84,8 @@ class Int8Linear(nn.Module):
         values = weight.detach().float()
         scale = (values.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # (outputs,)
         values = (values / scale.float()[:, None]).round().clamp(-127, 127)
-        self.weight, self.scale = values.to(torch.int8), scale
+        self.register_buffer("weight", values.to(torch.int8))
+        self.register_buffer("scale", scale)
         aligned = weight.shape[0] % 16 == weight.shape[1] % 32 == 0  # else the kernel reads beyond
         self.kernel = aligned and weight.device.type == "cpu" and kernel_is_faster(weight.dtype)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip import SIZES, Clip, ClipConfig, open_image, preprocess, to_rgb
+from common.files import load_frozen, read_frozen
 
 GOLDEN = Path(__file__).parent / "golden"
 TOWER = ClipConfig(16, 3, 2, 64, 4, 12)  # as in make_golden.py
@@ -99,11 +100,11 @@ def test_written_and_loaded_again(tmp_path, write_base):
     """Sizes, hash and tensors come back, frozen, in the files' dtype or the one asked for."""
     model = Clip(dataclasses.replace(CLIP, mean=(0.1, 0.2, 0.3)))
     write_base(tmp_path / "vision", model, "cd" * 32)
-    assert ClipConfig.read(tmp_path / "vision") == (model.config, "cd" * 32)
-    loaded = Clip.load(tmp_path / "vision", torch.bfloat16)
+    assert read_frozen(ClipConfig, tmp_path / "vision") == (model.config, "cd" * 32)
+    loaded = load_frozen(Clip, tmp_path / "vision", torch.bfloat16)
     assert loaded.sha256 == "cd" * 32 and loaded.stored_dtype == torch.float32
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    for name, tensor in Clip.load(tmp_path / "vision").state_dict().items():
+    for name, tensor in load_frozen(Clip, tmp_path / "vision").state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
         assert torch.equal(tensor.bfloat16(), loaded.state_dict()[name])
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import convert_weights
 from clip import Clip, ClipConfig
+from common.files import load_frozen
 from conversion import tensor_tables as tables
 from conversion.checkpoint_readers import DINOV2_SETTINGS, meta_config
 from conversion.tokenizer_readers import read_sentencepiece
@@ -168,7 +169,7 @@ def save_meta(folder: Path, tensors: dict, shards=1, embedding_dim=0, scaled=Fal
 
 def check(folder: Path, reference: dict, config, tolerance: float = 0) -> str:
     """The folder loads, and holds the reference's tensors and config. Returns its SHA-256."""
-    model = (Llama if isinstance(config, LlamaConfig) else Clip).load(folder)
+    model = load_frozen(Llama if isinstance(config, LlamaConfig) else Clip, folder)
     assert json.dumps(asdict(model.config)) == json.dumps(asdict(config))  # JSON knows no tuples
     found = {name: tensor.float() for name, tensor in model.state_dict().items()}
     torch.testing.assert_close(found, reference, rtol=0, atol=tolerance)
@@ -207,7 +208,7 @@ def test_hf_llama(tmp_path, llama, tokenizer_model, files, kind, dtype, change):
                    _use_new_zipfile_serialization=False)
     convert(tmp_path / "in", tmp_path / "out", dtype)
     check(tmp_path / "out", llama, config)
-    assert Llama.load(tmp_path / "out").stored_dtype == convert_weights.DTYPES[dtype]
+    assert load_frozen(Llama, tmp_path / "out").stored_dtype == convert_weights.DTYPES[dtype]
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
@@ -324,7 +325,7 @@ convert_weights.convert(Path("in"), Path("out"), "fp32")"""
     shards = [file.stat().st_size for file in (tmp_path / "out").glob("model-*.safetensors")]
     assert len(shards) == len(used) and max(shards) < 8_100_000
     convert(tmp_path / "in", tmp_path / "one", "fp32")
-    assert check(tmp_path / "out", ours, config) == Llama.load(tmp_path / "one").sha256
+    assert check(tmp_path / "out", ours, config) == load_frozen(Llama, tmp_path / "one").sha256
 
 
 def test_dinov2_in_onnx(tmp_path):
@@ -423,7 +424,7 @@ def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
     save_hf(tmp_path / "in", theirs, HF_LLAMA | {"model_type": "IAA"}, tokenizer_model)
     refuse(tmp_path / "in", "no vision tower inside")
     convert(save_hf(tmp_path / "tower", to_hf_clip(tower), HF_VISION, None), tmp_path / "clip")
-    refuse(tmp_path / "in", "not as convert_weights.py writes it", clip=tmp_path / "tower")
+    refuse(tmp_path / "in", "config.json: 'config' is missing", clip=tmp_path / "tower")
     convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / "clip")
     other = tmp_path / "other"
     convert(save_hf(tmp_path / "narrow", to_hf_clip(fill(Clip(replace(TOWER, width=64)), 1)),
@@ -445,7 +446,7 @@ def test_llama_logits_against_transformers(tmp_path, tokenizer_model):
     peer.save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
     convert(tmp_path / "in", tmp_path / "out", "fp32")
-    ours = Llama.load(tmp_path / "out")
+    ours = load_frozen(Llama, tmp_path / "out")
     tokens = torch.randint(0, 320, (2, 100))
     with torch.no_grad():
         x = ours(ours.embedding(tokens), ours.rope(torch.arange(100)[None], torch.float32))
@@ -465,7 +466,7 @@ def test_clip_features_against_transformers(tmp_path):
     (tmp_path / "in" / "preprocessor_config.json").write_text(json.dumps(
         {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0], "do_center_crop": True}))
     convert(tmp_path / "in", tmp_path / "out")
-    ours = Clip.load(tmp_path / "out")
+    ours = load_frozen(Clip, tmp_path / "out")
     assert (ours.config.mean, ours.config.std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
     images = torch.randn(2, 3, 12, 12)
     with torch.no_grad():

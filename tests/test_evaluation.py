@@ -11,6 +11,7 @@ from PIL import Image
 from processes import processes
 
 from clip import preprocess
+from common.files import load_frozen
 from data import GROUNDING_PROMPT
 from evaluation import __main__ as evaluation
 from evaluation import easy_vqa, mme, refcoco, sheet
@@ -395,7 +396,7 @@ def changed(tiny_base, tmp_path):
     with torch.no_grad():
         for weight in iaa.adaptors["llava"].parameters():
             weight += 0.05 * torch.randn_like(weight)
-    base = IAA(Llama.load(tmp_path / "llama", torch.float32), clip, 258)
+    base = IAA(load_frozen(Llama, tmp_path / "llama", torch.float32), clip, 258)
     return iaa.eval(), base, Tokenizer.load(tmp_path / "llama")
 
 

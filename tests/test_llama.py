@@ -10,6 +10,7 @@ from conftest import LLAMA, LLAMA_TIED
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.files import load_frozen, read_frozen
 from llama import (
     SIZES,
     KVCache,
@@ -209,18 +210,6 @@ def test_cache_misuse_raises():
             run(model, tokens, cache=KVCache(LLAMA, slots, 3, length))
 
 
-def test_a_cache_grows_and_is_cut():
-    """`reserve` keeps what is stored and makes twice the room, up to a limit; `cut` forgets."""
-    model, tokens = small()
-    cache, wanted = KVCache(LLAMA, 4, 3, 0), run(model, tokens)
-    for length, room in ((5, 5), (6, 12), (13, 15)):
-        cache.reserve(length, most=15)
-        assert cache.data.shape[4] == room
-        run(model, tokens[:, cache.length : length], cache=cache)
-    cache.cut(7)
-    near(run(model, tokens[:, 7:], cache=cache), wanted[:, 7:])
-
-
 @pytest.mark.parametrize(("change", "message"), [
     ({"kv_heads": 4}, "heads = 6 must be a multiple of kv_heads = 4"),
     ({"head_size": 7}, "head_size = 7"),
@@ -237,8 +226,9 @@ def test_written_and_loaded_again(config, tmp_path, write_base):
     """Sizes, hash and tensors come back, frozen, in the files' dtype or the one asked for."""
     model = Llama(config).bfloat16()
     write_base(tmp_path / "llm", model, "ab" * 32)
-    assert LlamaConfig.read(tmp_path / "llm") == (config, "ab" * 32)
-    loaded, again = Llama.load(tmp_path / "llm"), Llama.load(tmp_path / "llm", torch.float32)
+    assert read_frozen(LlamaConfig, tmp_path / "llm") == (config, "ab" * 32)
+    loaded = load_frozen(Llama, tmp_path / "llm")
+    again = load_frozen(Llama, tmp_path / "llm", torch.float32)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert loaded.sha256 == "ab" * 32 and again.stored_dtype == loaded.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():

@@ -408,9 +408,9 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), [
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
-    ("clip/config.json", ["config", "mean"], 0.5, "not as convert_weights.py writes it"),
+    ("clip/config.json", ["config", "mean"], 0.5, "mean = 0.5: expected tuple"),
     ("clip/config.json", ["config", "mean"], [0.5], "three numbers each"),
-    ("llama/config.json", ["sha256"], None, "has no SHA-256"),
+    ("llama/config.json", ["sha256"], None, "sha256 = None: expected str"),
     ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),
     ("mm/config.json", ["prompt", "template"], "llama9", "template 'llama9': there are"),
     ("mm/config.json", ["base"], {}, "was trained on llama unknown"),

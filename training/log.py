@@ -13,7 +13,7 @@ import torch
 
 from clip import Clip, ClipConfig
 from common.device import DTYPES, Ranks
-from common.files import write_text, writing
+from common.files import read_frozen, write_text, writing
 from data import UNSCORED, Batch, JsonlDataset, RowError, encode_row
 from iaa import IAA, Adaptor
 from llama import Llama, LlamaConfig
@@ -59,8 +59,8 @@ def step_flops(
 
 def stage_flops(config: Config, stage: StageConfig) -> int:
     """FLOPs of all steps of a stage, by the average row of its data."""
-    model = meta_model(config, stage, LlamaConfig.read(config.llm)[0],
-                       ClipConfig.read(config.vision)[0])
+    model = meta_model(config, stage, read_frozen(LlamaConfig, config.llm)[0],
+                       read_frozen(ClipConfig, config.vision)[0])
     row = average_row(config, stage, model)
     return stage.steps * step_flops(model, stage.adaptor, stage.batch, row.tokens,
                                     stage.batch * row.scored)

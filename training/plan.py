@@ -30,7 +30,7 @@ from pathlib import Path
 import clip
 import llama
 from clip import ClipConfig
-from common.files import one_line
+from common.files import one_line, read_frozen
 from iaa import IAA, LOSS_ROWS
 from llama import DecoderLayer, LlamaConfig
 from training.config import Config, StageConfig, read_config
@@ -49,7 +49,7 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
     """
     module, config = (llama, LlamaConfig) if kind == "llama" else (clip, ClipConfig)
     if Path(folder).is_dir():
-        return config.read(folder)[0]
+        return read_frozen(config, folder)[0]
     path = folder.lower().replace("/", "-")
     fitting = [name for name in module.SIZES if path.endswith(name.lower().replace("/", "-"))]
     if not fitting:
