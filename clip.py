@@ -38,11 +38,11 @@ class ClipConfig:
     activation: str = "quick_gelu"  # or "gelu"
     norm_eps: float = 1e-5
     pre_norm: bool = True  # a norm before the first layer
-    feature_norm: bool = False  # a norm of the features
+    feature_norm: bool = False  # a norm after the feature layer, as DINOv2 has
     feature_layer: int = -2  # -1 the last layer's output, -2 the one before
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    aspect: str = "pad"  # pictures are padded to a square; the one value that can be computed
+    aspect: str = "pad"  # to a square; nothing else is implemented
 
     def __post_init__(self):
         for name in ("width", "layers", "heads", "ffn", "patch", "image_px"):
@@ -93,7 +93,7 @@ class ClipLayer(nn.Module):
         images, tokens, width = x.shape
         qkv = self.qkv(x).view(images, tokens, 3, self.heads, -1)  # (N, 1 + P, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, 1 + P, E) each
-        y = F.scaled_dot_product_attention(q, k, v)  # no mask: a picture has no order
+        y = F.scaled_dot_product_attention(q, k, v)  # no mask: attention is not causal
         return self.out(y.transpose(1, 2).reshape(images, tokens, width))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Clip(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
         norm = nn.LayerNorm(width, config.norm_eps) if config.feature_norm else nn.Identity()
         self.feature_norm = norm
-        self.sha256, self.stored_dtype = "", None  # of the files; `load_frozen` sets both
+        self.sha256, self.stored_dtype = "", None  # of the weights' files, set by `load_frozen`
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) from `preprocess` -> (N, P, D): the patches, without the class token."""
@@ -133,14 +133,14 @@ class Clip(nn.Module):
         class_token = self.class_token.expand(len(x), 1, -1)  # (N, 1, D)
         x = torch.cat((class_token, x), 1) + self.positions  # (N, 1 + P, D)
         x = self.pre_norm(x)
-        # Layers above the features' are never needed: only what IAA reads is computed.
+        # feature_layer -1 runs all layers, -2 all but the last.
         for layer in self.layers[: self.config.layers + self.config.feature_layer + 1]:
             x = layer(x)
         return self.feature_norm(x[:, 1:])
 
 
 def open_image(path) -> Image.Image:
-    """The picture at `path` by `to_rgb`. FileNotFoundError; ValueError: no picture, or broken."""
+    """The picture at `path`, in RGB. FileNotFoundError; ValueError if it is unreadable."""
     try:
         with Image.open(path) as file:
             return to_rgb(file)
@@ -178,7 +178,7 @@ def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
     fractions of that square (data.py). Source: LLaVA's process_images, CLIPImageProcessor.
     """
     image, side = to_rgb(image), config.image_px
-    image.thumbnail((MAX_SIDE, MAX_SIDE))  # padding a long strip would take its side squared
+    image.thumbnail((MAX_SIDE, MAX_SIDE))  # else a long strip becomes a huge square
     image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
     image = image.resize((side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)

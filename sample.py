@@ -6,12 +6,13 @@
 From picture to answer: `Chat.ask` renders the conversation as token ids, `generate` fills the KV
 cache with the prompt and the picture, then decodes one token a pass, and `Stream` turns tokens into
 text. The workflow may change between turns: an adaptor sees the picture, "text" does not. Each turn
-reads the whole conversation anew, as nothing in a KV cache holds for another workflow.
+reads the whole conversation anew, because a KV cache fits one workflow only.
 
 Boxes in an answer are fractions of the picture padded to a square. `Answer.boxes` and the drawing
 are in the picture's own pixels.
 
-Letters: B batch, T tokens, S tokens so far, V vocabulary, N images, P image tokens.
+Letters: B batch, T tokens, S tokens so far (of an image: its side), V vocabulary, N images, P image
+tokens.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from llama import attention_mask
 from tokenization.templates import render
 from tokenization.tokenizer import Stream, Tokenizer
 
-DRAWN_PX = 448  # a picture whose longer side is less is enlarged: a line would hide what is in it
+DRAWN_PX = 448  # a smaller picture is enlarged, so that lines do not cover it
 HELP = """/image PATH      look at another picture; what was said about the one before is forgotten
 /workflow NAME   change the workflow, keep the history
 /reset           forget the history, keep the picture
@@ -55,15 +56,14 @@ def sample_token(
 
     Raises ValueError where logits are not finite: the weights or the dtype are at fault.
     """
-    # 0 times inf or NaN is NaN. A sum of the logits alone might overflow where all are finite, and
-    # isfinite().all() takes ten times as long, at each token.
+    # logits * 0 is NaN where a logit is inf or NaN. isfinite().all() takes ten times as long.
     if (logits * 0).sum() != 0:
         raise ValueError("the model's logits are not finite: its weights are broken, or they "
                          "overflow in this --dtype")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.cpu()  # generators are the CPU's: a seed draws the same on every device
-    sharpened = logits / max(temperature, 1e-30)  # less would overflow fp32, and is as greedy
+    sharpened = logits / max(temperature, 1e-30)  # 1e-30 is greedy, and does not overflow
     probs, order = sharpened.softmax(-1).sort(-1, descending=True)
     probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely token always stays
     drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)]
@@ -81,7 +81,7 @@ def generate(
     temperature: float = 0.0,  # 0 = greedy
     top_p: float = 1.0,
     seed: int = 0,  # row r draws from its own stream, seeded with seed + r
-    on_token: Callable[[int, int], bool | None] | None = None,  # each (row, token); True: row ends
+    on_token: Callable[[int, int], bool | None] | None = None,  # gets (row, token); True ends it
 ) -> list[list[int]]:
     """The new tokens of each prompt, as if it were alone in the batch.
 
@@ -95,12 +95,12 @@ def generate(
         raise ValueError(f"a prompt of {longest} tokens + {max_tokens} new ones exceed "
                          f"the context of {context}")
     cache = model.new_cache(len(prompts), longest + max_tokens, workflow)
-    pad = int(model.image_token == 0)  # any token but the placeholder, which would need an image
-    # Padded on the left, all prompts end in one column, and the first new tokens stand in the next.
+    pad = int(model.image_token == 0)  # any id but the placeholder's
+    # Padding is on the left, so that all prompts end in the same column.
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     starts = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)  # (B, 1)
     columns = torch.arange(longest + max_tokens, device=device)
-    segments = -(columns < starts).long() if starts.any() else None  # (B, S), -1: seen by no other
+    segments = -(columns < starts).long() if starts.any() else None  # (B, S), -1: a pad
     # A generator a row: what a row draws must not depend on its neighbours.
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
@@ -111,8 +111,8 @@ def generate(
         seen = None if segments is None else segments[:, :end]
         mask = attention_mask(tokens.shape[1], cache.length, seen, device)  # hides pads
         x = model(tokens, workflow, images, positions, mask, cache)  # (B, T, D)
-        images = None  # their keys and values are in the cache now
-        logits = model.logits(x[:, -1], workflow).float()  # (B, V): only the last says what follows
+        images = None  # the images' keys and values are cached now
+        logits = model.logits(x[:, -1], workflow).float()  # (B, V), of the last position only
         chosen = sample_token(logits, temperature, top_p, generators)  # (B,)
         for row in sorted(running):  # a copy: rows that end leave the set within the loop
             token = int(chosen[row])
@@ -169,7 +169,7 @@ class Chat:
         **sampling,
     ) -> "Chat":
         """Open the model that train.py left in `folder`. Raises ValueError, FileNotFoundError."""
-        from speed.packing import pack  # here: whoever only generates needs no private operators
+        from speed.packing import pack  # imported here: it uses private operators
 
         if not Path(folder, "iaa.json").is_file():  # a newcomer's first mistake
             raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
@@ -178,18 +178,18 @@ class Chat:
         name, why = choose_dtype(dtype, place)
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
-        pack(model, quantize == "int8")  # else in the processor's own layout, which is faster
+        pack(model, quantize == "int8")  # else repacked for the CPU
         return cls(model, Tokenizer.load(tokenizer), **sampling)
 
     @property
     def workflow(self) -> str:
-        """Of the next answer: the chosen one, else "mm" with a picture and "text" without."""
+        """The next answer's workflow: the chosen one, else "mm" with a picture, "text" without."""
         return self.chosen or (TEXT if self.image is None else "mm")
 
     def prompt(self, text: str) -> tuple[list[int], Tensor | None]:
         """The conversation with `text` as its last question: its ids, and its picture's pixels.
 
-        The form is that of the workflow's training rows: an adaptor knows no other. Pixels are
+        The template is the one that the adaptor was trained with. Pixels are
         (1, 3, S, S), None for the workflow "text": the frozen LLM cannot see.
         """
         adaptor, clip = self.model.adaptor(self.workflow), self.model.clip.config
@@ -202,14 +202,14 @@ class Chat:
         return ids, pixels
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
-        """Answer `text`, piece by piece to `on_text`. Both join the history once a token is there.
+        """Answer `text`, piece by piece to `on_text`. Both join the history if a token came.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
         began, times, turns = time.perf_counter(), [], [*self.turns, ("user", text)]
         ids, pixels = self.prompt(text)
         context = self.model.llama.config.context
-        new = min(self.max_tokens, max(1, context - len(ids)))  # 0 would raise nothing
+        new = min(self.max_tokens, max(1, context - len(ids)))  # at least 1: `generate` then raises
         stream = Stream(self.tokenizer, on_text)
 
         def on_token(row: int, token: int) -> None:
@@ -222,7 +222,7 @@ class Chat:
                      self.temperature, self.top_p, seed, on_token)
         finally:  # also after Ctrl-C in the middle of an answer
             if times:
-                self.turns = [*turns, ("assistant", stream.shown)]  # or half of one
+                self.turns = [*turns, ("assistant", stream.shown)]  # maybe a part of one
         boxes = [] if pixels is None else boxes_on(self.image, stream.shown)
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
         first = (times or [time.perf_counter()])[0] - began
@@ -230,7 +230,7 @@ class Chat:
 
 
 def boxes_on(image: Image.Image, answer: str) -> list[Box]:
-    """The boxes of an answer in pixels, cut at the picture's edges, without those outside it."""
+    """The boxes of an answer in pixels, cut at the picture's edges. Those outside are dropped."""
     w, h = image.size  # an answer may reach into the border of the square, where nothing is
     boxes = [(max(x1, 0.0), max(y1, 0.0), min(x2, w), min(y2, h))
              for x1, y1, x2, y2 in text_to_boxes(answer, w, h)]
@@ -259,7 +259,7 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> No
     fields = {key: value for key, value in asdict(answer).items() if key != "boxes" or value}
     print(json.dumps(fields, ensure_ascii=False) if as_json else "", flush=True)
     if boxes and answer.boxes:
-        with new_file(boxes) as new:  # a full disk leaves the picture of the answer before
+        with new_file(boxes) as new:  # a failed write keeps the old file
             draw_boxes(chat.image, answer.boxes).save(new)
     elif boxes:
         print(f"no box in the answer: {boxes} not written", file=sys.stderr)
@@ -310,7 +310,7 @@ def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. ValueError for a number out of range, before anything is loaded."""
     example = GROUNDING_PROMPT.format("the red car")
-    parser = argparse.ArgumentParser(  # no abbreviations: a new option would change their meaning
+    parser = argparse.ArgumentParser(  # no abbreviations: a later option may make one ambiguous
         description="Ask an IAA model about a picture; without --prompt, chat.", allow_abbrev=False,
         epilog=f'Grounding takes a whole sentence: --prompt "{example}"')
     add = parser.add_argument
@@ -326,10 +326,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object in place of the text; boxes in pixels")
     add("--dtype", default="auto", help=f"compute in one of {', '.join(CHOICES)} [%(default)s]")
     add("--device", help="cuda, mps, cpu [the first that there is]")
-    add("--quantize", choices=["int8"], help="weights of LLM and adaptors in a fourth of fp32")
+    add("--quantize", choices=["int8"], help="weights of LLM and adaptors, 1 byte each")
     args = parser.parse_args(argv)
     if not (args.max_tokens > 0 and 0 <= args.temperature < 1e6 and 0 < args.top_p <= 1
-            and 0 <= args.seed < 2**62):  # NaN is none of these, either
+            and 0 <= args.seed < 2**62):  # also refuses NaN
         raise ValueError("--max-tokens: 1 or more; --temperature: 0 or more; "
                          "--top-p: above 0, at most 1; --seed: 0 or more, below 2**62")
     return args
@@ -339,7 +339,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
-    image = None if args.image is None else open_image(args.image)  # first: a model loads slowly
+    image = None if args.image is None else open_image(args.image)  # before the slow model load
     if args.boxes and args.prompt and image is None:
         raise ValueError("--boxes needs --image, the picture to draw on")
     only = args.workflow or (TEXT if image is None else "mm")  # one question needs one adaptor

@@ -6,10 +6,11 @@
 - Everything random is a function of the seed and the step, so the step number is all that a
   checkpoint must keep of the data and of the random state. A run that was killed and started again
   ends with the same bits as one that was never killed.
-- Trained weights are fp32 and their own master copies: layers cast them to the dtype of the frozen
-  model. ZeRO stages 1 to 3 keep shards of the masters and compute with copies in that dtype.
+- Trained weights are kept in fp32. Layers cast them to the dtype of the frozen model to compute.
+  ZeRO stages 1 to 3 keep shards of them and compute with copies in that dtype.
 - The loss is a sum over the global batch, divided by the number of scored tokens in the global
-  batch. So the same rows give the same update, however they are split over ranks and micro-batches.
+  batch. So the same rows give the same update, up to rounding, however they are split over ranks
+  and micro-batches.
 - `out/` holds `config.json`, `iaa.json` (what sample.py opens) and a folder for each stage: its
   `log.jsonl`, its checkpoints `step-000100/` while it runs, and `adaptor/` once it is finished.
 
@@ -50,22 +51,22 @@ from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
-MAX_BAD_STEPS = 10  # in a row; then the run stops: skipping more would only hide a wrong rate
+MAX_BAD_STEPS = 10  # steps in a row that are not finite; then the run stops
 SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its stages depend on
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then cosine to zero (Table 1)."""
     warmup = math.ceil(stage.warmup * stage.steps)
-    if step < warmup:  # AdamW's moments are averages of few gradients yet, its steps are noisy
+    if step < warmup:  # AdamW's first steps are noisy
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, stage.steps - warmup)))
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW over every trained weight once. The projector may have a rate of its own."""
-    projector = [m for name, m in masters.items() if name.startswith("projector.")]  # from random
-    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # from copies
+    """AdamW over all trained weights. The projector may have a rate of its own."""
+    projector = [m for name, m in masters.items() if name.startswith("projector.")]  # starts random
+    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # frozen copies
     groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
     groups += [{"params": rest, "peak": stage.lr}] if rest else []
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
@@ -73,7 +74,7 @@ def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.opti
 
 
 class Loss(nn.Module):
-    """The loss of a batch as a module whose only parameters are the adaptor's, as DDP wants it."""
+    """The loss of a batch as a module whose only parameters are the adaptor's, for DDP."""
 
     def __init__(self, model: IAA, workflow: str, device: torch.device):
         super().__init__()
@@ -90,7 +91,7 @@ class Loss(nn.Module):
 
 def train_step(
     state: DataParallel | ZeroSharded,
-    batches: list[Batch | None],  # micro-batches, as many on every rank; None: no rows left
+    batches: list[Batch | None],  # as many micro-batches on every rank; None where rows run out
     optimizer: torch.optim.AdamW,
     stage: StageConfig,
     step: int,
@@ -100,25 +101,25 @@ def train_step(
 
     Where they were not finite, nothing is updated.
     """
-    scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # so all tokens weigh alike
-    total = torch.zeros((), device=ranks.device)  # on the device: adding waits for nothing
+    scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # in the global batch
+    total = torch.zeros((), device=ranks.device)  # on the device: adding does not wait
     for i, batch in enumerate(batches):
         total += state.forward_backward(batch, scored, last=i == len(batches) - 1)
     norm = state.clip(stage.clip_norm)  # one bad batch cannot throw the weights far off
     mean, norm = ranks.sum(total.item()) / scored, norm.item()
-    finite = math.isfinite(norm) and math.isfinite(mean)  # of all ranks: they decide alike
+    finite = math.isfinite(norm) and math.isfinite(mean)  # global values, so all ranks agree
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, stage)
-        optimizer.step()  # of the masters, at ZeRO 1 to 3 of this rank's shards
+        optimizer.step()  # at ZeRO 1 to 3 of this rank's shards only
         state.all_gather_weights()
-    optimizer.zero_grad()  # to None: between steps gradients take no memory
+    optimizer.zero_grad()  # to None, which frees their memory
     return mean, norm, finite
 
 
 def held_out_loss(state: DataParallel | ZeroSharded, batches: list[Batch]) -> float:
     """The mean loss over the scored tokens of held-out batches. Every rank computes the same."""
-    total = sum(state.forward(batch).item() for batch in batches)  # few: not shared out
+    total = sum(state.forward(batch).item() for batch in batches)
     return total / sum(batch.scored for batch in batches)
 
 
@@ -134,8 +135,9 @@ class Run:
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models. With ZeRO-3 they go to the CPU first: a rank keeps only its shard."""
-    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # too big for one GPU
-    device, dtype = "cpu" if in_shards else ranks.device, DTYPES[config.dtype]
+    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # a GPU may be small
+    device = "cpu" if in_shards else ranks.device
+    dtype = DTYPES[config.dtype]
     llama = load_frozen(Llama, config.llm, dtype, device)
     clip = load_frozen(Clip, config.vision, dtype, device)
     tokenizer = Tokenizer.load(config.llm)
@@ -148,16 +150,16 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     llama = run.model.llama
     settings = adaptor_config(run.config, stage, llama.config.layers)
     adaptor = Adaptor(settings, llama.config, run.model.clip.config.width)
-    adaptor.init_from_frozen(llama)  # what the stage before has not trained stays a copy
+    adaptor.init_from_frozen(llama)  # what was trained before then replaces copies
     folder = source_folder(run.config, stage)
     if folder is not None:
         was = read_adaptor_config(folder, run.model.base)["adaptor"]
         if was.insertion and (was.insertion, was.structure) != (
-                settings.insertion, settings.structure):  # the shapes alone would fit
+                settings.insertion, settings.structure):  # the shapes alone would fit either
             raise ValueError(f"{folder} has structure {was.structure} after layers "
                              f"{list(was.insertion)}, stage {stage.name} another")
         load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
-    # "plain" has no question in it, so a model of the first stages is asked in the LLM's own form.
+    # "plain" has no question in it. Such an adaptor is asked in the LLM's own template.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     adaptor.prompt = {"template": template, "system": run.config.system}
     return adaptor
@@ -175,11 +177,11 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
 def micro_batches(
     stage: StageConfig, sampler: Sampler, ranks: Ranks, first: int
 ) -> Iterator[list[int]]:
-    """The rows of this rank's micro-batches from step `first` on: every world-th of a step's."""
+    """The rows of this rank's micro-batches from step `first` on: each world-th of a step."""
     for step in range(first, stage.steps):
         rows = sampler.rows(step)
         cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
-        yield from cuts[ranks.rank :: ranks.world]  # rows are sorted by length: all get some long
+        yield from cuts[ranks.rank :: ranks.world]  # spreads long rows over the ranks
 
 
 def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
@@ -196,13 +198,13 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
 
 
 def run_stage(run: Run, stage: StageConfig, later: float) -> None:
-    """Train one stage to its end and save its adaptor. later: FLOPs of the stages after it."""
+    """Train one stage to its end and save its adaptor. later: FLOPs of later stages."""
     ranks, config = run.ranks, run.config
     folder = Path(config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
-    set_recompute(run.model, config.recompute)  # memory for time
+    set_recompute(run.model, config.recompute)  # activation checkpointing
     state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
                         stage.zero, ranks.world, ranks.device, config.shard_frozen,
                         config.reduce_fp32)
@@ -212,11 +214,11 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     size = count(adaptor.parameters())
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
-    sampler = Sampler(dataset.lengths, stage.batch, config.seed)  # a function of the step
+    sampler = Sampler(dataset.lengths, stage.batch, config.seed)
     stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers)
     per_step = stage.batch // stage.micro_batch
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
-    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all call as many collectives
+    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all ranks run as many
     held_out = held_out_batches(run, stage)
     log = Log(run.model, config.out, stage, ranks, first, later)
     bad_in_a_row = 0
@@ -224,7 +226,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         ranks.place = f"stage {stage.name}, step {step + 1}"
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(mine)]
-        wait = time.perf_counter() - asked  # much of a step: more `workers` are needed
+        wait = time.perf_counter() - asked  # where it is long, raise `workers`
         mean, norm, finite = train_step(state, batches + missing, optimizer, stage, step, ranks)
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
         if not finite:
@@ -236,7 +238,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
-        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:  # the end has `adaptor/`
+        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:  # not at the end
             save_state(folder, ranks, state, optimizer, settings, step + 1)
     with state.gathered():  # a collective: all ranks enter, one writes
         if ranks.rank == 0:
@@ -259,7 +261,7 @@ def source_folder(config: Config, stage: StageConfig) -> Path | None:
 
 
 def settings_of(config: Config, stage: StageConfig) -> dict:
-    """What the stage's result depends on. "beginning": the same of the stage it starts from."""
+    """What the stage's result depends on. "beginning": those of the stage it starts from."""
     sizes, llama = read_frozen(LlamaConfig, config.llm)
     _, clip = read_frozen(ClipConfig, config.vision)
     found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
@@ -268,18 +270,18 @@ def settings_of(config: Config, stage: StageConfig) -> dict:
     source = source_folder(config, stage)
     before = next((s for s in config.stage if adaptor_folder(config, s.name) == source), None)
     if source is not None and source.is_dir():
-        found["beginning"] = read_json(source / "config.json")["settings"]  # as it was trained
+        found["beginning"] = read_json(source / "config.json")["settings"]  # that stage is finished
     elif before is not None:
-        found["beginning"] = settings_of(config, before)  # as it will be
+        found["beginning"] = settings_of(config, before)  # that stage is still to run
     return found
 
 
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
-    """FLOPs of each unfinished stage. Raises now for what a later stage would need and not find."""
+    """FLOPs of each unfinished stage. Raises where a stage will not find what it needs."""
     flops, ready = {}, []
     for stage in stages:
         ready.append(adaptor_folder(config, stage.name))
-        if ready[-1].is_dir():  # what it was made with must be what the configuration says
+        if ready[-1].is_dir():  # finished: with the same settings?
             was = read_json(ready[-1] / "config.json")["settings"]
             check_settings(ready[-1].parent, was, settings_of(config, stage))
             continue
@@ -298,7 +300,7 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
     """The configuration with its dtype chosen: "auto" is the run's own, else the faster one."""
     path, names = Path(config.out, "config.json"), list(DTYPES)
     chosen = 0
-    if ranks.rank == 0:  # it chooses for all: another rank may time the products otherwise
+    if ranks.rank == 0:  # rank 0 times the products and chooses
         name, why = choose_dtype(config.dtype, ranks.device)
         begun = read_json(path).get("dtype") if path.is_file() else None
         if config.dtype == "auto" and begun in DTYPES and begun != name:
@@ -307,11 +309,11 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
             name, why = begun, "the run was begun in it"
         print(f"computing in {name} on {ranks.device.type}: {why}", flush=True)
         chosen = names.index(name)
-    return replace(config, dtype=names[int(ranks.sum(chosen))])  # the others add 0
+    return replace(config, dtype=names[int(ranks.sum(chosen))])  # all ranks take it: others add 0
 
 
 def write_index(config: Config) -> None:
-    """Write `iaa.json` with the finished adaptors. Of those of one name the later stage's counts.
+    """Write `iaa.json` with the finished adaptors. Of two of one name, the later is listed.
 
     Adaptors that an earlier `iaa.json` names stay, where this configuration leaves their stage out.
     """
@@ -335,7 +337,7 @@ def train(config: Config, only: str | None) -> None:
         if ranks.rank == 0:
             Path(config.out).mkdir(parents=True, exist_ok=True)
             write_json(Path(config.out, "config.json"), asdict(config))
-        ranks.barrier()  # all have looked which stages are finished
+        ranks.barrier()  # every rank has read the folders
         for stage in stages:
             began = time.perf_counter()
             folder = Path(config.out, stage.name)
@@ -343,11 +345,11 @@ def train(config: Config, only: str | None) -> None:
             if stage.name in flops:
                 del flops[stage.name]
                 run_stage(open_run(config, ranks, stage), stage, sum(flops.values()))
-                gc.collect()  # the hooks of training/zero.py and the model refer to each other
+                gc.collect()  # frees the model: its hooks form a cycle with it
                 took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
-            if ranks.rank == 0:  # for a finished one too: it may have been killed before this
+            if ranks.rank == 0:  # for a finished one too: a kill may have come between
                 write_index(config)
-                for old in folder.glob("step-*"):  # three times as large as the adaptor
+                for old in folder.glob("step-*"):  # far larger than the adaptor
                     rmtree(old)
             ranks.print0(f"stage {stage.name}: {took}")
 

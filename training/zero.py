@@ -1,8 +1,9 @@
-"""ZeRO by hand: the training state in shards over the ranks, on plain collectives.
+"""ZeRO by hand: the training state sharded over ranks, with plain collectives.
 
 Training in mixed precision holds far more than the weights: an fp32 master copy of each trained
 weight, AdamW's two moments, a gradient. Data-parallel ranks each hold all of it. With ZeRO (arXiv
 1910.02054) each of N ranks holds one N-th, its *shard*, and gathers the rest when a pass needs it.
+What is gathered together is a *unit*: a decoder layer, an embedding, a head, the vision tower.
 
 What a rank holds, in bytes, for P trained and F frozen weights. A weight takes c bytes in the
 compute dtype (2 in bf16, 4 in fp32), a gradient that is sent takes r (c, or 4 with `reduce_fp32`):
@@ -13,10 +14,10 @@ compute dtype (2 in bf16, 4 in fp32), a gradient that is sent takes r (c, or 4 w
     2  gradients too              cP      4P/N      8P/N   4P/N             cF
     3  weights too                 -      4P/N      8P/N   4P/N             cF/N (or cF)
 
-At stage 0 the masters compute. (*) Micro-batches are summed in fp32, at stage 1 before anything is
-sent. While a pass runs, stages 1 to 3 also hold the gradients of two units (one being filled, one
-being sent), stage 3 also the weights of two units (one in use, one prefetched). A *unit* is what is
-gathered together: a decoder layer, an embedding, a head.
+Stage 0 computes with the masters. (*) With several micro-batches, stage 1 sums whole gradients in
+fp32 before it sends them. While a pass runs, stages 1 to 3 also hold the gradients of two units
+(one being filled, one being sent). Stage 3 also holds the weights of two units (one in use, one
+prefetched).
 
 What a rank sends in a step of A micro-batches, each term times (N - 1)/N:
 
@@ -25,14 +26,15 @@ What a rank sends in a step of A micro-batches, each term times (N - 1)/N:
     2   A rP + cP              the same, with a reduce_scatter for each micro-batch
     3   A (rP + 2cP + 2cF)     all_gather for the forward and again for the backward pass
 
-2cF only where frozen weights are in shards. The backward pass does not gather embeddings and the
-vision tower again; plan.py counts exactly.
+The term 2cF counts only where frozen weights are sharded. The backward pass does not gather
+embeddings and the vision tower again; plan.py counts exactly.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
 what a rank runs depends on its rows: without a picture it runs no projector. So no module starts a
-collective of its own. One list, the timetable, has all collectives of a micro-batch; it follows
-from the model alone. Hooks on the modules call `advance_to(n)`, which does what the list says up to
-stop n, also for units that this rank does not use. docs/distributed.md draws it.
+collective of its own. The timetable is a list of stops: a part of the model that runs, forward or
+backward, with its collectives. It follows from the model alone. Hooks on the modules call
+`advance_to(n)`, which runs all collectives up to stop n, also for parts that this rank does not
+use. docs/distributed.md draws it.
 """
 
 from collections.abc import Iterator
@@ -48,7 +50,7 @@ from iaa import IAA
 
 
 class TouchesAllWeights(nn.Module):
-    """`loss` with a gradient for DDP to wait for, also where no row reaches a trained weight."""
+    """`loss`, plus 0 x every weight where it has no gradient: DDP waits for one of each weight."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -111,12 +113,12 @@ class DataParallel:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model: from the call of `module` on, `weights` are needed."""
+    """A part of the model: `weights` are needed when `module` is called."""
 
     module: nn.Module
     weights: list[nn.Parameter]
-    trained: bool  # all weights; else all are frozen
-    read_in_backward: bool  # by autograd; not where they are looked up, or run under no_grad
+    trained: bool  # all trained, or all frozen
+    read_in_backward: bool  # autograd needs the weights; not of embeddings and CLIP
 
 
 def model_parts(model: IAA, workflow: str) -> list[Part]:
@@ -143,7 +145,7 @@ def model_parts(model: IAA, workflow: str) -> list[Part]:
 class Unit:
     """Weights that are gathered together, side by side in one flat buffer.
 
-    Rank k of N keeps the k-th N-th, its shard: of trained weights their fp32 masters.
+    Rank k of N keeps the k-th N-th, its shard. A trained unit's shard is its fp32 master.
     """
 
     def __init__(self, weights: list[nn.Parameter], trained: bool):
@@ -155,7 +157,7 @@ class Unit:
         return -(-sum(w.numel() for w in self.weights) // world) * world
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Copy the weights into the buffer, of `dtype`, and become views of it; fill the shard."""
+        """Copy the weights into one buffer of `dtype`, make them views of it, keep the shard."""
         world, sizes = dist.get_world_size(), [w.numel() for w in self.weights]
         self.sizes = [*sizes, -sum(sizes) % world]  # the last one is padding
         padding = self.weights[0].new_zeros(self.sizes[-1])
@@ -165,6 +167,7 @@ class Unit:
         shard = flat[self.start : self.start + self.size].to(device, copy=True)
         self.shard = shard.requires_grad_(self.trained)
         self.flat = flat.to(device, dtype)
+        # strict=False: the last view is the padding.
         for weight, view in zip(self.weights, self.flat.split(self.sizes), strict=False):
             weight.data = view.view(weight.shape)
 
@@ -188,11 +191,11 @@ class Unit:
             self.pending_gather = None
 
     def free(self) -> None:
-        """Give the buffer's memory back. Weights, also as autograd saved them, stay views of it."""
+        """Free the buffer's memory. Weights and autograd's saved tensors stay views of it."""
         self.flat.untyped_storage().resize_(0)
 
     def flatten_gradients(self, dtype: torch.dtype) -> None:
-        """Move the weights' gradients into a flat one of `dtype`, or add them to what is there."""
+        """Move the weights' gradients into a flat gradient of `dtype`, or add them to it."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.flat, dtype=dtype)
         for weight, view in zip(self.weights, self.gradient.split(self.sizes), strict=False):
@@ -201,7 +204,7 @@ class Unit:
                 weight.grad = None
 
     def start_reduce_scatter(self, dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
-        """Start to sum all ranks' flat gradients, sent in `dtype`. Returns what it fills, too."""
+        """Start to sum all ranks' flat gradients, sent in `dtype`. Returns it and its buffer."""
         gradient, self.gradient = self.gradient.to(dtype), None
         received = gradient.new_empty(self.size)  # the sum, of this rank's shard only
         return dist.reduce_scatter_single(received, gradient, async_op=True), received
@@ -213,8 +216,8 @@ class Stop:
 
     unit: Unit
     module: nn.Module  # of the part
-    gather: bool  # the part reads the unit's weights
-    reduce: bool = False  # afterwards the unit's gradients are complete
+    gather: bool  # stage 3: gather the unit's weights before
+    reduce: bool = False  # its gradients are complete afterwards: reduce_scatter them
 
 
 def timetable(
@@ -235,9 +238,9 @@ def timetable(
         unit_of |= dict.fromkeys(part.weights, unit)
         stops.append(Stop(unit, part.module, gather=stage == 3))
         if part.trained or part.read_in_backward:
-            complete = part.trained and not shared  # the backward pass ends with the first of them
+            complete = part.trained and not shared  # else the first part, last here, reduces
             backward.append(Stop(unit, part.module, stage == 3 and part.read_in_backward, complete))
-    if frozen_too:
+    if frozen_too:  # frozen weights of no part: kept in shards, never gathered
         unit_of |= {w: Unit([w], False) for w in model.parameters() if w not in unit_of}
     return list(dict.fromkeys(unit_of.values())), stops + backward[::-1], len(stops)
 
@@ -270,8 +273,8 @@ class ZeroSharded:
             if number < self.first_backward_stop:
                 stop.module.register_forward_pre_hook(lambda *_, n=number: self.advance_to(n))
             elif number > self.first_backward_stop:  # `forward_backward` advances to the first
-                # Called with the gradient of the module's output. Autograd goes back in the order
-                # of the forward pass: it is done with all later modules by then.
+                # Called with the gradient of the module's output. Autograd visits modules in
+                # reverse, so all later ones are done.
                 stop.module.register_full_backward_pre_hook(
                     lambda *_, n=number: self.advance_to(n))
 
@@ -288,7 +291,7 @@ class ZeroSharded:
                 self.begin_stop()
 
     def begin_stop(self) -> None:
-        """Have the stop's weights, and prefetch those of the next stop."""
+        """Gather this stop's weights, and prefetch the next stop's."""
         for stop in self.stops[self.position : self.position + 2]:
             if stop.gather:
                 stop.unit.gather_if_freed()
@@ -298,10 +301,10 @@ class ZeroSharded:
         """Free the stop's weights, unless the next stop reads them. Send complete gradients."""
         stop, following = self.stops[self.position], self.stops[self.position + 1 :][:1]
         if stop.gather and not any(s.gather and s.unit is stop.unit for s in following):
-            stop.unit.free()  # before the flat gradient takes as much memory again
+            stop.unit.free()  # first, as the flat gradient is as large
         if stop.reduce:
-            self.finish_reduce()  # so that one runs at a time
-            keep = self.stage == 1 and not self.last  # the next micro-batch adds to it
+            self.finish_reduce()  # one reduce_scatter at a time
+            keep = self.stage == 1 and not self.last  # sums whole gradients until the last
             stop.unit.flatten_gradients(torch.float32 if keep else self.reduce_dtype)
             if not keep:
                 self.pending_reduce = stop.unit, *stop.unit.start_reduce_scatter(self.reduce_dtype)
@@ -330,7 +333,7 @@ class ZeroSharded:
 
     @torch.no_grad()
     def forward(self, batch) -> Tensor:
-        """The loss of a batch, without gradients. Every rank must call it, with any batch."""
+        """The loss of a batch, without gradients. Every rank must call it; batches may differ."""
         loss = self.loss(batch)
         self.advance_to(self.first_backward_stop - 1)
         if self.stage == 3:
@@ -348,7 +351,7 @@ class ZeroSharded:
         return norm
 
     def all_gather_weights(self) -> None:
-        """After an update of the masters, update all copies. Stage 3 has none."""
+        """After an update of the masters, update all copies. Stage 3 keeps none."""
         if self.stage < 3:
             for unit in self.units:
                 unit.start_all_gather()
@@ -366,14 +369,14 @@ class ZeroSharded:
             unit.free()
 
     def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
-        """What this rank keeps: a weight's name, its master, and which elements of the two."""
+        """(name, master, slice of the flat weight, slice of the master) of this rank's shard."""
         for unit in self.trained:
-            offset = -unit.start  # of a weight's first element from the shard's first
+            offset = -unit.start  # of the weight's start from the shard's
             for weight in unit.weights:
                 low, high = max(offset, 0), min(offset + weight.numel(), unit.size)
                 if low < high:
-                    there, here = slice(low - offset, high - offset), slice(low, high)
-                    yield self.names[weight], unit.shard, there, here
+                    in_weight, in_shard = slice(low - offset, high - offset), slice(low, high)
+                    yield self.names[weight], unit.shard, in_weight, in_shard
                 offset += weight.numel()
 
 
