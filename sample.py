@@ -294,6 +294,9 @@ def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
             line = input(f"{chat.workflow}> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
+        except UnicodeDecodeError as error:  # of a terminal with another encoding
+            print(error, file=sys.stderr)
+            continue
         if line == "/quit":
             return None
         try:
@@ -347,6 +350,7 @@ def main(argv: list[str] | None = None) -> None:
                      None if args.prompt is None else [only], max_tokens=args.max_tokens,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     chat.image, chat.chosen = image, args.workflow
+    chat.model.adaptor(chat.workflow)  # raises now where there is none of that name
     if args.prompt is None:
         converse(chat, args.boxes, args.json)
     else:

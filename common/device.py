@@ -67,11 +67,26 @@ def fast_dtype(device: torch.device) -> tuple[str, str]:
 def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
     """The name of the dtype to compute in, and why. name: "auto" for the faster one on `device`.
 
-    Raises ValueError for a name that is not in CHOICES.
+    Raises ValueError for a name that is not in CHOICES, or that the device cannot compute in.
     """
     if name not in CHOICES:
         raise ValueError(f"dtype {name!r}: one of {', '.join(CHOICES)}")
-    return fast_dtype(device) if name == "auto" else (name, "as asked")
+    if name == "auto":
+        return fast_dtype(device)
+    works = [known for known, dtype in DTYPES.items() if can_compute(dtype, device)]
+    if name not in works:
+        raise ValueError(f"the device {device} cannot compute in {name}: "
+                         f"choose {' or '.join(works)}")
+    return name, "as asked"
+
+
+def can_compute(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a matrix product in `dtype` runs on `device`."""
+    try:
+        a = torch.ones(2, 2, dtype=dtype, device=device)
+        return bool((a @ a).sum() == 8)
+    except (RuntimeError, TypeError):
+        return False
 
 
 class Ranks:
@@ -95,7 +110,10 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         if self.world > 1:
-            dist.init_process_group(self.backend, timeout=self.timeout)
+            try:
+                dist.init_process_group(self.backend, timeout=self.timeout)
+            except RuntimeError as error:  # Python calls no __exit__ where __enter__ fails
+                self.__exit__(RuntimeError, error, None)
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -57,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
     before the rename, so that `path` is complete even if the power fails.
     """
     place = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}  # on the same disk
-    with writing(path), tempfile.TemporaryDirectory(**place) as folder:
+    with writing(path), tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as folder:
         new = Path(folder, path.name)
         yield new
         for file in [*new.rglob("*"), new]:

@@ -91,7 +91,7 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
     harness = importlib.import_module(f"evaluation.{args.what}_eval_model")
     if args.allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    elif "humaneval" in args.data:
+    elif any(name.startswith("humaneval") for name in args.data):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
     manager = harness.TaskManager(include_path=args.include and str(args.include),
                                   include_defaults=args.include is None)
@@ -109,8 +109,8 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def figures(results: dict[str, dict]) -> Table:
-    """A harness's figures, named "metric,filter", without what else it says of a task or group."""
-    return {task: {name.split(",")[0]: float(value) for name, value in row.items()
+    """A harness's figures by "metric,filter", without what else it says. ",none" is cut off."""
+    return {task: {name.removesuffix(",none"): float(value) for name, value in row.items()
                    if "," in name and "stderr" not in name and isinstance(value, int | float)}
             for task, row in results.items()}
 

@@ -5,7 +5,7 @@ box of the answer overlaps the measured one with an IoU of 0.5 or more.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from data import JsonlDataset, iou, path_below, text_to_boxes
@@ -25,32 +25,38 @@ def answer_kind(answer: str) -> str:
     return "shape" if answer in ("rectangle", "circle", "triangle") else "colour"
 
 
-def read_rows(path: Path) -> Iterator[tuple[dict, list[str], list[str]]]:
-    """(row, questions, answers) of each line. ValueError, FileNotFoundError name what is bad."""
-    rows = JsonlDataset([path], path.parent)
-    for row in map(rows.row, range(len(rows))):
-        turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
-        yield row, turns[::2], turns[1::2]
+def read_rows(path: Path, make: Callable[[dict, list[str], list[str]], list]) -> list:
+    """make(row, questions, answers) of all rows, joined. ValueError names the file and the line."""
+    rows, found = JsonlDataset([path], path.parent), []
+    for index, line in enumerate(rows.lines["number"]):
+        try:
+            row = rows.row(index)
+            turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
+            found += make(row, turns[::2], turns[1::2])
+        except (ValueError, LookupError, TypeError) as error:
+            told = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}:{line}: {told}") from None
+    return found
 
 
 def read(data: Path, images: Path | None = None) -> list[Question]:
     """The held-out questions and boxes, each with the commonest training answer to its kind."""
-    counts = Counter(answer for _, _, answers in read_rows(data / "train-questions.jsonl")
-                     for answer in answers)
+    counts = Counter(read_rows(data / "train-questions.jsonl", lambda row, asked, answers: answers))
     # Rare ones come first here: of each kind the commonest is what stays.
     commonest = {answer_kind(answer): answer for answer, _ in reversed(counts.most_common())}
-    questions = []
-    for split in ("questions", "boxes"):
-        for row, texts, answers in read_rows(data / f"test-{split}.jsonl"):
-            image, workflow = path_below(data, row["image"]), row["workflow"]
-            for place, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):
-                facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer), "")}
-                if "boxes" in row:
-                    facts |= {"box": row["boxes"][0], "width": row["width"],
-                              "height": row["height"]}
-                questions.append(Question(f"{row['id']}/{place}", text, image,
-                                          MAX_TOKENS[workflow], workflow, facts))
-    return questions
+
+    def make(row: dict, texts: list[str], answers: list[str]) -> list[Question]:
+        image, workflow, questions = path_below(data, row["image"]), row["workflow"], []
+        for place, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):
+            facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer), "")}
+            if "boxes" in row:
+                facts |= {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
+            questions.append(Question(f"{row['id']}/{place}", text, image,
+                                      MAX_TOKENS[workflow], workflow, facts))
+        return questions
+
+    return [question for split in ("questions", "boxes")
+            for question in read_rows(data / f"test-{split}.jsonl", make)]
 
 
 def is_right(record: Record) -> bool:

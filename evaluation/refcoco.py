@@ -27,7 +27,9 @@ def read(data: Path, images: Path | None) -> list[Question]:
         raise FileNotFoundError(f"{data}: no *.jsonl in it")
     questions = []
     for path in files:
-        for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            if not line.strip():
+                continue
             try:
                 questions.append(make_question(json.loads(line), path.stem, number, images))
             except (ValueError, LookupError, TypeError, AttributeError) as error:

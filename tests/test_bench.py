@@ -53,7 +53,7 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, write_base, capsys, monkeypatch):
     """Every figure of every variant of ours has a row with its rate and share; sizes by name."""
     # without peers, which take minutes to import and to build
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(bench, "choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(bench, "choose_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr(bench, "frozen_config", lambda name, kind: TOWER)
     monkeypatch.setattr(bench, "NEW", 4)
     monkeypatch.setattr(bench, "TURNS", 3)

@@ -170,3 +170,16 @@ def test_the_head_says_where_data_comes_from():
     text = (CONFIGS / "iaa8.toml").read_text()
     listed = re.findall(r"^#   ([\w-]+\.jsonl) +[\w-]+  ", text, re.M)
     assert sorted(f"data/{name}" for name in listed) == sorted(used)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('base = "run.toml"', "another file is expected"),
+    ("base = 5", "another file is expected"),
+    ("stage = 5", "with two brackets"),
+])
+def test_broken_files_are_one_line(tmp_path, text, message):
+    """A file that is its own base, or whose stages are none, is named."""
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"run.toml: .*{message}"):
+        read_config(str(path), [])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import device
-from common.device import Ranks, choose_device, choose_dtype
+from common.device import Ranks, can_compute, choose_device, choose_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -45,10 +45,14 @@ def test_a_gpu_is_asked(monkeypatch, capability, name):
     assert choose_dtype("auto", torch.device("mps")) == ("fp32", "bf16 was never tried on mps")
 
 
-def test_an_unknown_dtype_or_device_is_one_line():
-    """The message says what there is."""
+def test_what_a_device_cannot_do_is_one_line(monkeypatch):
+    """An unknown dtype or device, and a dtype that the device lacks: with those that it has."""
     with pytest.raises(ValueError, match="^dtype 'fp16': one of auto, bf16, fp32$"):
         choose_dtype("fp16", CPU)
+    assert can_compute(torch.bfloat16, CPU) and not can_compute(torch.bits8, CPU)
+    monkeypatch.setattr(device, "can_compute", lambda dtype, device: dtype is torch.float32)
+    with pytest.raises(ValueError, match="^the device cpu cannot compute in bf16: choose fp32$"):
+        choose_dtype("bf16", CPU)
     for name in ("gpu", "cuda:99"):
         with pytest.raises(ValueError, match=f"^device '{name}' cannot be used here") as error:
             choose_device(name)

@@ -303,6 +303,20 @@ def test_easy_vqa_questions(world):
     assert questions[7].workflow == "grounding" and questions[7].facts["box"] == [0, 0, 9, 9]
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"workflow": "sketch"}, "'sketch' is missing"),
+    ({"boxes": []}, "list index out of range"),
+    ({"image": "gone.png"}, "does not exist"),
+])
+def test_a_damaged_row_of_easy_vqa(world, change, message):
+    """One line with the file and the line of it."""
+    path = world / "data/test-boxes.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps(json.loads(first) | change) + "\n" + "".join(others))
+    with pytest.raises(ValueError, match=f"test-boxes.jsonl:1: .*{message}"):
+        easy_vqa.read(world / "data")
+
+
 def go(world, what="easy-vqa", *more):
     """A command on the world's data and model, in fp32: what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -69,6 +69,7 @@ def save_state(
                     "settings": settings}
         write_json(new / MANIFEST, manifest)
         for old in complete_checkpoints(folder)[:-2]:
+            (old / MANIFEST).unlink()  # first: a kill now leaves what looks unfinished
             rmtree(old)
 
 
@@ -95,11 +96,12 @@ def resume_state(
 ) -> int:
     """Fill weights and optimizer from the newest checkpoint and return its step, 0 without one.
 
-    What killed runs left half written is removed. ValueError: it was made with other settings.
+    What killed runs left half written is removed. Raises ValueError where the checkpoint was made
+    with other settings, or is damaged.
     """
     if ranks.rank == 0:
-        for left in (*folder.glob("step-*"), *folder.glob(".adaptor.*.tmp")):
-            if not (left / MANIFEST).is_file():
+        for left in (*folder.glob("step-*"), *folder.glob(".*.tmp")):
+            if left.is_dir() and not (left / MANIFEST).is_file():
                 rmtree(left)
     ranks.barrier()
     found = complete_checkpoints(folder)
@@ -133,4 +135,6 @@ def read_slice(shards: list[safe_open], name: str, wanted: slice) -> Tensor:
             if low < high:
                 pieces.append(piece[low:high])
             first += length
+    if sum(map(len, pieces)) != wanted.stop - wanted.start:
+        raise ValueError(f"the checkpoint does not hold all of {name}: remove its folder")
     return torch.cat(pieces)

@@ -16,13 +16,16 @@ from common.device import CHOICES
 from common.files import parse_dataclass
 from iaa import AdaptorConfig, check_adaptor_name, evenly_spaced_layers
 
-RULES = (  # keys of a stage or of the run, what is accepted, and the test; AdamW checks the others
-    ("name", "letters, digits and _", str.isidentifier),
+RULES = (  # keys of a stage or of the run, what is accepted, and the test
+    ("name", "letters, digits and _, not none",
+     lambda value: value.isidentifier() and value != "none"),
     ("data", "at least one JSONL file", len),
     ("stage", "at least one [[stage]]", len),
     ("steps batch micro_batch save_every eval_every eval_rows max_tokens timeout_s",
      "must be 1 or more", lambda value: value >= 1),
-    ("lr lr_projector seed workers", "must be 0 or more", lambda value: value >= 0),
+    ("lr lr_projector eps weight_decay seed workers", "must be 0 or more",
+     lambda value: value >= 0),
+    ("beta1 beta2", "0 or more, below 1", lambda value: 0 <= value < 1),
     ("clip_norm", "must be above 0", lambda value: value > 0),
     ("warmup", "a share of the steps, 1 at most", lambda value: 0 <= value <= 1),
     ("trains", '"projector" or "adaptor"', ("projector", "adaptor").__contains__),
@@ -135,17 +138,21 @@ def named_stages(stages: list[dict], name: str | None, where: str) -> list[dict]
     return found
 
 
-def read_values(path: Path) -> dict:
-    """The TOML file's values over those of its `base`."""
+def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The TOML file's values over those of its `base`. `above`: the files that lead here."""
     try:
         values = tomllib.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
-    if not all(isinstance(stage, dict) for stage in values.setdefault("stage", [])):
+    stages, above = values.setdefault("stage", []), (*above, path.resolve())
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path}: write [[stage]], with two brackets, for each stage")
     if "base" not in values:
         return values
-    below = read_values(path.parent / values.pop("base"))
+    base = values.pop("base")
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
+        raise ValueError(f"{path}: base = {base!r}: another file is expected, by its name")
+    below = read_values(path.parent / base, above)
     for stage in values.pop("stage"):
         for same in named_stages(below["stage"], stage.get("name"), str(path)):
             same.update(stage)

@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, default=125, help="TFLOP/s that a rank reaches "
                         "[%(default)s: 40 %% of an A100's peak in bf16]")
     args = parser.parse_args(argv)
+    if min(args.world, args.memory_gb, args.tflops) <= 0:
+        parser.error("--world, --memory-gb, --tflops: above 0")
     print(plan(read_config(args.config, args.set), args.world, args.memory_gb, args.tflops))
 
 
