@@ -183,14 +183,3 @@ def test_broken_files_are_one_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"run.toml: .*{message}"):
         read_config(str(path), [])
-
-
-def test_a_stage_may_have_insertion_layers_of_its_own(tmp_path):
-    """A stage's `insertion` goes before the run's."""
-    path = tmp_path / "run.toml"
-    path.write_text('out = "o"\nllm = "l"\nvision = "v"\nimages = "i"\ninsertion = 2\n'
-                    '[[stage]]\nname = "a"\ndata = ["d"]\nsteps = 1\n'
-                    '[[stage]]\nname = "b"\ndata = ["d"]\nsteps = 1\ninsertion = [1, 3]\n')
-    config = read_config(str(path), [])
-    assert [adaptor_config(config, stage, 6).insertion for stage in config.stage] == [
-        (0, 5), (1, 3)]

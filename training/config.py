@@ -53,7 +53,6 @@ class StageConfig:
     adaptor: str = "mm"  # the workflow that it trains
     start: str = ""  # stage to start from; "" the one before, "none" the frozen model
     trains: str = "adaptor"  # "projector" (text embedding and head, nothing inserted) or "adaptor"
-    insertion: int | list[int] | None = None  # None: as the run's
     template: str = ""  # "" the tokenizer's own, "plain" picture then caption
     lr: float = 2e-5
     lr_projector: float = 0.0  # 0 = lr
@@ -123,7 +122,7 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
     """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
     if stage.trains == "projector":
         return AdaptorConfig((), own_embedding=False, own_head=False)
-    insertion = config.insertion if stage.insertion is None else stage.insertion
+    insertion = config.insertion
     if isinstance(insertion, int):
         insertion = evenly_spaced_layers(insertion, layers)
     return AdaptorConfig(insertion, config.structure, config.own_embedding, config.own_head,
