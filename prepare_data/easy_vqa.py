@@ -1,11 +1,8 @@
 """easy-VQA -> our JSONL: captions, questions and boxes of pictures of one coloured shape.
 
-    captions    "A red circle at [0.2, 0.33, 0.53, 0.8]."
+    captions    "A red circle in the upper left of the picture."
     questions   those of the data set, about 10 a row, which do not see each other
     boxes       the official grounding prompt and the box
-
-The box is the slowest thing to learn here. A caption that holds it teaches colour, shape and box
-with fewer tokens than rows of their own would.
 
 Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one shape, 48,248 questions, 13 answers.
 The boxes are measured from the pixels: the published data have none.
@@ -50,6 +47,13 @@ def measure_shape(pixels: np.ndarray) -> tuple[str, str, list[int]]:
     return colour, shape, box
 
 
+def ninth(box: list[int], width: int, height: int) -> str:
+    """Which ninth of the picture the box's centre is in, in words."""
+    down = ("upper", "middle", "lower")[3 * (box[1] + box[3]) // (2 * height)]
+    across = ("left", "middle", "right")[3 * (box[0] + box[2]) // (2 * width)]
+    return down if down == across else f"{down} {across}"
+
+
 def picture_rows(split: str, number: int, path: Path, asked: list) -> dict[str, dict] | None:
     """The rows about a picture by kind; None where the answers' colour is not the pixels'."""
     image = open_image(path)
@@ -59,7 +63,8 @@ def picture_rows(split: str, number: int, path: Path, asked: list) -> dict[str, 
         return None
     shape = next(iter(told & FILL.keys()), shape)  # a small circle measures as a rectangle
     name, answer = f"{split}/{number}.png", boxes_to_text([box], *image.size)
-    caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
+    place = ninth(box, *image.size)
+    caption = ("Describe the picture.", f"A {colour} {shape} in the {place} of the picture.")
     grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
     return {
         "captions": make_row("easy-vqa", split, f"captions/{number}", name, [caption]),

@@ -66,7 +66,7 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert row["boxes"] == [[10, 20, 41, 31]] and row["conversations"][1]["value"] == box
     assert row["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
     caption = rows["train-captions"][0]["conversations"][1]["value"]
-    assert caption == f"A blue rectangle at {box}."
+    assert caption == "A blue rectangle in the middle of the picture."
     row = rows["train-questions"][0]
     assert len(row["conversations"]) == 4 and row["independent"]
 
