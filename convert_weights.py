@@ -27,7 +27,7 @@ from common.files import new_folder, one_line, parse_dataclass, read_frozen, wri
 from conversion import checkpoint_readers as readers
 from conversion import tensor_tables as tables
 from conversion import tokenizer_readers as tokenizers
-from iaa import Adaptor, AdaptorConfig, Index
+from iaa import Adaptor, AdaptorConfig, Index, official_layers
 from llama import Llama, LlamaConfig
 from tokenization.tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ def open_hf(folder: Path, tower: dict) -> Checkpoint:
         table = tables.within("", name.removesuffix(mark), tables.HF_CLIP)
         parts["clip"] = make_part(table, Clip, readers.clip_config(source, table, settings))
     if release:  # the places of its layers are fixed in the official code
-        adaptor = AdaptorConfig(tuple(i for i in range(llama.layers) if i % 5 < 2))
+        adaptor = AdaptorConfig(official_layers(llama.layers))
         vision_width = source["model.mm_projector.0.weight"]().shape[1]
         for name, table in tables.IAA.items():
             parts[name] = make_part(table, Adaptor, adaptor, llama, vision_width)

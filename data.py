@@ -11,6 +11,7 @@ Letters: B batch, T tokens, N images, S side of an image in pixels, P image toke
 Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -197,6 +198,12 @@ class JsonlDataset(Dataset):
 # ---------------------------------------------------------------------------------- batches
 
 
+@functools.lru_cache(maxsize=4)  # two epochs and a window: drawing millions of rows takes 50 ms
+def permutation(seeds: tuple[int, ...], length: int) -> np.ndarray:
+    """0 to length - 1, shuffled by `seeds`."""
+    return np.random.default_rng(seeds).permutation(length)
+
+
 class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
@@ -216,16 +223,13 @@ class Sampler:
         size, total = self.window * self.batch_size, len(self.lengths)
         first = number * size  # place of the window in the stream
         epochs = range(first // total, (first + size - 1) // total + 1)  # 2 across an end
-        stream = np.concatenate([self.permutation(0, epoch, total) for epoch in epochs])
+        stream = np.concatenate([permutation((self.seed, 0, epoch), total) for epoch in epochs])
         rows = stream[first % total :][:size]
         rows = rows[np.argsort(self.lengths[rows], kind="stable")]  # stable: ties keep their order
         batches = rows.reshape(self.window, self.batch_size)
-        order = self.permutation(1, number, self.window)  # else long rows come last
+        order = permutation((self.seed, 1, number), self.window)  # else long rows come last
         return batches[order[place]].tolist()
 
-    def permutation(self, stream: int, number: int, length: int) -> np.ndarray:
-        """0 to length - 1, shuffled. It is drawn anew at each call: no state is needed."""
-        return np.random.default_rng([self.seed, stream, number]).permutation(length)
 
 
 @dataclass

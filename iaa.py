@@ -48,7 +48,11 @@ from llama import (
 
 TEXT = "text"
 LOSS_ROWS = 1024  # scored positions at once: with gradients 2 GB of logits where V is 128K
-OFFICIAL_14_OF_32 = (0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)  # official: i % 5 < 2
+
+
+def official_layers(layers: int) -> tuple[int, ...]:
+    """The frozen layers that the official release's insertion layers follow: 0, 1, 5, 6, 10, ..."""
+    return tuple(i for i in range(layers) if i % 5 < 2)
 
 
 def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
@@ -60,7 +64,7 @@ def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
     if not 0 <= number <= layers:
         raise ValueError(f"insertion = {number}: from 0 to one after each of the {layers} layers")
     if (number, layers) == (14, 32):  # as in the released weights
-        return OFFICIAL_14_OF_32
+        return official_layers(layers)
     return tuple(round(n * (layers - 1) / max(number - 1, 1)) for n in range(number))
 
 

@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +33,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip import Clip, ClipConfig, open_image, preprocess
 from common.device import DTYPES, Ranks, choose_dtype
-from common.files import (
-    load_frozen,
-    new_folder,
-    one_line,
-    read_frozen,
-    read_json,
-    write_json,
-)
+from common.files import load_frozen, new_folder, one_line, read_frozen, read_json, write_json
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
 from tokenization.tokenizer import Tokenizer
-from training.checkpoint import check_settings, resume_state, save_state
+from training.checkpoint import check_settings, remove_checkpoints, resume_state, save_state
 from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
@@ -349,8 +341,7 @@ def train(config: Config, only: str | None) -> None:
                 took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
             if ranks.rank == 0:  # for a finished one too: a kill may have come between
                 write_index(config)
-                for old in folder.glob("step-*"):  # far larger than the adaptor
-                    rmtree(old)
+                remove_checkpoints([*folder.glob("step-*")])  # far larger than the adaptor
             ranks.print0(f"stage {stage.name}: {took}")
 
 

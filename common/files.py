@@ -112,9 +112,9 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
 
 
 def read_frozen(kind: type, folder: str | Path) -> tuple:
-    """The sizes of the frozen model in `folder`, a `kind`, and the SHA-256 of its weights.
+    """The sizes of the frozen model in `folder`, of class `kind`, and its SHA-256.
 
-    kind: LlamaConfig or ClipConfig. Raises FileNotFoundError, or ValueError naming the file.
+    Raises FileNotFoundError, or ValueError naming the file.
     """
     path, wanted = Path(folder, "config.json"), kind.__name__.removesuffix("Config").lower()
     if not path.is_file():

@@ -103,7 +103,8 @@ def iaa_table(projector: str, suffix: str) -> list[Row]:
         Row("embedding.weight", f"model.embed_tokens_condition{suffix}.weight"),
         Row("norm.weight", f"model.norm_condition{suffix}.weight"),
         Row("head.weight", f"lm_head_condtion{suffix}.weight"),
-        *llama_rows(1, f"model.condition_layers{suffix}.{{i}}.")[3:],  # the layers' own
+        *(row for row in llama_rows(1, f"model.condition_layers{suffix}.{{i}}.")
+          if "{i}" in row.target),
     ]
 
 

@@ -36,6 +36,21 @@ class Question:
     facts: dict = field(default_factory=dict)  # what the scorer must know, kept with the answer
 
 
+def read_lines(path: Path, make: Callable[[dict, int], Iterable]) -> list:
+    """All that make(row, line number) finds in a JSONL file. ValueError names file and line."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line.strip():
+                found += make(json.loads(line), number)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            told = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}:{number}: {told}") from None
+    if not found:
+        raise ValueError(f"{path}: no rows in it")
+    return found
+
+
 def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
     """At least `limit` questions of each workflow, all of a picture or none; all without a limit.
 

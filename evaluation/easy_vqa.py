@@ -5,11 +5,10 @@ box of the answer overlaps the measured one with an IoU of 0.5 or more.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-from data import JsonlDataset, iou, path_below, text_to_boxes
-from evaluation.answers import Question, Record, Table, percent
+from data import check_row, iou, path_below, text_to_boxes
+from evaluation.answers import Question, Record, Table, percent, read_lines
 from tokenization.templates import IMAGE
 
 MAX_TOKENS = {"mm": 8, "grounding": 48}  # of an answer, by workflow
@@ -25,29 +24,22 @@ def answer_kind(answer: str) -> str:
     return "shape" if answer in ("rectangle", "circle", "triangle") else "colour"
 
 
-def read_rows(path: Path, make: Callable[[dict, list[str], list[str]], list]) -> list:
-    """make(row, questions, answers) of all rows, joined. ValueError names the file and the line."""
-    rows, found = JsonlDataset([path], path.parent), []
-    for index, line in enumerate(rows.lines["number"]):
-        try:
-            row = rows.row(index)
-            turns = [turn["value"].removeprefix(IMAGE) for turn in row["conversations"]]
-            found += make(row, turns[::2], turns[1::2])
-        except (ValueError, LookupError, TypeError) as error:
-            told = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}:{line}: {told}") from None
-    return found
+def pairs(row: dict) -> list[tuple[str, str]]:
+    """The questions and answers of a row. RowError where it is no row."""
+    texts = [turn["value"].removeprefix(IMAGE) for turn in check_row(row)["conversations"]]
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def read(data: Path, images: Path | None = None) -> list[Question]:
     """The held-out questions and boxes, each with the commonest training answer to its kind."""
-    counts = Counter(read_rows(data / "train-questions.jsonl", lambda row, asked, answers: answers))
+    counts = Counter(read_lines(data / "train-questions.jsonl",
+                                lambda row, _: [answer for _, answer in pairs(row)]))
     # Rare ones come first here: of each kind the commonest is what stays.
     commonest = {answer_kind(answer): answer for answer, _ in reversed(counts.most_common())}
 
-    def make(row: dict, texts: list[str], answers: list[str]) -> list[Question]:
+    def make(row: dict, _: int) -> list[Question]:
         image, workflow, questions = path_below(data, row["image"]), row["workflow"], []
-        for place, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):
+        for place, (text, answer) in enumerate(pairs(row), 1):
             facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer), "")}
             if "boxes" in row:
                 facts |= {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
@@ -56,7 +48,7 @@ def read(data: Path, images: Path | None = None) -> list[Question]:
         return questions
 
     return [question for split in ("questions", "boxes")
-            for question in read_rows(data / f"test-{split}.jsonl", make)]
+            for question in read_lines(data / f"test-{split}.jsonl", make)]
 
 
 def is_right(record: Record) -> bool:

@@ -5,13 +5,12 @@ and the rows that `prepare_data refcoco` writes.
 """
 
 import ast
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
 from data import GROUNDING_PROMPT, iou, padded_square, path_below
-from evaluation.answers import Question, Record, Table, percent
+from evaluation.answers import Question, Record, Table, percent, read_lines
 from tokenization.templates import IMAGE
 
 MAX_TOKENS = 128  # of an answer
@@ -25,17 +24,8 @@ def read(data: Path, images: Path | None) -> list[Question]:
     files = sorted(data.glob("*.jsonl")) if data.is_dir() else [data]
     if not files:
         raise FileNotFoundError(f"{data}: no *.jsonl in it")
-    questions = []
-    for path in files:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                questions.append(make_question(json.loads(line), path.stem, number, images))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                told = f"{error} is missing" if isinstance(error, KeyError) else error
-                raise ValueError(f"{path}:{number}: {told}") from None
-    return questions
+    return [question for path in files for question in read_lines(
+        path, lambda row, number, path=path: [make_question(row, path.stem, number, images)])]
 
 
 def make_question(row: dict, stem: str, number: int, images: Path) -> Question:

@@ -180,7 +180,8 @@ def test_bad_rows_are_skipped_and_named(tmp_path):
     assert torch.equal(example.tokens, encode_row(good, CHATML, 2).tokens)
     assert image.shape == (3, 4, 4) and dataset.__getitem__(len(BAD_ROWS))[2] == []
     mostly_bad = dataset_of(["{..."] * data.MAX_SKIPPED + [good], tmp_path)
-    with pytest.raises(ValueError, match="none of 100 consecutive rows can be used: .*rows.jsonl:1: "):
+    with pytest.raises(
+            ValueError, match="none of 100 consecutive rows can be used: .*rows.jsonl:1: "):
         mostly_bad.__getitem__(0)
     assert len(mostly_bad.__getitem__(1)[2]) == 99
 

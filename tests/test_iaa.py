@@ -16,13 +16,13 @@ from clip import Clip
 from common.files import new_folder, write_json
 from iaa import (
     IAA,
-    OFFICIAL_14_OF_32,
     Adaptor,
     AdaptorConfig,
     check_adaptor_name,
     evenly_spaced_layers,
     load_iaa,
     load_tensors,
+    official_layers,
 )
 from llama import Llama, LlamaConfig, set_recompute
 
@@ -157,8 +157,8 @@ def test_insertion_layers_start_as_copies_in_their_own_storage():
 def test_evenly_spaced_layers_literals():
     """From the first layer to the last, evenly; 14 of 32 is the official list; too many raise."""
     assert evenly_spaced_layers(8, 30) == (0, 4, 8, 12, 17, 21, 25, 29)
-    assert evenly_spaced_layers(14, 32) == OFFICIAL_14_OF_32 == tuple(
-        i for i in range(32) if i % 5 < 2)
+    assert evenly_spaced_layers(14, 32) == official_layers(32) == (
+        0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31)
     assert [evenly_spaced_layers(n, 5) for n in (0, 1, 5)] == [(), (0,), (0, 1, 2, 3, 4)]
     for number in (8, 22, 31):
         layers = evenly_spaced_layers(number, 32)

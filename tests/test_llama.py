@@ -11,15 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.files import load_frozen, read_frozen
-from llama import (
-    SIZES,
-    KVCache,
-    Llama,
-    LlamaConfig,
-    RopeScaling,
-    attention_mask,
-    rope_frequencies,
-)
+from llama import SIZES, KVCache, Llama, LlamaConfig, RopeScaling, attention_mask, rope_frequencies
 
 GOLDEN = Path(__file__).parent / "golden"
 PADDING, PREFIX = 7, 17  # as in make_golden.py

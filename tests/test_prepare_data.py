@@ -341,7 +341,8 @@ def test_check_images(tmp_path):
 def test_one_percent_may_be_malformed(tmp_path):
     """More are an error, and as after an exception there is no file, nor a part of one."""
     good = [make_row("s", "t", number, None, [("q", "a")]) for number in range(99)]
-    bad, out = [make_row("s", "t", 0, None, [("q", "\ud800")]), good[0] | {"image": 7}], tmp_path / "o"
+    bad = [make_row("s", "t", 0, None, [("q", "\ud800")]), good[0] | {"image": 7}]
+    out = tmp_path / "o"
     with pytest.raises(ValueError, match="2 of 101 are malformed, so nothing is written"):
         convert(good + bad, Counts(), out)
     with pytest.raises(ZeroDivisionError):

@@ -14,11 +14,7 @@ import make_golden_tokens as golden
 import pytest
 import sentencepiece
 
-from conversion.tokenizer_readers import (
-    read_gguf_tokenizer,
-    read_hf_tokenizer,
-    read_meta_tokenizer,
-)
+from conversion.tokenizer_readers import read_gguf_tokenizer, read_hf_tokenizer, read_meta_tokenizer
 from tokenization.templates import render
 from tokenization.tokenizer import Stream, Tokenizer
 

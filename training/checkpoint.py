@@ -10,6 +10,7 @@ ranks and the ZeRO stage may change in between. On several machines `out` must b
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from shutil import rmtree
 
@@ -31,6 +32,14 @@ FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zer
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The stage's complete checkpoints, oldest first."""
     return [found.parent for found in sorted(folder.glob(f"step-*/{MANIFEST}"))]
+
+
+def remove_checkpoints(folders: Iterable[Path]) -> None:
+    """Remove folders, each one's manifest first: a kill then leaves what looks unfinished."""
+    for folder in folders:
+        if folder.is_dir():
+            (folder / MANIFEST).unlink(missing_ok=True)
+            rmtree(folder)
 
 
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -68,9 +77,7 @@ def save_state(
         manifest = {"step": step, "updates": max(counts, default=0), "ranks": writers,
                     "settings": settings}
         write_json(new / MANIFEST, manifest)
-        for old in complete_checkpoints(folder)[:-2]:
-            (old / MANIFEST).unlink()  # first: a kill now leaves what looks unfinished
-            rmtree(old)
+        remove_checkpoints(complete_checkpoints(folder)[:-2])
 
 
 def check_settings(folder: Path, was: dict, now: dict) -> None:
@@ -100,9 +107,8 @@ def resume_state(
     with other settings, or is damaged.
     """
     if ranks.rank == 0:
-        for left in (*folder.glob("step-*"), *folder.glob(".*.tmp")):
-            if left.is_dir() and not (left / MANIFEST).is_file():
-                rmtree(left)
+        left = (*folder.glob("step-*"), *folder.glob(".*.tmp"))
+        remove_checkpoints(path for path in left if not (path / MANIFEST).is_file())
     ranks.barrier()
     found = complete_checkpoints(folder)
     if not found:
