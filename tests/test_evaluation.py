@@ -250,11 +250,11 @@ def test_refcoco_score():
 
 
 def test_easy_vqa_score():
-    """Exactly the word, by kind; the commonest answer; boxes by the first in the text."""
+    """The last word, by kind; the commonest answer; boxes by the first in the text."""
     def line(expected, answer, commonest):
         return {"expected": expected, "answer": answer, "commonest": commonest}
 
-    words = [line("red", "red", "blue"), line("yes", "yes.", "yes"), line("no", "no", "yes")]
+    words = [line("red", "red", "blue"), line("It is red, so yes.", "It is blue, so yes.", "yes"), line("no", "not", "yes")]
     boxes = [TRUTH | line(HIT, answer, "") for answer in (f"It is {HIT}.", f"{MISS}; {HIT}")]
     table = easy_vqa.score([*words, *boxes])  # of an answer's boxes the first counts
     assert table["asked"] == {"colour": 1, "yes/no": 2, "all": 3, "boxes, IoU 0.5": 2}
@@ -284,8 +284,8 @@ def world(tmp_path, tiny_run):
              ("colour", "teal", "shape?", "circle")]
     write_rows(data / "test-questions.jsonl", [row(n, turns) for n, turns in enumerate(asked)])
     write_rows(data / "train-questions.jsonl",
-               [row(9, ["q", "blue", "q", "no", "q", "circle"]), row(9, ["q", "no"]),
-                *[row(9, ["box?", "[0.1, 0.2, 0.3, 0.4]"])] * 3])  # no answer to a question
+               [row(9, ["q", "blue", "q", "It is red, so yes.", "q", "circle"]),
+                row(9, ["q", "It is red, so no.", "q", "It is blue, so no."])])
     box = {"workflow": "grounding", "width": 40, "height": 20, "boxes": [[0, 0, 9, 9]]}
     write_rows(data / "test-boxes.jsonl",
                [row(n, [f"where {n}?", "[0.0, 0.25, 0.22, 0.48]"], id=f"box/{n}", **box)
