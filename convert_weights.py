@@ -107,10 +107,10 @@ def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
     return shards
 
 
-def sha256_of(config, tensors: Iterable[tuple[str, Tensor]]) -> str:
+def sha256_of(config: dict, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The SHA-256 of a frozen model: of its config, and of each tensor in the model's order."""
     # Sizes are hashed too: feature_layer changes the features and no tensor.
-    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
+    digest = hashlib.sha256(json.dumps(config).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {CODES[tensor.dtype]} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -119,9 +119,9 @@ def sha256_of(config, tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def check_base(folder: Path) -> None:
     """Compare a converted model with its SHA-256. Raises ValueError, FileNotFoundError."""
-    kind = files.read_json(folder / "config.json", kind=str)["kind"]
-    model = files.load_frozen(Clip if kind == "clip" else Llama, folder)
-    sha256 = sha256_of(model.config, model.state_dict().items())
+    meta = files.read_json(folder / "config.json", "config", kind=str)
+    model = files.load_frozen(Clip if meta["kind"] == "clip" else Llama, folder)
+    sha256 = sha256_of(meta["config"], model.state_dict().items())
     if sha256 != model.sha256:
         raise ValueError(f"changed since its conversion: its SHA-256 is {sha256}, and "
                          f"{folder / 'config.json'} says {model.sha256}")
@@ -144,10 +144,9 @@ def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dt
             file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
             save_file(tensors, file, {"format": "pt"})
 
-    kind, config = type(part.model).__name__.lower(), part.model.config
+    kind, config = type(part.model).__name__.lower(), asdict(part.model.config)
     sha256 = sha256_of(config, write_shards())
-    files.write_json(folder / "config.json",
-                     {"kind": kind, "config": asdict(config), "sha256": sha256})
+    files.write_json(folder / "config.json", {"kind": kind, "config": config, "sha256": sha256})
     return sha256
 
 

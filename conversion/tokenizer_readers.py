@@ -10,7 +10,7 @@ Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp 
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import parse_value, read_json
+from common.files import read_json
 from conversion.checkpoint_readers import reading
 from tokenization.templates import TEMPLATES, render
 from tokenization.tokenizer import STARTS, STOPS, Tokenizer, read_ranks
@@ -85,7 +85,8 @@ def build_tokenizer(
     control = CONTROL | {start, *stops}
     specials = {name: id for name, id, special in added if special or name in control}
     words = {name: id for name, id, _ in added if name and name not in specials}
-    stops = [name for name in stops if name in specials]  # an id of ordinary text ends nothing
+    # transformers states ids by default, which may be those of ordinary text.
+    stops = [name for name in stops if name in specials]
     template, known_by = choose_template(stated, specials)
     images = [name for name in IMAGE_TOKENS if name in specials]
     if not images:
@@ -98,7 +99,6 @@ def build_tokenizer(
             stated.adds_start is False or start in TEMPLATE_MARKS["chatml"] or start in stops):
         start = ""
     all_stops = [name for name in dict.fromkeys((*STOPS, *stops)) if name in specials]
-    parse_value("ids of added tokens", specials | words, dict[str, int])
     tokenizer = Tokenizer(model, specials, template, images[0], pattern, mergeable, words, start,
                           all_stops)
     render(tokenizer, [("user", ""), ("assistant", "")])  # raises where a special token is missing
