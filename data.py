@@ -12,6 +12,7 @@ Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ UNSCORED = -100  # the index that torch's cross-entropy ignores by default
 MAX_SKIPPED = 100  # consecutive unusable rows; more of them mean a wrong root
 LINE = np.dtype([  # where a row is, in 24 bytes: millions of rows stay on disk
     ("file", np.int32), ("number", np.int32), ("start", np.int64), ("bytes", np.int64)])
+BLOCK, BLOCKS = 1 << 16, 256  # of a data file's fingerprint
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
@@ -132,6 +134,22 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
                 start += len(line)
 
 
+def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Path -> size and SHA-256 of each file: of all its bytes up to 16 MiB, else of 256 blocks.
+
+    The blocks are spread evenly from the first byte to the last, 64 KiB each.
+    """
+    found = {}
+    for path in paths:
+        size, digest = os.path.getsize(path), hashlib.sha256()
+        with open(path, "rb") as file:
+            for start in np.linspace(0, max(0, size - BLOCK), BLOCKS, dtype=int).tolist():
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+        found[str(path)] = f"{size} bytes, sha256 {digest.hexdigest()}"
+    return found
+
+
 @dataclass(eq=False)
 class JsonlDataset(Dataset):
     """Rows of JSONL files, read from disk when asked for.
@@ -229,7 +247,6 @@ class Sampler:
         batches = rows.reshape(self.window, self.batch_size)
         order = permutation((self.seed, 1, number), self.window)  # else long rows come last
         return batches[order[place]].tolist()
-
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """data.py: rows, batches, boxes, and whatever may break them."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -126,6 +127,25 @@ def test_several_files_are_one_data_set(tmp_path):
     for content in ([], ["", "", ""]):
         with pytest.raises(ValueError, match="no rows in .*rows.jsonl"):
             dataset_of(content, tmp_path)
+
+
+def test_fingerprint(tmp_path):
+    """Of one and the same bytes a literal; a changed byte or size shows, at either end too."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"x" * 20)
+    blocks = b"x" * 20 * data.BLOCKS  # a short file is in every block
+    wanted = f"20 bytes, sha256 {hashlib.sha256(blocks).hexdigest()}"
+    assert data.fingerprint([path]) == {str(path): wanted}
+    seen, content = set(), bytearray(1_000_000)  # within 16 MiB no byte is left out
+    for place in (None, 0, 65_535, 65_536, 333_333, 999_999):
+        if place is not None:
+            content[place] ^= 1
+        path.write_bytes(content)
+        seen |= {*data.fingerprint([str(path)]).values()}
+    path.write_bytes(content[:-1])
+    assert len(seen | {*data.fingerprint([path]).values()}) == 7
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        data.fingerprint([tmp_path / "none.jsonl"])
 
 
 def bad(*texts: str, **more) -> str:
