@@ -162,7 +162,7 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     config, clip = run.config, run.model.clip.config
     longest = min(config.max_tokens, run.model.llama.config.context)
     return JsonlDataset(files, config.images, run.tokenizer, clip.patches,
-                        lambda path: preprocess(open_image(path), clip),
+                        lambda path, size: preprocess(open_image(path, size), clip),
                         stage.template or None, config.system, longest)
 
 
