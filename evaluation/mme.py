@@ -22,7 +22,7 @@ def read(data: Path, images: Path | None = None) -> list[Question]:
     root = next((folder.parent for folder in data.rglob("existence")), data)
     questions = []
     for subtask in (*PERCEPTION, *COGNITION):  # texts and pictures in two folders, or in one
-        files = list((root / subtask).rglob("*.*"))
+        files = list((root / subtask).rglob("[!.]*.*"))  # a Mac adds ._NAME
         texts = {path.stem: path for path in files if path.suffix == ".txt"}
         pictures = {path.stem: path for path in files if path.suffix in (".jpg", ".png")}
         alone = sorted(texts.keys() ^ pictures.keys())
