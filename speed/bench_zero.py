@@ -53,7 +53,7 @@ def fsdp2(loss: Loss, model: IAA, ranks: Ranks) -> nn.Module:
 
 def make_step(name: str, args: argparse.Namespace, ranks: Ranks) -> Callable[[], float]:
     """A function that does one step of the named variant and returns the loss."""
-    model = build_model(args, args.inserted, ranks.device)
+    model = build_model(args, args.inserted)
     torch.manual_seed(ranks.rank)  # every rank has rows of its own
     batch = make_batch(model, rows=4, text=100, scored=20)
     loss = Loss(model, WORKFLOW, ranks.device)
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> list[tuple]:
                              "-m speed.bench_zero")
         name, why = choose_dtype(args.dtype, ranks.device)
         name = "fp32" if ranks.sum(name == "fp32") else "bf16"  # the ranks may time otherwise
-        args.dtype = DTYPES[name]
+        args.dtype, args.device = DTYPES[name], ranks.device
         ranks.print0(f"{ranks.world} ranks, computing in {name}: {why}")
         return [row for pair in PAIRS for row in compare(pair, args, ranks)]
 
