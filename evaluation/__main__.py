@@ -31,10 +31,9 @@ BENCHMARKS = {"easy-vqa": easy_vqa, "refcoco": refcoco, "mme": mme}
 PATIENCE_S = 7200  # rank 0 waits so long for the slowest rank
 
 
-def load(args: argparse.Namespace, workflows: list[str] | None, ranks: Ranks, **settings) -> Chat:
-    """The model with these workflows, None: all. One of several ranks takes its own GPU."""
-    device = str(ranks.device) if ranks.world > 1 else args.device
-    return Chat.load(args.model, args.dtype, device, args.quantize, workflows, **settings)
+def load(args: argparse.Namespace, workflows: list[str] | None, **settings) -> Chat:
+    """The model with these workflows, None: all."""
+    return Chat.load(args.model, args.dtype, args.device, args.quantize, workflows, **settings)
 
 
 def answer(args: argparse.Namespace, questions: list[Question], ranks: Ranks) -> list[Record]:
@@ -45,7 +44,7 @@ def answer(args: argparse.Namespace, questions: list[Question], ranks: Ranks) ->
     there = Index.read(args.model).adaptors
     asked = [question for question in questions if question.workflow in there]
     workflows = dict.fromkeys(question.workflow for question in asked or questions)
-    chat = load(args, [*workflows], ranks)  # raises where there is none of them
+    chat = load(args, [*workflows])  # raises where there is none of them
     parts = [answers.ask(chat, asked[ranks.rank :: ranks.world], args.batch)]
     if ranks.world > 1:
         parts, own = [None] * ranks.world, parts[0]
@@ -85,7 +84,7 @@ def run_text_retention(args: argparse.Namespace, ranks: Ranks) -> None:
     """Compare each workflow, without pictures, with the LLM loaded afresh."""
     texts = [Path(path).read_text(encoding="utf-8") for path in args.data]
     only = [args.workflow] if args.workflow else None
-    chat, base = load(args, only, ranks), load(args, [TEXT], ranks)
+    chat, base = load(args, only), load(args, [TEXT])
     table = text_retention.compare(chat.model, base.model, chat.tokenizer,
                                    only or [TEXT, *chat.model.adaptors], texts, args.limit or 16,
                                    args.batch)
@@ -109,7 +108,7 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
         if harness.TASKS.get(name, [name])[0] not in manager.all_tasks:
             raise ValueError(f"no task or group {name!r} in {args.include or args.what + '-eval'}")
     workflow = args.workflow or {"lm": TEXT, "lmms": "mm"}[args.what]
-    chat = load(args, [workflow], ranks, chosen=workflow)
+    chat = load(args, [workflow], chosen=workflow)
     for name in args.data:
         found = harness.evaluate(chat, name, manager, args)
         if ranks.rank == 0:
@@ -169,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     with Ranks(PATIENCE_S, "gloo") as ranks:
         if ranks.world > 1 and (args.device or args.what in ("text-retention", "lm")):
             raise ValueError("text-retention, lm and --device are for one process: no torchrun")
+        if ranks.world > 1:
+            args.device = str(ranks.device)
         COMMANDS[args.what](args, ranks)
 
 

@@ -9,7 +9,7 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,16 +61,14 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
     """
     if limit is None:
         return questions
-    by_picture: dict[tuple, list[Question]] = {}
+    by_picture, taken = defaultdict(list), defaultdict(list)
     for question in questions:
-        by_picture.setdefault((question.workflow, question.image), []).append(question)
+        by_picture[question.workflow, question.image].append(question)
     pictures = list(by_picture)
     random.Random(0).shuffle(pictures)
-    taken: dict[str, list[Question]] = {}
     for workflow, image in pictures:
-        some = taken.setdefault(workflow, [])
-        if len(some) < limit:
-            some += by_picture[workflow, image]
+        if len(taken[workflow]) < limit:
+            taken[workflow] += by_picture[workflow, image]
     return [question for some in taken.values() for question in some]
 
 
@@ -83,17 +81,13 @@ def picture_prompt(chat: Chat, question: Question, open_picture=open_image) -> P
     return replace(chat, chosen=question.workflow, image=picture).prompt(question.text)
 
 
-def answer_batch(
-    chat: Chat, prompts: list[Prompt], workflow: str, max_tokens: int
-) -> Iterator[str]:
+def answer_batch(chat: Chat, prompts: list[Prompt], workflow: str, max_tokens: int) -> list[str]:
     """A greedy answer to each prompt, as if it were the only one."""
-    if prompts:
-        ids, pixels = zip(*prompts, strict=True)
-        shown = [picture for picture in pixels if picture is not None]
-        images = torch.cat(shown) if shown else None  # (N, 3, S, S)
-        for answer in generate(
-                chat.model, list(ids), images, workflow, max_tokens, chat.tokenizer.stop_ids):
-            yield chat.tokenizer.decode(answer)
+    shown = [pixels for _, pixels in prompts if pixels is not None]
+    answers = generate(
+        chat.model, [ids for ids, _ in prompts], torch.cat(shown) if shown else None, workflow,
+        max_tokens, chat.tokenizer.stop_ids)
+    return [chat.tokenizer.decode(ids) for ids in answers]
 
 
 def ask(
@@ -118,6 +112,8 @@ def ask(
                     prompts[n] = make_prompt(chat, questions[n])
                 except RowError as error:
                     print(f"\rskipped {questions[n].key}: {error}", file=sys.stderr)
+            if not prompts:
+                continue
             said = answer_batch(chat, list(prompts.values()), workflow, max_tokens)
             for n, answer in zip(prompts, said, strict=True):
                 for stop in filter(None, questions[n].until):
