@@ -82,7 +82,7 @@ def run_sheet(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def run_text_retention(args: argparse.Namespace, ranks: Ranks) -> None:
     """Compare each workflow, without pictures, with the LLM loaded afresh."""
-    texts = [Path(path).read_text(encoding="utf-8") for path in args.data]
+    texts = [answers.read_text(Path(path)) for path in args.data]
     only = [args.workflow] if args.workflow else None
     chat, base = load(args, only), load(args, [TEXT])
     table = text_retention.compare(chat.model, base.model, chat.tokenizer,

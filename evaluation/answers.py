@@ -38,6 +38,14 @@ class Question:
     until: Sequence[str] = ()  # texts that end the answer
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. ValueError names one that is not."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+
+
 def read_lines(path: Path, make: Callable[[dict, int], Iterable]) -> list:
     """All that make(row, line number) finds in a JSONL file. ValueError names file and line."""
     found = []

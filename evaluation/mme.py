@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import ONE_WORD
-from evaluation.answers import Question, Record, Table, percent
+from evaluation.answers import Question, Record, Table, percent, read_text
 
 MAX_TOKENS = 128  # of an answer
 YES_NO = " Please answer yes or no."
@@ -40,7 +40,7 @@ def read(data: Path, images: Path | None = None) -> list[Question]:
 
 def read_pair(path: Path) -> list[list[str]]:
     """The two lines `question<TAB>Yes|No` about a picture."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(path).splitlines()
     pairs = [line.strip().split("\t") for line in lines if line.strip()]
     if [len(pair) for pair in pairs] != [2, 2] or not all(a in ("Yes", "No") for _, a in pairs):
         raise ValueError(f"{path}: not two lines of a question, a tab, and Yes or No")

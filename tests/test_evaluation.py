@@ -132,6 +132,7 @@ def test_mme_questions(mme_folder):
     (lambda root: (root / "count/0001.jpg").unlink(), "in count, picture or text of 0001 is"),
     (lambda root: (root / "count/0001.txt").write_text("Is it?\tYes\n"), "0001.txt: not two lines"),
     (lambda root: (root / "count/0001.txt").write_text("a\tyes\nb\tno\n"), "Yes or No"),
+    (lambda root: (root / "count/0001.txt").write_bytes(b"caf\xe9"), "0001.txt: not a text in UTF"),
     (lambda root: (root / "OCR").rename(root / "ocr_"), "in OCR, picture or text of all is"),
 ])
 def test_mme_damaged(mme_folder, damage, message):
