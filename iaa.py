@@ -233,8 +233,9 @@ class IAA(nn.Module):
         """x (B, T, D) with projected image features in place of the placeholders' embeddings."""
         is_image = tokens == self.image_token  # (B, T)
         pictures, each = 0 if images is None else len(images), self.clip.config.patches
-        if is_image.sum() != pictures * each:  # else the model would answer about what it never saw
-            raise ValueError(f"{int(is_image.sum())} image placeholders for {pictures} images "
+        found = pictures * each if tokens.is_meta else int(is_image.sum())  # meta has no values
+        if found != pictures * each:  # else the model would answer about what it never saw
+            raise ValueError(f"{found} image placeholders for {pictures} images "
                              f"of {each} tokens ({pictures * each})")
         if images is None:  # without a picture no projector runs, and it gets no gradient
             return x

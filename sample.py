@@ -199,7 +199,8 @@ class Chat:
             pixels = preprocess(self.image, clip)[None].to(self.model.llama.device)
         tag, shown = IMAGE.strip(), 0 if pixels is None else 1
         if text.count(tag) > shown:
-            raise ValueError(f"{text.count(tag)} times {tag} in a question, {shown} pictures shown")
+            raise ValueError(f"{text.count(tag)} times {tag} in a question about {shown} pictures: "
+                             "leave it out; --image, or /image in a chat, shows a picture")
         # A tag is no text: the picture stands ahead of the first question, wherever its tag was.
         turns = [(role, said.replace(tag, "")) for role, said in [*self.turns, ("user", text)]]
         ids, _ = render(self.tokenizer, turns, form["template"], form["system"],

@@ -301,11 +301,11 @@ def test_a_tag_is_a_picture_and_no_text(run, picture, script, capsys):
     said = [chat.tokenizer.decode(call["ids"]) for call in calls]
     assert said[0].endswith("user\n\nWhat?\nassistant\n") and "And  now?" in said[1]
     assert "<image>" not in said[0] + said[1] and calls[1]["ids"].count(IMAGE_ID) == P
-    one = "1 times <image> in a question, 0 pictures shown"
+    one = "1 times <image> in a question about 0 pictures: leave it out; --image"
     assert one in fails(capsys, run, "--prompt", "What is <image>?")
     shown = ("--image", picture, "--prompt")
     assert one in fails(capsys, run, "--workflow", "text", *shown, "<image>?")
-    assert "2 times <image> in a question, 1 pictures shown" in fails(
+    assert "2 times <image> in a question about 1 pictures" in fails(
         capsys, run, *shown, "<image><image>")
 
 
