@@ -334,7 +334,7 @@ def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, str
     """Fill an adaptor from `adaptor.safetensors`. Raises ValueError where that does not fit.
 
     strict: every tensor of the adaptor must be in the file. If False, the others stay unchanged.
-    All bytes are checked, which takes a second for each GB or two.
+    All bytes are checked, which takes about a second a GB.
     """
     path = folder / "adaptor.safetensors"
     tensors, meta = read_tensors(path), read_json(folder / "config.json")
