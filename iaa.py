@@ -169,13 +169,13 @@ class Adaptor(nn.Module):
 
         base: the SHA-256 of the frozen "llama" and "clip". settings: those of the training run.
         """
-        tensors = {name: tensor.to("cpu", dtype) for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "adaptor.safetensors")
+        path = folder / "adaptor.safetensors"
+        save_file({name: t.to("cpu", dtype) for name, t in self.state_dict().items()}, path)
         meta = {"adaptor": asdict(self.config), "base": base, "prompt": self.prompt,
                 "settings": settings}
         # `load_tensors` compares it: a damaged disk or copy must not change answers in silence.
-        sha256 = sha256_of(meta, sorted(tensors.items()))
-        write_json(folder / "config.json", meta | {"sha256": sha256})
+        meta["sha256"] = sha256_of(meta, sorted(read_tensors(path).items()))
+        write_json(folder / "config.json", meta)
 
 
 class IAA(nn.Module):

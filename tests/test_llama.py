@@ -205,7 +205,7 @@ def test_cache_misuse_raises():
 @pytest.mark.parametrize(("change", "message"), [
     ({"kv_heads": 4}, "heads = 6 must be a multiple of kv_heads = 4"),
     ({"head_size": 7}, "head_size = 7"),
-    ({"layers": 0}, "layers = 0: must be above 0, and finite"),
+    ({"layers": 0}, "layers = 0: must be a whole number, 1 or more"),
     ({"rope_theta": float("nan")}, "rope_theta = nan: must be above 0"),
     ({"norm_eps": float("inf")}, "norm_eps = inf: must be above 0, and finite"),
 ])
