@@ -18,9 +18,8 @@ GQA (arXiv 2305.13245).
 
 import functools
 import math
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +58,12 @@ class LlamaConfig:
     tied: bool = False  # the LM head is the embedding
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(LlamaConfig).items():
-            value = getattr(self, name)
-            if kind is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
-            if kind is float and not 0 < value < math.inf:  # NaN is refused too
-                raise ValueError(f"{name} = {value!r}: must be above 0, and finite")
+        for size in fields(self):
+            value = getattr(self, size.name)
+            if size.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{size.name} = {value!r}: must be a whole number, 1 or more")
+            if size.type is float and not 0 < value < math.inf:  # NaN is refused too
+                raise ValueError(f"{size.name} = {value!r}: must be above 0, and finite")
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "
                              f"{self.kv_heads}, and head_size = {self.head_size} an even number")
