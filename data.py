@@ -12,10 +12,12 @@ Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ UNSCORED = -100  # the index that torch's cross-entropy ignores by default
 MAX_SKIPPED = 100  # consecutive unusable rows; more of them mean a wrong root
 LINE = np.dtype([  # where a row is, in 24 bytes: millions of rows stay on disk
     ("file", np.int32), ("number", np.int32), ("start", np.int64), ("bytes", np.int64)])
+BLOCK, BLOCKS = 1 << 16, 256  # of a data file's fingerprint
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
@@ -130,6 +133,22 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
                 if not line.isspace():
                     yield file_number, number, start, len(line)
                 start += len(line)
+
+
+def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Path -> size and SHA-256 of each file: of all its bytes up to 16 MiB, else of 256 blocks.
+
+    The blocks are spread evenly from the first byte to the last, 64 KiB each.
+    """
+    found = {}
+    for path in paths:
+        size, digest = os.path.getsize(path), hashlib.sha256()
+        with open(path, "rb") as file:
+            for start in np.linspace(0, max(0, size - BLOCK), BLOCKS, dtype=int).tolist():
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+        found[str(path)] = f"{size} bytes, sha256 {digest.hexdigest()}"
+    return found
 
 
 @dataclass(eq=False)
@@ -285,11 +304,12 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
 
 
 def loader(
-    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0
+    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0, timeout_s: float = 0
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Workers end with the iterator. One that dies is a RuntimeError "DataLoader worker ...".
+    Workers end with the iterator, and ignore SIGTERM. One that dies, or gives nothing for
+    timeout_s (0: no limit), is a RuntimeError "DataLoader ...".
     """
     tokenizer = dataset.tokenizer
     try:
@@ -297,6 +317,8 @@ def loader(
             dataset, batch_sampler=batches, num_workers=workers,
             collate_fn=lambda items: collate(
                 items, tokenizer.pad_id, tokenizer.image_id, dataset.image_tokens),
+            timeout=timeout_s if workers else 0,
+            worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
             generator=torch.Generator(),  # else torch seeds workers from the global random state
             multiprocessing_context="fork" if workers else None)  # the lambda cannot be pickled
     except ValueError as error:  # a worker's holds its traceback: keep its end

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, JSON as typed values, frozen models, a command's end."""
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -149,6 +150,30 @@ def load_frozen(
         raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
     model.sha256, model.stored_dtype = sha256, stored
     return model.eval().requires_grad_(False)
+
+
+def check_frozen(kind: type[nn.Module], folder: str | Path) -> None:
+    """Raise ValueError where the frozen model in `folder` is not as convert_weights.py wrote it.
+
+    kind: Llama or Clip. The SHA-256 of all tensors is computed; memory holds one tensor at a time.
+    """
+    config, sha256 = read_frozen(kind.config_class, folder)
+    written = read_json(Path(folder, "config.json"))["config"]  # it is hashed, too
+    digest = hashlib.sha256(json.dumps(written).encode())
+    with torch.device("meta"):
+        names = kind(config).state_dict()
+    try:
+        files = [safe_open(file, "pt") for file in sorted(Path(folder).glob("model-*.safetensors"))]
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        for name in names:
+            tensor = file_of[name].get_slice(name)
+            digest.update(f"{name} {tensor.get_dtype()} {tensor.get_shape()}\n".encode())
+            digest.update(tensor[:].reshape(-1).view(torch.uint8).numpy().data)
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"{folder}: the weights do not have the SHA-256 of its config.json: a "
+                         "file has changed since the conversion; convert the model again")
 
 
 def parse_value(where: str, value, kind):
