@@ -48,13 +48,7 @@ from data import Batch, JsonlDataset, Sampler, fingerprint, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
 from tokenization.tokenizer import Tokenizer
-from training.checkpoint import (
-    check_settings,
-    list_checkpoints,
-    remove_checkpoints,
-    resume_state,
-    save_state,
-)
+from training import checkpoint
 from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
@@ -214,7 +208,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
                         config.reduce_fp32)
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
-    first = resume_state(folder, ranks, state, optimizer, settings)
+    first = checkpoint.resume_state(folder, ranks, state, optimizer, settings)
     size = count(adaptor.parameters())
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
@@ -248,7 +242,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         leave = ranks.sum(SIGTERM.is_set()) > 0  # all ranks in the same step
         # Not among steps that are skipped: their checkpoints would push out the last good ones.
         if finite and (leave or (step + 1) % stage.save_every == 0):
-            save_state(folder, ranks, state, optimizer, settings, step + 1)
+            checkpoint.save_state(folder, ranks, state, optimizer, settings, step + 1)
         if leave:
             ranks.print0(f"SIGTERM: {ranks.progress} is done; the same command goes on")
             sys.exit(128 + signal.SIGTERM)
@@ -306,7 +300,7 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
         now = settings_of(config, stage)
         ready.append(folder)
         if finished:  # with the same settings?
-            check_settings(folder.parent, finished_settings(folder), now)
+            checkpoint.check_settings(folder.parent, finished_settings(folder), now)
             continue
         if source is not None and source.is_dir():
             check_source(source, stage, now)
@@ -384,7 +378,8 @@ def train(config: Config, only: str | None) -> None:
                 took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
             if ranks.rank == 0:  # for a finished one too: a kill may have come between
                 write_index(config)
-                remove_checkpoints(list_checkpoints(folder))  # far larger than the adaptor
+                # They are far larger than the adaptor.
+                checkpoint.remove_checkpoints(checkpoint.list_checkpoints(folder))
             ranks.print0(f"stage {stage.name}: {took}")
 
 

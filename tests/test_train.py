@@ -396,7 +396,8 @@ def test_sigterm_finishes_the_step_and_saves(world, whole, tmp_path, ranks, save
     settings = [f"out={tmp_path}/run", "workers=1", f"stage.save_every={save_every}"]
     with processes(ranks, preempted, str(world / "config.toml"), settings) as (_, result):
         ends = dict(result(60) for _ in range(ranks))
-    assert ends.pop(0) == (143, ["SIGTERM: stage instruct, step 4 is done; the same command goes on"])
+    said = "SIGTERM: stage instruct, step 4 is done; the same command goes on"
+    assert ends.pop(0) == (143, [said])
     assert [*ends.values()] == [(143, [])] * (ranks - 1)
     assert [path.name for path in (tmp_path / "run" / "instruct").glob("step-*")] == ["step-000004"]
     if ranks == 1:  # two ranks add up in another order
