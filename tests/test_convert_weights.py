@@ -177,7 +177,7 @@ def check(folder: Path, reference: dict, config, tolerance: float = 0) -> str:
     torch.testing.assert_close(found, reference, rtol=0, atol=tolerance)
     digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {convert_weights.CODES[tensor.dtype]} {[*tensor.shape]}\n".encode())
+        digest.update(f"{name} {convert_weights.files.CODES[tensor.dtype]} {[*tensor.shape]}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     assert model.sha256 == digest.hexdigest()
     return model.sha256
