@@ -608,7 +608,7 @@ def test_check(tmp_path, tower, monkeypatch, capsys):
     convert(save_hf(tmp_path / "in", to_hf_clip(tower), HF_VISION, None), tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(tmp_path / "out"), "--check"])
     convert_weights.main()
-    assert "as it was converted, SHA-256 " in capsys.readouterr().out
+    assert "as it was converted, by its SHA-256" in capsys.readouterr().out
     weights, = (tmp_path / "out").glob("*.safetensors")
     settings, content = tmp_path / "out" / "config.json", bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -616,7 +616,7 @@ def test_check(tmp_path, tower, monkeypatch, capsys):
             settings, settings.read_bytes().replace(b'"norm_eps": 1e-05', b'"norm_eps": 1e-06'))):
         whole = path.read_bytes()
         path.write_bytes(changed)
-        with pytest.raises(SystemExit, match="out: changed since its conversion: its SHA-256 is"):
+        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256 of its config.json"):
             convert_weights.main()
         path.write_bytes(whole)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data import check_row
-from prepare_data.easy_vqa import COLOURS, easy_vqa, measure_shape
+from prepare_data.easy_vqa import COLOURS, FILL, easy_vqa, explain, is_right, measure_shape
 
 DRAWN = {  # number -> colour, shape, box with exclusive ends
     0: ("blue", "rectangle", [10, 20, 41, 31]),
@@ -49,7 +49,9 @@ def package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", DRAWN)
 def test_measured_as_drawn(number):
     """Colour, shape and box are those that were drawn."""
-    assert measure_shape(np.asarray(draw(*DRAWN[number]))) == DRAWN[number]
+    colour, shape, box = DRAWN[number]
+    measured, fill, around = measure_shape(np.asarray(draw(colour, shape, box)))
+    assert (measured, around) == (colour, box) and fill == pytest.approx(FILL[shape], abs=0.06)
 
 
 def test_rows_are_valid_and_the_same_twice(package, tmp_path):
@@ -66,14 +68,53 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert row["boxes"] == [[10, 20, 41, 31]] and row["conversations"][1]["value"] == box
     assert row["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
     caption = rows["train-captions"][0]["conversations"][1]["value"]
-    assert caption == "A blue rectangle in the middle of the picture."
+    assert caption == f"A blue rectangle at {box}."
     row = rows["train-questions"][0]
     assert len(row["conversations"]) == 4 and row["independent"]
 
 
 def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
-    """Where the answers contradict the pixels, the picture is left out and counted."""
+    """Where the pixels contradict the answers, the picture is left out and counted."""
     draw("red", "rectangle", [5, 5, 20, 20]).save(package.get_train_image_paths()[0])
     report = easy_vqa(tmp_path / "out")
-    assert report["train: dropped, the answers' colour is not the pixels'"] == 1
+    assert report["train: dropped, the pixels contradict the answers"] == 1
     assert report["train: questions written"] == 2
+
+
+@pytest.mark.parametrize(("question", "answer", "right", "taught"), [
+    ("what is the red shape?", "circle", True, "circle"),
+    ("what color is the circle?", "blue", False, "blue"),
+    ("is there a red shape?", "yes", True, "It is red, so yes."),
+    ("is there not a red shape?", "no", True, "It is red, so no."),
+    ("is no blue shape present?", "yes", True, "It is red, so yes."),
+    ("does the image contain a triangle?", "no", True, "It is a circle, so no."),
+    ("is a circle present?", "no", False, "It is a circle, so no."),
+])
+def test_answers_say_what_is_there(question, answer, right, taught):
+    """Of a red circle: whether the data set's answer is right, and the answer that is taught."""
+    assert is_right(question, answer, "red", "circle") is right
+    assert explain(question, answer, "red", "circle") == taught
+
+
+def test_answers_settle_the_shape(package, tmp_path):
+    """A shape that fills its box is a circle where an answer says that it is no rectangle."""
+    asked = [("is a rectangle present?", "no", 0), ("is no circle present?", "no", 0),
+             ("what is it?", "circle", 1), ("what is it?", "triangle", 2)]
+    package.get_train_questions = lambda: tuple(zip(*asked, strict=True))
+    easy_vqa(tmp_path / "out")
+    first = json.loads((tmp_path / "out/train-captions.jsonl").read_text().splitlines()[0])
+    assert first["conversations"][1]["value"] == "A blue circle at [0.16, 0.31, 0.64, 0.48]."
+
+
+def test_most_training_pictures_have_no_negated_question(package, tmp_path):
+    """Picture 2 has its negated question in the held-out rows; in training it has the other."""
+    asked = [("what is it?", shape, number) for number, (_, shape, _) in DRAWN.items()]
+    asked += [("is there not a triangle?", "no", 2)]
+    package.get_train_questions = package.get_test_questions = lambda: tuple(
+        zip(*asked, strict=True))
+    easy_vqa(tmp_path / "out")
+    last = {split: (tmp_path / f"out/{split}-questions.jsonl").read_text().splitlines()[2]
+            for split in ("train", "test")}
+    assert [turn["value"] for turn in json.loads(last["train"])["conversations"]] == [
+        "<image>\nwhat is it?", "triangle"]
+    assert len(json.loads(last["test"])["conversations"]) == 4
