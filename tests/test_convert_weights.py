@@ -383,6 +383,7 @@ def test_a_feature_layer_is_of_a_tower_that_has_it(tmp_path, tower, llama, token
     last = check(tmp_path / "last", tower, replace(TOWER, feature_layer=-1))
     assert last != check(tmp_path / "usual", tower, TOWER)
     refuse(folder, "feature_layer = -9", feature_layer=-9)
+    refuse(folder, "--template: the source has no tokenizer", template="llama3")
     folder = save_hf(tmp_path / "llama", rename(llama), HF_LLAMA, tokenizer_model)
     refuse(folder, "feature_layer: the source is no vision tower", feature_layer=-1)
 
@@ -640,6 +641,7 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
         assert "stopped; nothing is left in" in error(tmp_path / "in", tmp_path / "out")
     assert "there already" in error(tmp_path / "in", tmp_path / "odd")
     assert {path.name for path in tmp_path.iterdir()} == {"in", "odd"}
+    assert "OUT is needed" in error(tmp_path / "in")
     said = error(tmp_path / "nothing", tmp_path / "out")
     assert said == f"convert_weights.py: {tmp_path}/nothing: no such file or folder"
 

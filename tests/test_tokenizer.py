@@ -217,6 +217,8 @@ BOTH = [*LLAMA3, IMAGE, "<|im_start|>", "<|im_end|>"]
     # ChatML on Llama 3; an end that is a record; the end by its id alone
     (BOTH, {"chat_template": CHATML, "bos_token": "<|begin_of_text|>",
             "eos_token": {"content": "<|im_end|>"}}, {}, None, ("chatml", 256, (260, 263, 257))),
+    (BOTH, {"chat_template": "{{'<|im_start|>' + content + eos_token}}", "eos_token": "<|im_end|>"},
+     {}, None, ("chatml", 256, (260, 263, 257))),
     (BOTH, {"chat_template": [{"name": "default", "template": CHATML}], "add_bos_token": False},
      {"bos_token_id": 256}, None, ("chatml", None, (260, 263, 257))),
     # SmolLM2 states a mark of its template as the start
