@@ -110,8 +110,9 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
 
     def differing(was, now) -> list[str]:
         # A data file may be gone once its stage is finished, and older folders do not tell of it.
-        keys = {*was, *now} - {*FREE} - {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
-        pairs = {key: (was.get(key), now.get(key)) for key in sorted(keys)}
+        one_sided = {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
+        keys = sorted({*was, *now} - {*FREE} - one_sided)
+        pairs = {key: (was.get(key), now.get(key)) for key in keys}
         return [key for key, (a, b) in pairs.items()
                 if (differing(a, b) if isinstance(a, dict) and isinstance(b, dict) else a != b)]
 
