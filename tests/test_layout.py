@@ -75,10 +75,10 @@ def test_training_and_asking_take_few_files():
         path = todo.pop()
         seen.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
-                inner = ROOT / (node.module.replace(".", "/") + ".py")
-                if inner not in seen and node.module.split(".")[0] not in TOOLS:
-                    todo.append(inner)
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS - {*TOOLS}:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                inner = [ROOT / (name.replace(".", "/") + ".py") for name in names]
+                todo += [path for path in inner if path.is_file() and path not in seen]
     assert len(seen) <= 14, sorted(str(path.relative_to(ROOT)) for path in seen)
 
 
