@@ -62,7 +62,7 @@ class LlamaConfig:
             value = getattr(self, size.name)
             if size.type is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{size.name} = {value!r}: must be a whole number, 1 or more")
-            if size.type is float and not 0 < value < math.inf:  # NaN is refused too
+            if isinstance(value, float) and not 0 < value < math.inf:  # NaN is refused too
                 raise ValueError(f"{size.name} = {value!r}: must be above 0, and finite")
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "

@@ -32,10 +32,10 @@ from torch import Tensor
 from clip import open_image, preprocess
 from common.device import CHOICES, DTYPES, choose_device, choose_dtype
 from common.files import new_file, one_line
-from data import GROUNDING_PROMPT, Box, text_to_boxes
+from data import GROUNDING_PROMPT, TAG, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 from llama import attention_mask
-from tokenization.templates import IMAGE, render
+from tokenization.templates import render
 from tokenization.tokenizer import Stream, Tokenizer
 
 DRAWN_PX = 448  # a smaller picture is enlarged, so that lines do not cover it
@@ -197,12 +197,12 @@ class Chat:
         pixels = None
         if adaptor is not None and self.image is not None:
             pixels = preprocess(self.image, clip)[None].to(self.model.llama.device)
-        tag, shown = IMAGE.strip(), 0 if pixels is None else 1
-        if text.count(tag) > shown:
-            raise ValueError(f"{text.count(tag)} times {tag} in a question about {shown} pictures: "
+        shown = 0 if pixels is None else 1
+        if text.count(TAG) > shown:
+            raise ValueError(f"{text.count(TAG)} times {TAG} in a question about {shown} pictures: "
                              "leave it out; --image, or /image in a chat, shows a picture")
         # A tag is no text: the picture stands ahead of the first question, wherever its tag was.
-        turns = [(role, said.replace(tag, "")) for role, said in [*self.turns, ("user", text)]]
+        turns = [(role, said.replace(TAG, "")) for role, said in [*self.turns, ("user", text)]]
         ids, _ = render(self.tokenizer, turns, form["template"], form["system"],
                         shown * clip.patches)
         return ids, pixels

@@ -14,6 +14,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from clip import to_rgb
+from data import TAG
 from evaluation.answers import ask, picture_prompt, task_question
 from iaa import TEXT
 from sample import Chat
@@ -34,8 +35,8 @@ class PictureLM(lmms):
     def generate_until(self, requests: list) -> list[str]:
         """Greedy answers, cut ahead of the first of their stop texts. A request without a picture
         is a text-only question; of several pictures the model sees the first."""
-        questions = [task_question(
-            request.args[0], request.args[1],
+        questions = [task_question(  # tags: MMMU has one for each picture, also those not shown
+            request.args[0].replace(TAG, ""), request.args[1],
             self.chat.workflow if self.picture(request) else TEXT, request)
             for request in requests]
         prompt = partial(picture_prompt, open_picture=self.picture)
