@@ -156,10 +156,8 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     FileNotFoundError; ValueError if it is unreadable, or not of that size. Any other OSError: the
     disk or the memory failed, and the picture may be sound.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
     if not os.path.isfile(path):  # a pipe would block whoever reads it
-        raise ValueError(f"{path}: not a readable picture (no regular file)")
+        raise FileNotFoundError(f"{path}: no such file, or no regular one")
     content = Path(path).read_bytes()  # here, so that below no error is the disk's
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:

@@ -41,8 +41,7 @@ TAG = IMAGE.strip()
 READ = {"id", "source", "split", "workflow", "conversations"}  # keys that hold no picture
 PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a key that holds one
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)
-# How the system says that a name leads to no file; any other error is the disk's.
-NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # else the disk failed
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
@@ -138,9 +137,8 @@ def encode_row(
 
 def path_below(root: Path, name: str) -> Path:
     """The picture `name` of a row, below `root`. RowError where it is elsewhere or missing."""
-    path = root / name
-    inside = Path(os.path.realpath(path))  # resolves links and ".."
-    if not inside.is_relative_to(os.path.realpath(root)):
+    path, real = root / name, os.path.realpath  # the latter resolves links and ".."
+    if not Path(real(path)).is_relative_to(real(root)):
         raise RowError(f"image {name!r} is not below {root}")
     try:
         regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would block whoever reads it
