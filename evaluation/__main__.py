@@ -7,7 +7,7 @@
     python -m evaluation mme DATA --model runs/iaa8
     python -m evaluation lmms mmbench_en_dev_static mmmu_val --model runs/iaa8
     python -m evaluation lm mmlu c-eval bbh humaneval math --model runs/iaa8
-    torchrun --nproc_per_node 8 -m evaluation mme ...                 8 ranks; all but `lm`
+    torchrun --nproc_per_node 8 -m evaluation mme ...                 8 ranks
 
 Answers and scores go to `eval/WHAT/` in the model's folder. docs/evaluation.md explains the rest.
 """
@@ -16,6 +16,7 @@ import argparse
 import importlib
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch.distributed as dist
 
@@ -30,34 +31,41 @@ BENCHMARKS = {"easy-vqa": easy_vqa, "refcoco": refcoco, "mme": mme}
 PATIENCE_S = 7200  # rank 0 waits so long for the slowest rank
 
 
-def load(args: argparse.Namespace, workflows: list[str] | None, ranks: Ranks, **settings) -> Chat:
-    """The model with these workflows, None: all. One of several ranks takes its own GPU."""
-    device = str(ranks.device) if ranks.world > 1 else args.device
-    return Chat.load(args.model, args.dtype, device, args.quantize, workflows, **settings)
+def load(args: argparse.Namespace, workflows: list[str] | None, **settings) -> Chat:
+    """The model with these workflows, None: all."""
+    return Chat.load(args.model, args.dtype, args.device, args.quantize, workflows, **settings)
 
 
 def answer(args: argparse.Namespace, questions: list[Question], ranks: Ranks) -> list[Record]:
-    """A record for each question that the model has an adaptor for; a rank asks its share."""
+    """A record for each question that is answered; a rank asks its share.
+
+    Left out are questions that the model has no adaptor for, and those that `ask` skips.
+    """
     there = Index.read(args.model).adaptors
     asked = [question for question in questions if question.workflow in there]
     workflows = dict.fromkeys(question.workflow for question in asked or questions)
-    chat = load(args, [*workflows], ranks)  # raises where there is none of them
-    said = answers.ask(chat, asked[ranks.rank :: ranks.world], args.batch)
+    chat = load(args, [*workflows])  # raises where there is none of them
+    parts = [answers.ask(chat, asked[ranks.rank :: ranks.world], args.batch)]
     if ranks.world > 1:
-        parts = [None] * ranks.world
-        dist.all_gather_object(parts, said)
-        said = [""] * len(asked)
-        for rank, part in enumerate(parts):
-            said[rank :: ranks.world] = part
-    return [{"key": q.key, "image": q.image, **q.facts, "prompt": q.text, "answer": text}
-            for q, text in zip(asked, said, strict=True)]
+        parts, own = [None] * ranks.world, parts[0]
+        dist.all_gather_object(parts, own)
+    said = [None] * len(asked)
+    for rank, part in enumerate(parts):
+        said[rank :: ranks.world] = part
+    return [{"key": q.key, "image": q.image, **q.facts, "prompt": q.text, "answer": text.strip()}
+            for q, text in zip(asked, said, strict=True) if text is not None]
+
+
+def read_questions(args: argparse.Namespace, benchmark: ModuleType) -> list[Question]:
+    """Those of all the files or folders, or some of them by --limit."""
+    questions = [q for path in args.data for q in benchmark.read(Path(path), args.images)]
+    return answers.sample_questions(questions, args.limit)
 
 
 def run_benchmark(args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask all questions on all ranks, then score them on rank 0."""
     benchmark = BENCHMARKS[args.what]
-    questions = [q for path in args.data for q in benchmark.read(Path(path), args.images)]
-    records = answer(args, answers.sample_questions(questions, args.limit), ranks)
+    records = answer(args, read_questions(args, benchmark), ranks)
     if ranks.rank == 0:
         table = benchmark.score(records)
         answers.report(args.model / "eval" / args.what, args.what, records, table)
@@ -66,7 +74,7 @@ def run_benchmark(args: argparse.Namespace, ranks: Ranks) -> None:
 def run_sheet(args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask some held-out questions of the demo and draw them with their answers."""
     path = args.model / "answers.png"
-    records = answer(args, sheet.choose(easy_vqa.read(Path(args.data[0]))), ranks)
+    records = answer(args, sheet.choose(read_questions(args, easy_vqa)), ranks)
     if ranks.rank == 0:
         sheet.draw(records, path)
         print(path)
@@ -74,11 +82,12 @@ def run_sheet(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def run_text_retention(args: argparse.Namespace, ranks: Ranks) -> None:
     """Compare each workflow, without pictures, with the LLM loaded afresh."""
-    texts = [Path(path).read_text(encoding="utf-8") for path in args.data]
+    texts = [answers.read_text(Path(path)) for path in args.data]
     only = [args.workflow] if args.workflow else None
-    chat, base = load(args, only, ranks), load(args, [TEXT], ranks)
+    chat, base = load(args, only), load(args, [TEXT])
     table = text_retention.compare(chat.model, base.model, chat.tokenizer,
-                                   only or [TEXT, *chat.model.adaptors], texts, args.limit or 16)
+                                   only or [TEXT, *chat.model.adaptors], texts, args.limit or 16,
+                                   args.batch)
     answers.print_table("text", table, ".4g")
     if TEXT in table:
         row = table[TEXT]
@@ -99,7 +108,7 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
         if harness.TASKS.get(name, [name])[0] not in manager.all_tasks:
             raise ValueError(f"no task or group {name!r} in {args.include or args.what + '-eval'}")
     workflow = args.workflow or {"lm": TEXT, "lmms": "mm"}[args.what]
-    chat = load(args, [workflow], ranks, chosen=workflow)
+    chat = load(args, [workflow], chosen=workflow)
     for name in args.data:
         found = harness.evaluate(chat, name, manager, args)
         if ranks.rank == 0:
@@ -117,10 +126,12 @@ def figures(results: dict[str, dict]) -> Table:
 
 COMMANDS = {"text-retention": run_text_retention, "sheet": run_sheet, "lm": run_harness,
             "lmms": run_harness, **dict.fromkeys(BENCHMARKS, run_benchmark)}
+TAKEN_BY = {"images": ["refcoco"], "workflow": ["text-retention", "lm", "lmms"],
+            "include": ["lm", "lmms"], "allow_code_execution": ["lm"]}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises ValueError for a --limit or --batch below 1."""
+    """The command line. ValueError for a number below 1, or an option that WHAT does not take."""
     parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -143,6 +154,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch < 1 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--batch {args.batch}, --limit {args.limit}: must be 1 or more")
+    for option, commands in TAKEN_BY.items():
+        if getattr(args, option) and args.what not in commands:
+            raise ValueError(f"--{option.replace('_', '-')} is for {', '.join(commands)}, "
+                             f"not for {args.what}")
     return args
 
 
@@ -151,6 +166,10 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
     with Ranks(PATIENCE_S, "gloo") as ranks:
+        if ranks.world > 1 and (args.device or args.what in ("text-retention", "lm")):
+            raise ValueError("text-retention, lm and --device are for one process: no torchrun")
+        if ranks.world > 1:
+            args.device = str(ranks.device)
         COMMANDS[args.what](args, ranks)
 
 

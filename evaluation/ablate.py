@@ -22,6 +22,7 @@ from statistics import mean, stdev
 
 from common.files import one_line, read_json, write_text
 from training.config import Config, read_config
+from training.log import read_log
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUDGET = str(CONFIGS / "ablate.toml")
@@ -62,10 +63,9 @@ def run(*command: str) -> None:
 def result(config: Config) -> tuple[float, float, float]:
     """Of a finished run: right answers in percent, the held-out loss, minutes of training."""
     folder = Path(config.out)
-    log = [json.loads(line) for stage in config.stage
-           for line in (folder / stage.name / "log.jsonl").read_text().splitlines()]
+    log = [row for stage in config.stage for row in read_log(folder / stage.name / "log.jsonl")]
     right = read_json(folder / "eval/easy-vqa/scores.json")["right, %"]["all"]
-    return right, log[-1]["held_out"], sum(line["seconds"] for line in log) / 60
+    return right, log[-1]["held_out"], sum(row["seconds"] for row in log) / 60
 
 
 def table(variants: dict[str, tuple[str, list[str]]], results: dict[str, list[tuple]]) -> str:

@@ -9,19 +9,20 @@ import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from clip import open_image
 from common.files import write_json, write_text
+from data import RowError
 from sample import Chat, generate
 
 Record = dict  # a line of answers.jsonl: "key", "image", the question's facts, "prompt", "answer"
 Table = dict[str, dict[str, float | str]]  # name of a row -> name of a column -> value
+Prompt = tuple[list[int], torch.Tensor | None]  # token ids; pixels of a picture, (1, 3, S, S)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Question:
     max_tokens: int  # of its answer
     workflow: str = "mm"
     facts: dict = field(default_factory=dict)  # what the scorer must know, kept with the answer
+    until: Sequence[str] = ()  # texts that end the answer
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. ValueError names one that is not."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
 
 
 def read_lines(path: Path, make: Callable[[dict, int], Iterable]) -> list:
@@ -59,78 +69,82 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
     """
     if limit is None:
         return questions
-    by_picture: dict[tuple, list[Question]] = {}
+    by_picture, taken = defaultdict(list), defaultdict(list)
     for question in questions:
-        by_picture.setdefault((question.workflow, question.image), []).append(question)
+        by_picture[question.workflow, question.image].append(question)
     pictures = list(by_picture)
     random.Random(0).shuffle(pictures)
-    taken: dict[str, list[Question]] = {}
     for workflow, image in pictures:
-        some = taken.setdefault(workflow, [])
-        if len(some) < limit:
-            some += by_picture[workflow, image]
+        if len(taken[workflow]) < limit:
+            taken[workflow] += by_picture[workflow, image]
     return [question for some in taken.values() for question in some]
 
 
-def answer_batch(
-    chat: Chat, asked: list[tuple[str, Image.Image | None]], workflow: str, max_tokens: int
-) -> list[str]:
-    """Greedy answers to (question, picture or None) pairs, each as if it were asked alone."""
-    prompts, pixels = zip(*(replace(chat, chosen=workflow, image=picture).prompt(text)
-                            for text, picture in asked), strict=True)
-    shown = [picture for picture in pixels if picture is not None]  # (1, 3, S, S) each
-    images = torch.cat(shown) if shown else None  # (N, 3, S, S)
+def picture_prompt(chat: Chat, question: Question, open_picture=open_image) -> Prompt:
+    """The question alone, with its picture. RowError where its box is for another size of it."""
+    picture, facts = open_picture(question.image), question.facts
+    if "box" in facts and picture.size != (facts["width"], facts["height"]):
+        raise RowError(f"{question.image} has {picture.width} x {picture.height} pixels, but the "
+                       f"box is for {facts['width']} x {facts['height']}")
+    return replace(chat, chosen=question.workflow, image=picture).prompt(question.text)
+
+
+def answer_batch(chat: Chat, prompts: list[Prompt], workflow: str, max_tokens: int) -> list[str]:
+    """A greedy answer to each prompt, as if it were the only one."""
+    shown = [pixels for _, pixels in prompts if pixels is not None]
     answers = generate(
-        chat.model, list(prompts), images, workflow, max_tokens, chat.tokenizer.stop_ids)
-    return [chat.tokenizer.decode(ids).strip() for ids in answers]
+        chat.model, [ids for ids, _ in prompts], torch.cat(shown) if shown else None, workflow,
+        max_tokens, chat.tokenizer.stop_ids)
+    return [chat.tokenizer.decode(ids) for ids in answers]
 
 
 def ask(
-    chat: Chat,
-    questions: list[Question],
-    batch: int,
-    open_picture: Callable[[Path | None], Image.Image | None] = open_image,  # a question's `image`
-) -> list[str]:
+    chat: Chat, questions: list[Question], batch: int,
+    make_prompt: Callable[[Chat, Question], Prompt] = picture_prompt,
+) -> list[str | None]:
     """The answer to each question, in their order; stderr shows how many there are so far.
 
-    A batch holds questions of similar length: little of it is padding. Long ones come first: what
-    needs too much memory fails at once.
+    Where `make_prompt` raises RowError the answer is None, and stderr says why. A batch holds
+    questions of similar length: little of it is padding. Long ones come first: what needs too much
+    memory fails at once.
     """
-    answers, done, groups = [""] * len(questions), 0, defaultdict(list)
+    answers, done, groups = [None] * len(questions), 0, defaultdict(list)
     for number, question in enumerate(questions):
         groups[question.workflow, question.max_tokens].append(number)
     for (workflow, max_tokens), numbers in groups.items():
         numbers.sort(key=lambda n: -len(questions[n].text))
         for first in range(0, len(numbers), batch):
-            some = numbers[first : first + batch]
-            asked = [(questions[n].text, open_picture(questions[n].image)) for n in some]
-            said = answer_batch(chat, asked, workflow, max_tokens)
-            for n, answer in zip(some, said, strict=True):
+            prompts = {}
+            for n in numbers[first : first + batch]:
+                try:
+                    prompts[n] = make_prompt(chat, questions[n])
+                except RowError as error:
+                    print(f"\rskipped {questions[n].key}: {error}", file=sys.stderr)
+            if not prompts:
+                continue
+            said = answer_batch(chat, list(prompts.values()), workflow, max_tokens)
+            for n, answer in zip(prompts, said, strict=True):
+                for stop in filter(None, questions[n].until):
+                    answer = answer.split(stop)[0]
                 answers[n] = answer
-            done += len(some)
+            done += len(prompts)
             print(f"\r{done} of {len(questions)} questions answered", end="", file=sys.stderr,
                   flush=True)
     print(file=sys.stderr)
     return answers
 
 
-def settings_of_task(settings: dict) -> tuple[int, list[str]]:
-    """The length of an answer and the stop texts that a task of lm-eval or lmms-eval asks for.
+def task_question(text: str, settings: dict, workflow: str, image=None) -> Question:
+    """The question of a request of lm-eval or lmms-eval. ValueError where it wants sampling.
 
-    Raises ValueError where the task wants sampling.
+    image: what the `make_prompt` of `ask` opens.
     """
     if settings.get("do_sample") and settings.get("temperature", 1) != 0:
         raise ValueError("a task wants sampling: only greedy answers are supported")
     until = settings.get("until") or []
     length = settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256
-    return length, [until] if isinstance(until, str) else until
-
-
-def cut(answer: str, until: Iterable[str]) -> str:
-    """The answer ahead of the first of the stop texts in it."""
-    for stop in filter(None, until):
-        answer = answer.split(stop)[0]
-    return answer
+    return Question("", text, image, length, workflow,
+                    until=[until] if isinstance(until, str) else until)
 
 
 def percent(flags: Iterable[bool]) -> float:

@@ -43,18 +43,18 @@ def read(data: Path, images: Path | None = None) -> list[Question]:
     # Rare ones come first here: of each kind the commonest is what stays.
     commonest = {answer_kind(answer): answer for answer, _ in reversed(counts.most_common())}
 
-    def make(row: dict, _: int) -> list[Question]:
-        image, workflow, questions = path_below(data, row["image"]), row["workflow"], []
+    def make(row: dict, workflow: str) -> list[Question]:
+        facts = {} if workflow == "mm" else {
+            "box": row["boxes"][0], "width": row["width"], "height": row["height"]}
+        image, questions = path_below(data, row["image"]), []
         for place, (text, answer) in enumerate(pairs(row), 1):
-            facts = {"expected": answer, "commonest": commonest.get(answer_kind(answer), "")}
-            if "boxes" in row:
-                facts |= {"box": row["boxes"][0], "width": row["width"], "height": row["height"]}
-            questions.append(Question(f"{row['id']}/{place}", text, image,
-                                      MAX_TOKENS[workflow], workflow, facts))
+            facts |= {"expected": answer, "commonest": commonest.get(answer_kind(answer), "")}
+            questions.append(Question(f"{row['id']}/{place}", text, image, MAX_TOKENS[workflow],
+                                      workflow, dict(facts)))
         return questions
 
-    return [question for split in ("questions", "boxes")
-            for question in read_lines(data / f"test-{split}.jsonl", make)]
+    return [*read_lines(data / "test-questions.jsonl", lambda row, _: make(row, "mm")),
+            *read_lines(data / "test-boxes.jsonl", lambda row, _: make(row, "grounding"))]
 
 
 def is_right(record: Record) -> bool:

@@ -11,11 +11,10 @@ import re
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
 
-from evaluation.answers import cut, settings_of_task
-from sample import Chat, generate
+from evaluation.answers import Prompt, Question, ask, task_question
+from sample import Chat
 from tokenization.templates import template_of
 
 TASKS = {  # the paper's name -> lm-eval's task and its number of examples
@@ -34,10 +33,9 @@ class WorkflowLM(TemplateLM):
 
     def __init__(self, chat: Chat, batch: int):
         super().__init__()
+        self.chat, self.batch = chat, batch
         self.model, self.words, self.workflow = chat.model, chat.tokenizer, chat.workflow
-        self.batch, self.context = batch, chat.model.llama.config.context
-
-    # -------- text
+        self.context = chat.model.llama.config.context
 
     @property
     def eot_token_id(self) -> int:
@@ -72,8 +70,6 @@ class WorkflowLM(TemplateLM):
                 text += content + form.end + form.between_turns
         return text
 
-    # -------- likelihoods
-
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         """(log-probability of a continuation, whether it is the greedy one) for each request.
@@ -99,19 +95,14 @@ class WorkflowLM(TemplateLM):
         """Not supported: raises ValueError."""
         raise ValueError("a task wants the likelihood of whole texts: use text-retention")
 
-    # -------- answers
-
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, cut ahead of the first of their stop texts."""
-        results = []
-        collator = Collator([request.args for request in requests], lambda args: -len(args[0]),
-                            lambda args: args[1], "gen_kwargs")
-        for batch in collator.get_batched(self.batch):
-            new, until = settings_of_task(batch[0][1])
-            prompts = [self.tok_encode(text)[new - self.context :] for text, _ in batch]
-            said = generate(self.model, prompts, None, self.workflow, new, self.words.stop_ids)
-            results += [cut(self.words.decode(ids), until) for ids in said]
-        return collator.get_original(results)
+
+        def prompt(_: Chat, question: Question) -> Prompt:  # a long one keeps its end
+            return self.tok_encode(question.text)[question.max_tokens - self.context :], None
+
+        questions = [task_question(*request.args, self.workflow) for request in requests]
+        return ask(self.chat, questions, self.batch, prompt)
 
 
 def evaluate(chat: Chat, name: str, manager: TaskManager, args: argparse.Namespace) -> dict:

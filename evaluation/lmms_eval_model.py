@@ -5,6 +5,7 @@ scorers, and downloads their data.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from lmms_eval.api.model import lmms
@@ -12,7 +13,8 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from PIL import Image
 
-from evaluation.answers import Question, ask, cut, settings_of_task
+from clip import to_rgb
+from evaluation.answers import ask, picture_prompt, task_question
 from iaa import TEXT
 from sample import Chat
 
@@ -32,21 +34,20 @@ class PictureLM(lmms):
     def generate_until(self, requests: list) -> list[str]:
         """Greedy answers, cut ahead of the first of their stop texts. A request without a picture
         is a text-only question; of several pictures the model sees the first."""
-        questions, stops = [], []
-        for request in requests:
-            length, until = settings_of_task(request.args[1])
-            workflow = self.chat.workflow if self.picture(request) else TEXT
-            questions.append(Question("", request.args[0], request, length, workflow))
-            stops.append(until)
-        answers = ask(self.chat, questions, self.batch, self.picture)
-        return [cut(answer, until).strip() for answer, until in zip(answers, stops, strict=True)]
+        questions = [task_question(
+            request.args[0], request.args[1],
+            self.chat.workflow if self.picture(request) else TEXT, request)
+            for request in requests]
+        prompt = partial(picture_prompt, open_picture=self.picture)
+        answers = ask(self.chat, questions, self.batch, prompt)
+        return [answer.strip() for answer in answers]
 
     def picture(self, request) -> Image.Image | None:
         """The first picture of a request, None where it has none."""
         _, _, doc_to_visual, number, task, split = request.args
         pictures = doc_to_visual(self.task_dict[task][split][number]) or ()
         found = (picture for picture in pictures if isinstance(picture, Image.Image))
-        return next((picture.convert("RGB") for picture in found), None)
+        return next(map(to_rgb, found), None)
 
     def loglikelihood(self, requests: list) -> list:
         """Not supported, nor are several rounds: raises ValueError."""

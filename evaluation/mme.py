@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import ONE_WORD
-from evaluation.answers import Question, Record, Table, percent
+from evaluation.answers import Question, Record, Table, percent, read_text
 
 MAX_TOKENS = 128  # of an answer
 YES_NO = " Please answer yes or no."
@@ -22,7 +22,7 @@ def read(data: Path, images: Path | None = None) -> list[Question]:
     root = next((folder.parent for folder in data.rglob("existence")), data)
     questions = []
     for subtask in (*PERCEPTION, *COGNITION):  # texts and pictures in two folders, or in one
-        files = list((root / subtask).rglob("*.*"))
+        files = list((root / subtask).rglob("[!.]*.*"))  # a Mac adds ._NAME
         texts = {path.stem: path for path in files if path.suffix == ".txt"}
         pictures = {path.stem: path for path in files if path.suffix in (".jpg", ".png")}
         alone = sorted(texts.keys() ^ pictures.keys())
@@ -40,7 +40,7 @@ def read(data: Path, images: Path | None = None) -> list[Question]:
 
 def read_pair(path: Path) -> list[list[str]]:
     """The two lines `question<TAB>Yes|No` about a picture."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(path).splitlines()
     pairs = [line.strip().split("\t") for line in lines if line.strip()]
     if [len(pair) for pair in pairs] != [2, 2] or not all(a in ("Yes", "No") for _, a in pairs):
         raise ValueError(f"{path}: not two lines of a question, a tab, and Yes or No")

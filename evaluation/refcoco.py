@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from data import GROUNDING_PROMPT, iou, padded_square, path_below
+from data import GROUNDING_PROMPT, check_row, iou, padded_square, path_below
 from evaluation.answers import Question, Record, Table, percent, read_lines
 from tokenization.templates import IMAGE
 
@@ -21,7 +21,7 @@ def read(data: Path, images: Path | None) -> list[Question]:
     """The expressions of a JSONL file, or of all in a folder; images: the root of the pictures."""
     if images is None:
         raise ValueError("refcoco: --images FOLDER is needed, the root of the pictures")
-    files = sorted(data.glob("*.jsonl")) if data.is_dir() else [data]
+    files = sorted(data.glob("[!.]*.jsonl")) if data.is_dir() else [data]
     if not files:
         raise FileNotFoundError(f"{data}: no *.jsonl in it")
     return [question for path in files for question in read_lines(
@@ -39,6 +39,7 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Question:
         key, picture = f"{name}/{split}/{row.get('sent_id', number)}", row["img_path"]
         text, box = GROUNDING_PROMPT.format(row["expression"]), row["bbox"]
     else:
+        check_row(row)
         name, split, key, picture = (row[field] for field in ("source", "split", "id", "image"))
         text = row["conversations"][0]["value"].removeprefix(IMAGE).strip().removesuffix(".")
         box, = row["boxes"]

@@ -17,7 +17,6 @@ from sample import generate
 from tokenization.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens read at once
-BATCH = 16  # continuations at once
 PROMPT, ANSWER = 32, 32  # tokens of a window that are continued, and tokens of the continuation
 
 
@@ -39,6 +38,7 @@ def compare(
     workflows: list[str],
     texts: list[str],
     answers: int,  # windows whose first tokens are continued, at most
+    batch: int,  # of them at once
 ) -> Table:
     """A row for the base and a row for each workflow, without pictures.
 
@@ -68,8 +68,8 @@ def compare(
              for name in asked}
     prompts = [ids[:PROMPT] for ids in pieces if len(ids) >= PROMPT][:answers]
     if prompts:
-        said = {name: [ids for i in range(0, len(prompts), BATCH) for ids in generate(
-                    iaa, prompts[i : i + BATCH], None, workflow, ANSWER)]
+        said = {name: [ids for i in range(0, len(prompts), batch) for ids in generate(
+                    iaa, prompts[i : i + batch], None, workflow, ANSWER)]
                 for name, (iaa, workflow) in asked.items()}
         for name, row in table.items():
             equal = percent(a == b for a, b in zip(said[name], said["base"], strict=True))

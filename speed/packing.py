@@ -9,9 +9,6 @@
 Letters: B batch, T tokens.
 """
 
-import timeit
-from functools import cache, partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,33 +42,6 @@ class PackedLinear(nn.Module):
         return onednn_linear(x, self.weight)
 
 
-def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x (T, inputs) times an int8 weight (outputs, inputs) with bf16 scales (outputs,).
-
-    torch's kernel is vectorised for bf16 activations alone, on processors without bf16 too.
-    """
-    return torch._weight_int8pack_mm(x.bfloat16(), weight, scale).to(x.dtype)
-
-
-def dequantised(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The same by a product in x's dtype, which is the faster way for many tokens."""
-    linear = onednn_linear if onednn_computes(x.dtype, x.device) else F.linear
-    return linear(x, weight.to(x.dtype)).mul_(scale.to(x.dtype))
-
-
-@cache
-def kernel_is_faster(dtype: torch.dtype) -> bool:
-    """Whether one token goes faster through `int8_kernel` on this CPU: both ways are timed once.
-
-    Some processors have the kernel as a scalar loop alone.
-    """
-    x = torch.ones(1, 1024, dtype=dtype)
-    weight, scale = torch.ones(1024, 1024, dtype=torch.int8), torch.ones(1024, dtype=torch.bfloat16)
-    kernel, product = (min(timeit.repeat(partial(way, x, weight, scale), number=1, repeat=10))
-                       for way in (int8_kernel, dequantised))
-    return kernel < product
-
-
 class Int8Linear(nn.Module):
     """A `Linear` without bias as int8 weights with a scale for each output.
 
@@ -87,13 +57,18 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", values.to(torch.int8))
         self.register_buffer("scale", scale)
         aligned = weight.shape[0] % 16 == weight.shape[1] % 32 == 0  # else the kernel reads beyond
-        self.kernel = aligned and weight.device.type == "cpu" and kernel_is_faster(weight.dtype)
+        self.has_kernel = aligned and weight.device.type == "cpu"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype."""
         rows = x.flatten(0, -2)  # (B T, inputs)
-        multiply = int8_kernel if self.kernel and len(rows) <= FEW else dequantised
-        return multiply(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
+        if self.has_kernel and len(rows) <= FEW:
+            # It is vectorised for bf16 activations alone, on processors without bf16 too.
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
+        else:
+            linear = onednn_linear if onednn_computes(x.dtype, x.device) else F.linear
+            y = linear(rows, self.weight.to(x.dtype)).mul_(self.scale.to(x.dtype))
+        return y.unflatten(0, x.shape[:-1])
 
 
 def pack(model: nn.Module, int8: bool = False) -> None:

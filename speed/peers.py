@@ -1,7 +1,8 @@
 """The models that speed/bench.py compares ours with, each an optional package.
 
-`transformers`: its own Llama with the weights of ours, and an IAA model of its layers, as a user of
-transformers would write one. llama.cpp, through the wheel xllamacpp: a GGUF file as it is.
+`transformers`: its own Llama of the size of ours, and an IAA model of its layers, as a user of
+transformers would write one. Weights are random: the time does not depend on their values.
+llama.cpp, through the wheel xllamacpp: a GGUF file as it is.
 
 Letters: B batch, T tokens, D width, V vocabulary.
 """
@@ -16,31 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conversion.tensor_tables import HF_LLAMA, expand
 from iaa import IAA
-from llama import Llama, LlamaConfig
+from llama import Llama
 
 Work = Callable[[], tuple[float, ...]]  # measures once; returns the seconds of each figure
 
 
-def split_weights(state: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """Our state dict of a Llama under transformers' names, with q, k, v and gate, up apart."""
-    qkv = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
-    found = {}
-    for table_row in HF_LLAMA:
-        for ours, theirs, _ in expand(table_row, config.layers):
-            weight = state.get(ours, state["embedding.weight"])  # a tied head is the embedding
-            names = theirs.split()
-            sizes = qkv if len(names) == len(qkv) else len(weight) // len(names)
-            found |= zip(names, weight.split(sizes), strict=True)
-    return found
-
-
 def transformers_llama(llama: Llama) -> nn.Module:
-    """`LlamaForCausalLM` with the weights of our Llama, frozen, in its dtype.
-
-    Llama 3.1's rotary scaling is left out: it changes logits and no time.
-    """
+    """`LlamaForCausalLM` of the size of our Llama, frozen, in its dtype."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = llama.config
@@ -53,7 +37,6 @@ def transformers_llama(llama: Llama) -> nn.Module:
     )
     with llama.device:
         peer = LlamaForCausalLM(config).to(llama.dtype)
-    peer.load_state_dict(split_weights(llama.state_dict(), c))
     return peer.eval().requires_grad_(False)
 
 

@@ -57,8 +57,9 @@ def test_runs_and_table(monkeypatch, tmp_path):
             out = [word for word in command if word.startswith("out=")][-1].removeprefix("out=")
             for stage in ("pretrain_projector", "pretrain_adaptor", "instruct"):
                 Path(out, stage).mkdir(parents=True)
-                (Path(out, stage) / "log.jsonl").write_text(
-                    json.dumps({"seconds": 60, "held_out": 0.25 + 0.5 * (out[-1] == "1")}) + "\n")
+                row = {"step": 0, "loss": 1.0, "lr": 0.1, "flops": 1, "seconds": 60,
+                       "held_out": 0.25 + 0.5 * (out[-1] == "1")}
+                (Path(out, stage) / "log.jsonl").write_text(json.dumps(row) + "\n")
         else:
             folder = Path(command[command.index("--model") + 1], "eval", "easy-vqa")
             folder.mkdir(parents=True)

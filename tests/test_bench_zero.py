@@ -16,7 +16,7 @@ def one_turn(options: list[str]) -> list[tuple]:
 
 
 def test_all_variants_compute_the_same_loss(tmp_path, write_base):
-    """ZeRO's stages, DDP and FSDP2 on 2 ranks: losses of two steps alike."""
+    """ZeRO's sharded stages, DDP and FSDP2 on 2 ranks: losses of two steps alike."""
     write_base(tmp_path / "llm", Llama(LLAMA))
     write_base(tmp_path / "vision", Clip(CLIP))
     options = ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision"),

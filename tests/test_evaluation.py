@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from common.files import load_frozen
 from data import GROUNDING_PROMPT
 from evaluation import __main__ as evaluation
 from evaluation import easy_vqa, mme, refcoco, sheet
-from evaluation.answers import Question, answer_batch, ask, print_table, sample_questions
+from evaluation.answers import Question, ask, print_table, sample_questions
 from evaluation.text_retention import compare, windows
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama
@@ -61,11 +62,22 @@ def test_answers_of_a_batch_are_those_asked_alone(tmp_path, tiny_run):
         pixels = preprocess(Image.open(question.image), iaa.clip.config)[None]
         answer, = generate(iaa, [ids], pixels, question.workflow, question.max_tokens,
                            tokenizer.stop_ids)
-        assert said == tokenizer.decode(answer).strip()
+        assert said == tokenizer.decode(answer)
     assert len(set(got)) > 3  # they differ: a mix-up would show
-    ids, _ = render(tokenizer, [("user", "hi")])
-    answer, = generate(iaa, [ids], max_tokens=5)
-    assert answer_batch(chat, [("hi", None)], "text", 5) == [tokenizer.decode(answer).strip()]
+
+
+def test_a_box_for_a_picture_of_another_size(tmp_path, tiny_run, capsys):
+    """The question is skipped and said; the others of its batch are asked."""
+    tiny_run(tmp_path / "run")
+    path = picture(tmp_path / "a.png")
+    questions = [Question(f"box/{height}", "where?", path, 3, "grounding",
+                          {"box": [0, 0, 9, 9], "width": 40, "height": height})
+                 for height in (30, 20, 31)]  # in two batches: one of both kinds, one of a bad one
+    first, asked, last = ask(Chat.load(tmp_path / "run", "fp32"), questions, 2)
+    assert asked and first is last is None
+    told = capsys.readouterr().err.split("\r")
+    assert told[1] == f"skipped box/30: {path} has 40 x 20 pixels, but the box is for 40 x 30\n"
+    assert told[2] == "1 of 3 questions answered" and told[3].startswith("skipped box/31: ")
 
 
 def test_a_limit_takes_whole_pictures(tmp_path):
@@ -99,6 +111,7 @@ def mme_folder(tmp_path):
         texts.mkdir(parents=True)
         pictures.mkdir(exist_ok=True)
         picture(pictures / "0001.jpg")
+        (texts / "._0001.txt").write_bytes(b"\0\xff")  # as a Mac leaves beside a file
         (texts / "0001.txt").write_text(
             "Is it a café?  Please answer yes or no.\tYes\r\n"
             "Is it a hat? Please answer yes or no.\tNo\n\n", encoding="utf-8")
@@ -119,6 +132,7 @@ def test_mme_questions(mme_folder):
     (lambda root: (root / "count/0001.jpg").unlink(), "in count, picture or text of 0001 is"),
     (lambda root: (root / "count/0001.txt").write_text("Is it?\tYes\n"), "0001.txt: not two lines"),
     (lambda root: (root / "count/0001.txt").write_text("a\tyes\nb\tno\n"), "Yes or No"),
+    (lambda root: (root / "count/0001.txt").write_bytes(b"caf\xe9"), "0001.txt: not a text in UTF"),
     (lambda root: (root / "OCR").rename(root / "ocr_"), "in OCR, picture or text of all is"),
 ])
 def test_mme_damaged(mme_folder, damage, message):
@@ -169,11 +183,12 @@ OURS = {"id": "refcocog/test/ref1/sent2", "image": "a.png", "source": "refcocog"
 
 @pytest.fixture
 def expressions(tmp_path):
-    """A folder with a file of either form, and the pictures' root in it."""
+    """A folder with a file of either form (and one of a Mac's), and the pictures' root in it."""
     (tmp_path / "images").mkdir()
     picture(tmp_path / "images" / "a.png")
     for name, row in (("REC_refcoco+_unc_testA", OFFICIAL), ("mine", OURS)):
         write_rows(tmp_path / f"{name}.jsonl", [row])
+        write_rows(tmp_path / f"._{name}.jsonl", ["no row"])
     return tmp_path
 
 
@@ -198,6 +213,7 @@ def test_refcoco_questions(expressions):
     (OFFICIAL | {"img_path": "/etc/passwd"}, "is not below"),
     (OFFICIAL | {"img_path": "b.png"}, "does not exist"), (OFFICIAL | {"width": None}, ""),
     (OFFICIAL | {"img_path": None}, ""), ({"expression": "mug"}, "'img_path' is missing"), ([], ""),
+    (OURS | {"conversations": OURS["conversations"][:1]}, "human first and gpt last"),
 ])
 def test_refcoco_damaged(expressions, row, message):
     """File and line are named; nothing outside of the root is read."""
@@ -254,7 +270,8 @@ def test_easy_vqa_score():
     def line(expected, answer, commonest):
         return {"expected": expected, "answer": answer, "commonest": commonest}
 
-    words = [line("red", "red", "blue"), line("It is red, so yes.", "It is blue, so yes.", "yes"), line("no", "not", "yes")]
+    words = [line("red", "red", "blue"), line("no", "not", "yes"),
+             line("It is red, so yes.", "It is blue, so yes.", "yes")]
     boxes = [TRUTH | line(HIT, answer, "") for answer in (f"It is {HIT}.", f"{MISS}; {HIT}")]
     table = easy_vqa.score([*words, *boxes])  # of an answer's boxes the first counts
     assert table["asked"] == {"colour": 1, "yes/no": 2, "all": 3, "boxes, IoU 0.5": 2}
@@ -304,8 +321,8 @@ def test_easy_vqa_questions(world):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"workflow": "sketch"}, "'sketch' is missing"),
     ({"boxes": []}, "list index out of range"),
+    ({"conversations": []}, "turns must be of human and gpt"),
     ({"image": "gone.png"}, "does not exist"),
 ])
 def test_a_damaged_row_of_easy_vqa(world, change, message):
@@ -360,6 +377,9 @@ def test_an_adaptor_that_is_not_there(world):
 @pytest.mark.parametrize("arguments, message", [
     (("mme", "."), "not MME's folder"), (("refcoco", "."), "--images FOLDER is needed"),
     (("mme", ".", "--limit", "0"), "--limit 0: must be 1"),
+    (("mme", ".", "--images", "."), "--images is for refcoco, not for mme"),
+    (("easy-vqa", ".", "--workflow", "mm"), "--workflow is for text-retention, lm, lmms, not"),
+    (("lmms", ".", "--allow-code-execution"), "--allow-code-execution is for lm, not for lmms"),
     (("easy-vqa", ".", "--model", "nowhere"), "train-questions.jsonl"),
     (("text-retention", "nowhere.txt"), "nowhere.txt"),
 ])
@@ -369,6 +389,14 @@ def test_clear_errors(arguments, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message) as error:
         evaluation.main(list(arguments))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [("lm", "mmlu"), ("mme", ".", "--device", "cpu")])
+def test_what_several_ranks_cannot_do(arguments, monkeypatch):
+    """Each has a device of its own, and nobody shares out lm's questions."""
+    monkeypatch.setattr(evaluation.Ranks, "__enter__", lambda self: SimpleNamespace(world=2))
+    with pytest.raises(SystemExit, match="lm and --device are for one process: no torchrun"):
+        evaluation.main(list(arguments))
 
 
 # ---------------------------------------------------------------------------------- the sheet
@@ -416,7 +444,7 @@ def changed(tiny_base, tmp_path):
 
 def test_text_is_kept_and_llava_is_not(changed):
     """The text workflow: exactly zero and every answer; a trained LLM: neither."""
-    table = compare(*changed, ["text", "llava"], [TEXT], 8)
+    table = compare(*changed, ["text", "llava"], [TEXT], 8, 1)
     assert table["text"]["logit difference"] == 0.0 and table["text"]["identical"] == "yes"
     assert table["text"]["equal answers, %"] == 100.0 and table["text"]["answers"] == 2
     assert table["text"]["perplexity"] == table["base"]["perplexity"]
@@ -432,7 +460,7 @@ def test_one_changed_weight_is_noticed(changed, value):
     iaa, *others = changed
     with torch.no_grad():
         iaa.llama.layers[1].ffn.down.weight[0, 0] += value
-    assert compare(iaa, *others, ["text"], ["a short text"], 1)["text"]["identical"] == "NO"
+    assert compare(iaa, *others, ["text"], ["a short text"], 1, 4)["text"]["identical"] == "NO"
 
 
 def test_perplexity_and_windows(changed):
@@ -443,7 +471,7 @@ def test_perplexity_and_windows(changed):
         log_probs = iaa.logits(iaa(ids[None])).log_softmax(-1)[0]
     expected = math.exp(-sum(log_probs[i, ids[i + 1]] for i in range(len(ids) - 1))
                         / (len(ids) - 1))
-    table = compare(*changed, ["text"], ["a short text"], 4)
+    table = compare(*changed, ["text"], ["a short text"], 4, 4)
     assert table["base"]["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert "answers" not in table["text"]  # too short to be continued
     assert [len(ids) for ids in windows(tokenizer, ["x" * 600, "y", "zz"])] == [512, 88, 2]

@@ -9,7 +9,6 @@ from clip import Clip, ClipConfig
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama
 from sample import generate
-from speed import packing
 from speed.packing import FEW, Int8Linear, PackedLinear, pack
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16],
@@ -73,11 +72,9 @@ def test_a_batch_answers_as_one_by_one():
 
 
 @pytest.mark.parametrize("tokens", [1, FEW // 2, 40])
-@pytest.mark.parametrize("faster", [True, False])
 @each_dtype
-def test_int8_is_the_rounded_weight(tokens, dtype, faster, monkeypatch):
+def test_int8_is_the_rounded_weight(tokens, dtype):
     """Each output is that of the weight rounded to 255 steps of its row's largest entry."""
-    monkeypatch.setattr(packing, "kernel_is_faster", lambda _: faster)
     weight = torch.randn(48, 64).to(dtype)
     x = torch.randn(2, tokens, 64).to(dtype)
     step = (weight.float().abs().amax(1, keepdim=True) / 127).bfloat16().float()
@@ -85,14 +82,13 @@ def test_int8_is_the_rounded_weight(tokens, dtype, faster, monkeypatch):
     assert (rounded - weight.float()).abs().max() <= 0.76 * step.max()
     got = Int8Linear(weight)(x)
     assert got.dtype == dtype and got.shape == (2, tokens, 48)
-    in_bf16 = dtype == torch.bfloat16 or (faster and 2 * tokens <= FEW)
+    in_bf16 = dtype == torch.bfloat16 or 2 * tokens <= FEW
     torch.testing.assert_close(got.float(), F.linear(x.float(), rounded), rtol=0.01,
                                atol=0.15 if in_bf16 else 1e-4)
 
 
-def test_the_kernel_is_not_given_shapes_that_it_reads_beyond(monkeypatch):
+def test_the_kernel_is_not_given_shapes_that_it_reads_beyond():
     """Outputs in sixteens, inputs in thirty-twos; a row of zeros stays zero."""
-    monkeypatch.setattr(packing, "kernel_is_faster", lambda _: True)
-    assert Int8Linear(torch.randn(32, 64)).kernel
-    assert not Int8Linear(torch.randn(30, 64)).kernel
+    assert Int8Linear(torch.randn(32, 64)).has_kernel
+    assert not Int8Linear(torch.randn(30, 64)).has_kernel
     assert torch.equal(Int8Linear(torch.zeros(3, 8))(torch.ones(1, 8)), torch.zeros(1, 3))

@@ -217,6 +217,8 @@ BOTH = [*LLAMA3, IMAGE, "<|im_start|>", "<|im_end|>"]
     # ChatML on Llama 3; an end that is a record; the end by its id alone
     (BOTH, {"chat_template": CHATML, "bos_token": "<|begin_of_text|>",
             "eos_token": {"content": "<|im_end|>"}}, {}, None, ("chatml", 256, (260, 263, 257))),
+    (BOTH, {"chat_template": "{{'<|im_start|>' + content + eos_token}}", "eos_token": "<|im_end|>"},
+     {}, None, ("chatml", 256, (260, 263, 257))),
     (BOTH, {"chat_template": [{"name": "default", "template": CHATML}], "add_bos_token": False},
      {"bos_token_id": 256}, None, ("chatml", None, (260, 263, 257))),
     # SmolLM2 states a mark of its template as the start
@@ -258,7 +260,7 @@ def test_what_a_gguf_states_is_used():
     (BOTH, None, "vicuna", "no special token '</s>'"),
     (LLAMA3, None, None, "no special token for images"),
     ([*LLAMA3, {"content": "x", "special": False, "lstrip": True}], None, None, "'x': lstrip"),
-    ([*LLAMA3, IMAGE, {"content": "x", "id": "7"}], None, None, "x = '7': expected int"),
+    ([*LLAMA3, IMAGE, {"content": "x", "id": "7"}], None, None, "tokenizer.json: cannot be read"),
     ([*LLAMA3, IMAGE, {"content": "x", "id": -7}], None, None, "token id -7 is negative")])
 def test_facts_that_cannot_be_known(tmp_path, names, jinja, template, message):
     with pytest.raises(ValueError, match=message):
