@@ -224,9 +224,10 @@ def to_grey(image: Image.Image) -> Image.Image:
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
         strip = image.crop((0, top, image.width, min(top + 256, image.height)))
-        levels = (np.asarray(strip, np.float32) - low) * (255 / (high - low))
-        if not np.isfinite(levels).all():
+        values = np.asarray(strip, np.float32)
+        if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
+        levels = (values - low) * (255 / (high - low))
         grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey
 
