@@ -41,7 +41,7 @@ TAG = IMAGE.strip()
 READ = {"id", "source", "split", "workflow", "conversations"}  # keys that hold no picture
 PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a key that holds one
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)
-NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # else the disk failed
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # others: the disk fails
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
@@ -386,11 +386,9 @@ def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
     """Boxes that an answer names, in pixels: numbers in 0..1, x1 < x2, y1 < y2; others dropped."""
     side, left, top = padded_square(width, height)
     found = (tuple(map(float, match.groups())) for match in BOX.finditer(text))
-    return [
-        (x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)
-        for x1, y1, x2, y2 in found
-        if x1 < x2 <= 1 and y1 < y2 <= 1  # drops swapped corners and pixels
-    ]
+    return [(x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)
+            for x1, y1, x2, y2 in found
+            if x1 < x2 <= 1 and y1 < y2 <= 1]  # drops swapped corners and pixels
 
 
 def iou(a: Box, b: Box) -> float:
