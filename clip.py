@@ -156,10 +156,8 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     FileNotFoundError; ValueError if it is unreadable, or not of that size. Any other OSError: the
     disk or the memory failed, and the picture may be sound.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
     if not os.path.isfile(path):  # a pipe would block whoever reads it
-        raise ValueError(f"{path}: not a readable picture (no regular file)")
+        raise FileNotFoundError(f"{path}: no such file, or no regular one")
     content = Path(path).read_bytes()  # here, so that below no error is the disk's
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
@@ -226,9 +224,10 @@ def to_grey(image: Image.Image) -> Image.Image:
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
         strip = image.crop((0, top, image.width, min(top + 256, image.height)))
-        levels = (np.asarray(strip, np.float32) - low) * (255 / (high - low))
-        if not np.isfinite(levels).all():
+        values = np.asarray(strip, np.float32)
+        if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
+        levels = (values - low) * (255 / (high - low))
         grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey
 

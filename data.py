@@ -2,8 +2,7 @@
 
 - Targets are shifted here and nowhere else: `targets[t]` is the token after `tokens[t]`, or -100
   where it is not scored.
-- A row may hold independent questions about one picture. They share a prefix with the picture and
-  do not see each other.
+- Independent questions about one picture share a row and its prefix, and do not see each other.
 - The rows of a training step are a function of (seed, step), so the step is the only position in
   the data that a checkpoint must keep.
 
@@ -123,8 +122,7 @@ def encode_row(
     tokens, targets, positions, segments = [], [], [], []
     for segment, question in enumerate(questions, 1):
         ids, scored = render(tokenizer, question, template, system, image_tokens)
-        first = prefix if tokens else 0  # keep the shared prefix only once
-        places = range(first, len(ids) - 1)  # the last id is only a target
+        places = range(prefix if tokens else 0, len(ids) - 1)  # prefix once; last id: target only
         tokens += [ids[t] for t in places]
         targets += [ids[t + 1] if scored[t + 1] else UNSCORED for t in places]
         positions += places  # each question restarts behind the prefix
@@ -138,9 +136,8 @@ def encode_row(
 
 def path_below(root: Path, name: str) -> Path:
     """The picture `name` of a row, below `root`. RowError where it is elsewhere or missing."""
-    path = root / name
-    inside = Path(os.path.realpath(path))  # resolves links and ".."
-    if not inside.is_relative_to(os.path.realpath(root)):
+    path, real = root / name, os.path.realpath  # the latter resolves links and ".."
+    if not Path(real(path)).is_relative_to(real(root)):
         raise RowError(f"image {name!r} is not below {root}")
     try:
         regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would block whoever reads it
@@ -165,7 +162,7 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
 
 
 def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Path -> size and SHA-256 of each file: of 256 blocks of 64 KiB, evenly from start to end."""
+    """Path -> size, and SHA-256 of blocks spread evenly over it: of all bytes up to 16 MiB."""
     found = {}
     for path in paths:
         size, digest = os.path.getsize(path), hashlib.sha256()
@@ -350,7 +347,8 @@ def loader(
             multiprocessing_context="fork" if workers else None)  # the lambda cannot be pickled
     except (EOFError, ConnectionError):  # a worker died as it handed over a batch
         raise RuntimeError("DataLoader worker exited unexpectedly") from None
-    except (ValueError, OSError) as error:  # a worker's holds its traceback: keep its end
+    except (ValueError, OSError, RuntimeError) as error:  # keep the end of a worker's traceback
+        error.__traceback__ = None  # it holds torch's iterator in a cycle: no worker would end
         kind = type(error)
         raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
 

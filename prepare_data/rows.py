@@ -4,6 +4,7 @@ A reader of a published data set yields rows as `data.check_row` wants them, in 
 depends on the file alone. What it leaves out, it counts.
 """
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -85,6 +86,8 @@ def read_list(path: Path, prefix: str = "item") -> Iterator:
     import ijson  # only here: the demo's data set does without it
 
     with open(path, "rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:  # some editors write one
+            file.seek(0)
         try:
             yield from ijson.items(file, prefix, use_float=True, buf_size=1 << 20)
         except ijson.JSONError as error:

@@ -276,12 +276,13 @@ def test_broken_pictures_are_one_line(tmp_path):
     (tmp_path / "text.jpg").write_text("not a picture")
     (tmp_path / "empty.png").touch()
     (tmp_path / "letters.ppm").write_text("P3 1 1 255 1 2 x")  # Pillow: ValueError without a path
-    (tmp_path / "folder.png").mkdir()
-    os.mkfifo(tmp_path / "pipe.png")
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")  # refused before it is decoded
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(ValueError, match=f"{path.name}: not a readable picture") as error:
             open_image(path)
         assert "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="none.png: no such file"):
-        open_image(tmp_path / "none.png")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("none.png", "folder.png", "pipe.png"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file, or no regular one"):
+            open_image(tmp_path / name)

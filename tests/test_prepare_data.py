@@ -140,7 +140,8 @@ def test_captions_of_llava_and_allava(tmp_path, run):
     assert brief(run("llava-pretrain", write(tmp_path / "b.json", [caption]))[1]) == [
         ("llava_pretrain/train/2#0", "llava_pretrain/a.jpg", "<image>\n", "A bus.")]
     evol = {"idx": 5, "conversations": talk("Explain.", "Well.")}
-    files = [write(tmp_path / "c.json", [chinese]), write(tmp_path / "e.json", [evol])]
+    files = [write(tmp_path / "c.json", "\ufeff" + json.dumps([chinese])),  # a byte order mark
+             write(tmp_path / "e.json", [evol])]
     assert brief(run("allava", *files)[1]) == [
         ("allava/train/c1#0", "allava_vflan/a.jpg", "<image>\n描述。", "水壶。"),
         ("allava/train/5#0", None, "Explain.", "Well.")]
