@@ -616,7 +616,7 @@ def test_check(tmp_path, tower, monkeypatch, capsys):
             settings, settings.read_bytes().replace(b'"norm_eps": 1e-05', b'"norm_eps": 1e-06'))):
         whole = path.read_bytes()
         path.write_bytes(changed)
-        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256 of its config.json"):
+        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256 of its"):
             convert_weights.main()
         path.write_bytes(whole)
 
