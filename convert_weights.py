@@ -196,7 +196,7 @@ def open_checkpoint(path: Path, template: str | None, tower: dict) -> Checkpoint
     template, and tower, settings of a ClipConfig: what the user asks for. Raises
     FileNotFoundError, ValueError.
     """
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):  # a pipe would block
         raise FileNotFoundError("no such file or folder")
     if (path / "config.json").is_file():
         return open_hf(path, template, tower)
