@@ -52,8 +52,6 @@ Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 def make_part(table: list[tables.Row], model_class: type, config, *more) -> Part:
     """Match table and model; more: what the class takes beside its config. Raises ValueError."""
-    # Values of foreign files: each must be of its field's type.
-    config = files.parse_dataclass(type(config), asdict(config))
     with torch.device("meta"):
         model = model_class(config, *more)
     rows = {row.target: row for line in table for row in tables.expand(line, len(model.layers))}

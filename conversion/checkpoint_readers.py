@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip import ClipConfig
-from common.files import read_json
+from common.files import parse_dataclass, read_json
 from conversion.tensor_tables import Row
 from llama import LlamaConfig, RopeScaling, rope_frequencies
 
@@ -83,7 +83,7 @@ def llama_config(settings: dict, keys: dict[str, str], **known) -> LlamaConfig:
              if settings.get(theirs) is not None}
     usual = {"kv_heads": found["heads"], "head_size": found["width"] // found["heads"],
              "rope_theta": 10000.0, "norm_eps": 1e-6}
-    return LlamaConfig(**usual | found | known)
+    return parse_dataclass(LlamaConfig, usual | found | known)
 
 
 def open_torch(path: Path) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def clip_config(
             raise ValueError(f"no file says the tower's {name}: --{name} is needed")
     if "image_px" not in settings:
         sizes["image_px"] = isqrt(len(source[names["positions"]]()) - 1) * patch
-    config = ClipConfig(**sizes | settings)
+    config = parse_dataclass(ClipConfig, sizes | settings)
     for name in ("heads", "activation", "mean", "std"):
         origin = "given" if name in given else "read" if name in read else "assumed"
         print(f"{name}: {getattr(config, name)}, {origin}")
