@@ -32,7 +32,8 @@ def answer_kind(answer: str) -> str:
 
 def pairs(row: dict) -> list[tuple[str, str]]:
     """The questions and answers of a row. RowError where it is no row."""
-    texts = [turn["value"].removeprefix(IMAGE) for turn in check_row(row)["conversations"]]
+    texts = [turn["value"].replace(IMAGE.strip(), "").strip()
+             for turn in check_row(row)["conversations"]]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

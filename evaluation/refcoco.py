@@ -39,9 +39,9 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Question:
         key, picture = f"{name}/{split}/{row.get('sent_id', number)}", row["img_path"]
         text, box = GROUNDING_PROMPT.format(row["expression"]), row["bbox"]
     else:
-        check_row(row)
+        question = check_row(row)["conversations"][0]["value"]
         name, split, key, picture = (row[field] for field in ("source", "split", "id", "image"))
-        text = row["conversations"][0]["value"].removeprefix(IMAGE).strip().removesuffix(".")
+        text = question.replace(IMAGE.strip(), "").strip().removesuffix(".")
         box, = row["boxes"]
     width, height = row["width"], row["height"]
     x1, y1, x2, y2 = box
