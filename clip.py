@@ -11,23 +11,34 @@ Letters: N images, S image side in pixels, p patch side, P patches, D width, H h
 Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches only, pad to square).
 """
 
+import io
+import os
+import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# None of these starts a program, as EPS starts Ghostscript. MPO is opened as a JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
+TURNS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
+MAX_PIXELS = 70_000_000  # A3 at 600 dpi; a small file may claim more than memory holds
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The sizes of a vision tower, and its input's format. Raises ValueError where they conflict.
-    """
+    """Sizes of a vision tower, and its input's format. Raises ValueError where they conflict."""
 
     width: int
     layers: int
@@ -139,28 +150,87 @@ class Clip(nn.Module):
         return self.feature_norm(x[:, 1:])
 
 
-def open_image(path) -> Image.Image:
-    """The picture at `path`, in RGB. FileNotFoundError; ValueError if it is unreadable."""
+def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
+    """The picture at `path`, upright, in RGB. size: (width, height) that its boxes are for.
+
+    FileNotFoundError; ValueError if it is unreadable, or not of that size. Any other OSError: the
+    disk or the memory failed, and the picture may be sound.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.isfile(path):  # a pipe would block whoever reads it
+        raise ValueError(f"{path}: not a readable picture (no regular file)")
+    content = Path(path).read_bytes()  # here, so that below no error is the disk's
     try:
-        with Image.open(path) as file:
-            return to_rgb(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds, also for too many pixels
+        with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} is over {MAX_PIXELS} pixels")
+            image = to_rgb(file)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable picture ({', '.join(FORMATS)})") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            raise OSError(f"{path}: not enough memory to decode it") from None
         raise ValueError(f"{path}: not a readable picture ({error})") from None
+    if size not in (None, image.size):
+        raise ValueError(f"{path}: upright it has {image.width} x {image.height} pixels, "
+                         f"its boxes are for {size[0]} x {size[1]}")
+    return image
+
+
+def pixel_chunks(content: bytes) -> bytes:
+    """A PNG without the chunks that its pixels do not need, some of which may be broken.
+
+    The EXIF chunk, which has the orientation, stays. Other files are returned as they are.
+    """
+    if not content.startswith(b"\x89PNG"):
+        return content
+    chunks, place = [content[:8]], 8
+    while place + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, place)
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):  # critical chunks are in upper case
+            chunks.append(content[place : place + length + 12])
+        place += length + 12
+    return b"".join(chunks)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB from any Pillow mode: transparency becomes white, 16-bit grey is scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))
+    """Upright RGB without metadata from any Pillow mode; transparency becomes white."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # broken metadata of sound pixels raise as many kinds
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode[0] in "IF":
+        image = to_grey(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        clear = ImageChops.invert(image.getchannel("A"))
+        image = image.convert("RGB")
+        image.paste("white", mask=clear)
+    if image.mode != "RGB" or image.info:
+        image = image.convert("RGB")  # always a copy
+        image.info.clear()  # an orientation above all: the picture is turned once
+    return image
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """8-bit grey of 16-bit, 32-bit or float grey: 0 is black, 65535 of 16 bits is white.
+
+    In the others white is the picture's own maximum, and a minimum below 0 is black.
+    """
+    low, high = image.getextrema()
+    low, high = (0, 65535) if image.mode.startswith("I;16") else (min(0, low), high or 1)
+    grey = Image.new("L", image.size)
+    for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
+        strip = image.crop((0, top, image.width, min(top + 256, image.height)))
+        levels = (np.asarray(strip, np.float32) - low) * (255 / (high - low))
+        if not np.isfinite(levels).all():
+            raise ValueError("its values are not finite")
+        grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
+    return grey
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -178,7 +248,10 @@ def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
     fractions of that square (data.py). Source: LLaVA's process_images, CLIPImageProcessor.
     """
     image, side = to_rgb(image), config.image_px
-    image.thumbnail((MAX_SIDE, MAX_SIDE))  # else a long strip becomes a huge square
+    if max(image.size) > MAX_SIDE:  # else a long strip becomes a huge square
+        scale = MAX_SIDE / max(image.size)
+        image = image.resize([max(1, round(scale * length)) for length in image.size],
+                             Image.Resampling.BICUBIC, reducing_gap=2)
     image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
     image = image.resize((side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)

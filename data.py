@@ -11,11 +11,15 @@ Letters: B batch, T tokens, N images, S side of an image in pixels, P image toke
 Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 """
 
+import errno
 import functools
+import hashlib
 import itertools
 import json
 import os
 import re
+import signal
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +37,13 @@ UNSCORED = -100  # the index that torch's cross-entropy ignores by default
 MAX_SKIPPED = 100  # consecutive unusable rows; more of them mean a wrong root
 LINE = np.dtype([  # where a row is, in 24 bytes: millions of rows stay on disk
     ("file", np.int32), ("number", np.int32), ("start", np.int64), ("bytes", np.int64)])
+BLOCK, BLOCKS = 1 << 16, 256  # of a data file's fingerprint
+TAG = IMAGE.strip()
+READ = {"id", "source", "split", "workflow", "conversations"}  # keys that hold no picture
+PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a key that holds one
+SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)
+# How the system says that a name leads to no file; any other error is the disk's.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
@@ -55,40 +66,56 @@ class Example:
     cut: bool  # the row was longer than max_tokens
 
 
+def picture_of(record: dict) -> str | None:
+    """The picture of a row or of a published record: its "image"; None where it has none.
+
+    RowError where another key holds a picture, which would be asked about and never shown.
+    """
+    image = record.get("image")
+    if image is not None and not (isinstance(image, str) and image):
+        raise RowError("'image' must be a path, or null")
+    for key, value in record.items() if image is None else ():
+        if key not in READ and value and (PICTURE.search(key) or SUFFIX.search(str(value))):
+            raise RowError(f"a picture under {key!r}: it must be under 'image'")
+    return image
+
+
+def frame_of(row: dict) -> tuple[int, int] | None:
+    """(width, height) of the picture that a row's boxes are for; None where it has no boxes."""
+    return (row["width"], row["height"]) if "boxes" in row else None
+
+
 def check_row(row) -> dict:
     """`row` itself if it has the form that docs/data.md describes; RowError if not."""
     try:
-        image, turns = row["image"], row["conversations"]
+        image, _, turns = picture_of(row), frame_of(row), row["conversations"]
         speakers, texts = ([turn[key] for turn in turns] for key in ("from", "value"))
-    except (LookupError, TypeError) as error:  # a key is missing, or a value is of another kind
+    except (AttributeError, LookupError, TypeError) as error:  # a key or a value of another kind
         raise RowError(f"not a row as in docs/data.md: {error!r}") from None
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise RowError("turns must be of human and gpt in turn, human first and gpt last")
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise RowError("a turn has no text")
-    if not isinstance(image, str | None):
-        raise RowError("'image' must be a path, or null")
-    if texts[0].startswith(IMAGE) != (image is not None):  # else the placeholder would be text
-        raise RowError("the first question must open with '<image>\\n' "
-                       "if, and only if, there is an image")
+    tags = [text.count(TAG) for text in texts]  # any other would be read as letters
+    if not tags[0] == sum(tags) == (image is not None):
+        raise RowError(f"{sum(tags)} times '<image>': it must be once in the first question if, "
+                       "and only if, there is an image, and nowhere else")
     return row
 
 
 def encode_row(
     row: dict,  # as `check_row` wants it
-    tokenizer: Tokenizer,
-    image_tokens: int,
-    template: str | None = None,
-    system: str | None = None,
-    max_tokens: int | None = None,
+    tokenizer: Tokenizer, image_tokens: int, template: str | None = None,
+    system: str | None = None, max_tokens: int | None = None,
 ) -> Example:
     """Tokens and targets of a row, cut at `max_tokens`. RowError where nothing scored is left.
 
     A whole conversation is one segment, however many turns it has. With `"independent": true` each
     question is a segment after the shared prefix, trained exactly as if it were asked alone.
     """
-    image_tokens = 0 if row["image"] is None else image_tokens
+    image_tokens = 0 if picture_of(row) is None else image_tokens
     texts = [turn["value"] for turn in row["conversations"]]
+    texts[0] = texts[0].replace(TAG, "")  # the picture comes ahead of its question
     turns = list(zip(itertools.cycle(("user", "assistant")), texts, strict=False))
     questions = [turns]
     if row.get("independent") and template != "plain":  # "plain" drops questions
@@ -116,7 +143,13 @@ def path_below(root: Path, name: str) -> Path:
     inside = Path(os.path.realpath(path))  # resolves links and ".."
     if not inside.is_relative_to(os.path.realpath(root)):
         raise RowError(f"image {name!r} is not below {root}")
-    if not path.is_file():  # also for a pipe, which would block whoever reads it
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would block whoever reads it
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        regular = False
+    if not regular:
         raise RowError(f"image {name!r} does not exist below {root}")
     return path
 
@@ -132,6 +165,22 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
                 start += len(line)
 
 
+def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Path -> size and SHA-256 of each file: of 256 blocks of 64 KiB, evenly from start to end.
+
+    Up to 16 MiB they hold all bytes.
+    """
+    found = {}
+    for path in paths:
+        size, digest = os.path.getsize(path), hashlib.sha256()
+        with open(path, "rb") as file:
+            for start in np.linspace(0, max(0, size - BLOCK), BLOCKS, dtype=int).tolist():
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+        found[str(path)] = f"{size} bytes, sha256 {digest.hexdigest()}"
+    return found
+
+
 @dataclass(eq=False)
 class JsonlDataset(Dataset):
     """Rows of JSONL files, read from disk when asked for.
@@ -144,7 +193,8 @@ class JsonlDataset(Dataset):
     root: str | Path  # all pictures must be below it
     tokenizer: Tokenizer | None = None  # from here on: what `example` needs
     image_tokens: int = 0
-    transform: Callable[[Path], Tensor] | None = None  # a picture's file to (3, S, S)
+    # A picture's file, and the (width, height) that its boxes are for, to (3, S, S).
+    transform: Callable[[Path, tuple[int, int] | None], Tensor] | None = None
     template: str | None = None
     system: str | None = None
     max_tokens: int | None = None
@@ -170,25 +220,26 @@ class JsonlDataset(Dataset):
             raise RowError(str(error)) from None
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
-        """A row as (Example, pixels or None). ValueError or OSError says why it cannot be used."""
+        """A row as (Example, pixels or None). ValueError says why it cannot be used."""
         row = self.row(index)
+        image = picture_of(row)
         example = encode_row(
             row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
-        if row["image"] is None:
+        if image is None:
             return example, None
-        return example, self.transform(path_below(Path(self.root), row["image"]))
+        return example, self.transform(path_below(Path(self.root), image), frame_of(row))
 
     def __getitem__(self, index: int) -> tuple[Example, Tensor | None, list[str]]:
         """A row, or the next that can be used; what was skipped, and why.
 
-        Raises ValueError where none of `MAX_SKIPPED` rows can.
+        ValueError where none of `MAX_SKIPPED` rows can; OSError where disk or memory fails.
         """
         skipped = []
         for offset in range(min(MAX_SKIPPED, len(self))):
             number = (index + offset) % len(self)  # deterministic: a run can resume
             try:
                 return *self.example(number), skipped
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 line = self.lines[number]
                 where = f"{self.paths[line['file']]}:{line['number']}"
                 skipped.append(f"{where}: {error}"[:500])  # an error may quote all of a long name
@@ -229,7 +280,6 @@ class Sampler:
         batches = rows.reshape(self.window, self.batch_size)
         order = permutation((self.seed, 1, number), self.window)  # else long rows come last
         return batches[order[place]].tolist()
-
 
 
 @dataclass
@@ -285,11 +335,12 @@ def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch
 
 
 def loader(
-    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0
+    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0, timeout_s: float = 0
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Workers end with the iterator. One that dies is a RuntimeError "DataLoader worker ...".
+    Workers end with the iterator, and ignore SIGTERM. One that dies, or gives nothing for
+    timeout_s (0: no limit), is a RuntimeError "DataLoader ...".
     """
     tokenizer = dataset.tokenizer
     try:
@@ -297,12 +348,15 @@ def loader(
             dataset, batch_sampler=batches, num_workers=workers,
             collate_fn=lambda items: collate(
                 items, tokenizer.pad_id, tokenizer.image_id, dataset.image_tokens),
+            timeout=timeout_s if workers else 0,
+            worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
             generator=torch.Generator(),  # else torch seeds workers from the global random state
             multiprocessing_context="fork" if workers else None)  # the lambda cannot be pickled
-    except ValueError as error:  # a worker's holds its traceback: keep its end
-        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
     except (EOFError, ConnectionError):  # a worker died as it handed over a batch
         raise RuntimeError("DataLoader worker exited unexpectedly") from None
+    except (ValueError, OSError) as error:  # a worker's holds its traceback: keep its end
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
 
 
 # ---------------------------------------------------------------------------------- boxes

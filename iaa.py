@@ -12,8 +12,7 @@
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
 - There are three structures (Fig. 3, Table 5). In c, insertion layers stand in series with the
   frozen ones (Eq. 2). In b, each reads the main stream, and its gated output is added to it. In a,
-  they form a side stream of their own, whose gated output is added (Eq. 1). A gate starts at zero,
-  so a and b start exactly as the frozen model.
+  they form a side stream of their own, whose gated output is added (Eq. 1).
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
@@ -26,13 +25,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import Clip
-from common.files import load_frozen, parse_dataclass, read_json, write_json
+from common.files import (
+    fill,
+    load_frozen,
+    parse_dataclass,
+    read_json,
+    read_tensors,
+    sha256_of,
+    write_json,
+)
 from llama import (
     AfterLayer,
     DecoderLayer,
@@ -58,8 +64,7 @@ def official_layers(layers: int) -> tuple[int, ...]:
 def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
     """The frozen layers that `number` insertion layers follow, evenly from the first to the last.
 
-    >>> evenly_spaced_layers(8, 30)
-    (0, 4, 8, 12, 17, 21, 25, 29)
+    8 of 30 are 0, 4, 8, 12, 17, 21, 25, 29.
     """
     if not 0 <= number <= layers:
         raise ValueError(f"insertion = {number}: from 0 to one after each of the {layers} layers")
@@ -151,87 +156,26 @@ class Adaptor(nn.Module):
             n = number[i]
             if structure == "c":
                 return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
-            if structure == "b":
-                x = x_out
-            else:  # a: its side stream begins at the input of the first such frozen layer
-                x = x_in if side is None else side
+            if side is None:  # a's side stream begins at the input of the first such frozen layer
+                side = x_in
+            x = x_out if structure == "b" else side  # b reads the main stream
             side = self.layers[n](x, rope, mask, cache)  # Eq. 1
             return x_out + self.gates[n](side)  # zero at first: the frozen model's x_out
 
         return hook
 
-    def save(
-        self, folder: Path, base: dict[str, str], settings: dict, dtype: torch.dtype
-    ) -> None:
+    def save(self, folder: Path, base: dict[str, str], settings: dict, dtype: torch.dtype) -> None:
         """Write `adaptor.safetensors`, in `dtype`, and `config.json` into an existing folder.
 
         base: the SHA-256 of the frozen "llama" and "clip". settings: those of the training run.
         """
-        tensors = {name: tensor.to("cpu", dtype) for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "adaptor.safetensors")
-        write_json(folder / "config.json", {"adaptor": asdict(self.config), "base": base,
-                                            "prompt": self.prompt, "settings": settings})
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, llama: LlamaConfig, vision_width: int, base: dict[str, str],
-        dtype: torch.dtype, device: torch.device | str = "cpu",
-    ) -> "Adaptor":
-        """What `save` wrote, frozen. Raises ValueError for another base or a broken file."""
-        folder = Path(folder)
-        meta = read_adaptor_config(folder, base)
-        with torch.device("meta"):  # shapes without storage: the values come from the file
-            adaptor = cls(meta["adaptor"], llama, vision_width)
-        load_tensors(adaptor, folder, dtype, device)
-        adaptor.prompt = adaptor.prompt | meta["prompt"]
-        return adaptor.requires_grad_(False).eval()
-
-
-def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
-    """An adaptor's config.json, with an `AdaptorConfig` under "adaptor".
-
-    Raises ValueError where the adaptor was trained on other frozen models than `base`.
-    """
-    meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
-                     prompt=dict[str, str | None])
-    for part, sha256 in base.items():
-        trained = meta["base"].get(part, "unknown")
-        if trained != sha256:
-            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
-                             f"but this {part} is {sha256[:16]}...")
-    return meta
-
-
-def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, strict: bool = True):
-    """Fill an adaptor from `adaptor.safetensors`. Raises ValueError where that does not fit.
-
-    strict: every tensor of the adaptor must be in the file. If False, the others stay unchanged.
-    """
-    path = folder / "adaptor.safetensors"
-    try:
-        tensors = {name: t.to(dtype) for name, t in load_file(path, str(device)).items()}
-        unknown = adaptor.load_state_dict(tensors, strict, assign=True).unexpected_keys
-        if unknown:
-            raise ValueError(f"{path}: no such tensor in this adaptor: {unknown[0]}")
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from None
-
-
-def check_adaptor_name(name: str) -> None:
-    """Raise ValueError where an adaptor cannot be called `name`.
-
-    The names of torch's own attributes, such as "train", cannot be keys of an `nn.ModuleDict`.
-    """
-    if not name.isidentifier() or name == TEXT or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
-                         f"not {TEXT!r}, and no name that torch uses, such as 'train'")
-
-
-def check_workflow(name: str, adaptors: Iterable[str]) -> None:
-    """Raise ValueError that lists the known names, unless `name` is "text" or in `adaptors`."""
-    known = [TEXT, *adaptors]
-    if name not in known:
-        raise ValueError(f"no adaptor named {name!r}; there are: {', '.join(known)}")
+        path = folder / "adaptor.safetensors"
+        save_file({name: t.to("cpu", dtype) for name, t in self.state_dict().items()}, path)
+        meta = {"adaptor": asdict(self.config), "base": base, "prompt": self.prompt,
+                "settings": settings}
+        # `load_tensors` compares it: a damaged disk or copy must not change answers in silence.
+        meta["sha256"] = sha256_of(meta, sorted(read_tensors(path).items()))
+        write_json(folder / "config.json", meta)
 
 
 class IAA(nn.Module):
@@ -264,20 +208,19 @@ class IAA(nn.Module):
         mask: Tensor | None = None,  # from `attention_mask`, default causal
         cache: KVCache | None = None,
     ) -> Tensor:  # (B, T, D) hidden states for `logits`
-        """The workflow's hidden states (Fig. 2).
-
-        Raises ValueError for images that do not fit their placeholders.
-        """
+        """The workflow's hidden states (Fig. 2). ValueError: images do not fit the placeholders."""
         adaptor = self.adaptor(workflow)
         llama = self.llm(adaptor)
         own_embedding = None if adaptor is None else adaptor.embedding
         embedding = llama.embedding if own_embedding is None else own_embedding
         x = embedding(tokens).to(self.llama.dtype)  # (B, T, D); a trained embedding is fp32
-        if images is not None and adaptor is None:
-            raise ValueError('the workflow "text" takes no image')
-        if images is not None:
-            x = self.place_images(x, tokens, images, adaptor)
         past, new = 0 if cache is None else cache.length, tokens.shape[1]
+        if adaptor is None and images is not None:
+            raise ValueError('the workflow "text" takes no image')
+        # While decoding, the token is the model's own choice. A placeholder's id is a word then.
+        decoding = past > 0 and new == 1 and images is None
+        if adaptor is not None and not decoding:
+            x = self.place_images(x, tokens, images, adaptor)
         if positions is None:
             positions = torch.arange(past, past + new, device=tokens.device)[None]  # (1, T)
         if mask is None:
@@ -286,13 +229,16 @@ class IAA(nn.Module):
         hook = None if adaptor is None else adaptor.after_layer(rope, mask, cache)
         return llama(x, rope, mask, cache, hook)
 
-    def place_images(self, x: Tensor, tokens: Tensor, images: Tensor, adaptor: Adaptor) -> Tensor:
+    def place_images(self, x: Tensor, tokens: Tensor, images: Tensor | None, adaptor: Adaptor):
         """x (B, T, D) with projected image features in place of the placeholders' embeddings."""
         is_image = tokens == self.image_token  # (B, T)
-        expected = len(images) * self.clip.config.patches
-        if is_image.sum() != expected:
-            raise ValueError(f"{int(is_image.sum())} image placeholders for {len(images)} images "
-                             f"of {self.clip.config.patches} tokens ({expected})")
+        pictures, each = 0 if images is None else len(images), self.clip.config.patches
+        found = pictures * each if tokens.is_meta else int(is_image.sum())  # meta has no values
+        if found != pictures * each:  # else the model would answer about what it never saw
+            raise ValueError(f"{found} image placeholders for {pictures} images "
+                             f"of {each} tokens ({pictures * each})")
+        if images is None:  # without a picture no projector runs, and it gets no gradient
+            return x
         with torch.no_grad():  # the tower is frozen: no activations are kept
             features = self.clip(images)  # (N, P, D_vision)
         return x.masked_scatter(is_image[..., None], adaptor.projector(features.to(x.dtype)))
@@ -351,7 +297,65 @@ class IAA(nn.Module):
         return {"llama": self.llama.sha256, "clip": self.clip.sha256}
 
 
-# ---------------------------------------------------------------------------------- a saved model
+# ---------------------------------------------------------------------------------- saved models
+
+
+def check_adaptor_name(name: str) -> None:
+    """Raise ValueError where an adaptor cannot be called `name`."""
+    # The names of torch's own attributes, such as "train", cannot be keys of an `nn.ModuleDict`.
+    if not name.isidentifier() or name == TEXT or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adaptor cannot be named {name!r}: letters, digits and _, "
+                         f"not {TEXT!r}, and no name that torch uses, such as 'train'")
+
+
+def check_workflow(name: str, adaptors: Iterable[str]) -> None:
+    """Raise ValueError that lists the known names, unless `name` is "text" or in `adaptors`."""
+    known = [TEXT, *adaptors]
+    if name not in known:
+        raise ValueError(f"no adaptor named {name!r}; there are: {', '.join(known)}")
+
+
+def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
+    """An adaptor's config.json, with an `AdaptorConfig` under "adaptor".
+
+    Raises ValueError where the adaptor was trained on other frozen models than `base`.
+    """
+    meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
+                     prompt=dict[str, str | None])
+    for part, sha256 in base.items():
+        trained = meta["base"].get(part, "unknown")
+        if trained != sha256:
+            raise ValueError(f"{folder} was trained on {part} {trained[:16]}..., "
+                             f"but this {part} is {sha256[:16]}...")
+    return meta
+
+
+def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, strict: bool = True):
+    """Fill an adaptor from `adaptor.safetensors`. Raises ValueError where that does not fit.
+
+    strict: every tensor of the adaptor must be in the file. If False, the others stay unchanged.
+    All bytes are checked, which takes about a second a GB.
+    """
+    path = folder / "adaptor.safetensors"
+    tensors, meta = read_tensors(path), read_json(folder / "config.json")
+    written = meta.pop("sha256", None)  # None: saved before there were digests
+    if written is not None and written != sha256_of(meta, sorted(tensors.items())):
+        raise ValueError(f"{path}, or config.json beside it, has changed since it was saved: its "
+                         "SHA-256 is another; without \"sha256\" in config.json it loads as it is")
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    unknown = fill(adaptor, tensors, path, strict).unexpected_keys
+    if unknown:
+        raise ValueError(f"{path}: no such tensor in this adaptor: {unknown[0]}")
+
+
+def load_adaptor(model: IAA, folder: Path) -> Adaptor:
+    """What `Adaptor.save` wrote, frozen, in the model's dtype. Raises as `load_iaa`."""
+    meta = read_adaptor_config(folder, model.base)
+    with torch.device("meta"):  # shapes without storage: the values come from the file
+        adaptor = Adaptor(meta["adaptor"], model.llama.config, model.clip.config.width)
+    load_tensors(adaptor, folder, model.llama.dtype, model.llama.device)
+    adaptor.prompt = adaptor.prompt | meta["prompt"]
+    return adaptor.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
@@ -385,10 +389,12 @@ def load_iaa(
     for name in workflows or ():
         check_workflow(name, index.adaptors)
     llama = load_frozen(Llama, folder / index.llm, dtype, device)
+    if not 0 <= index.image_token < llama.config.vocab_size:
+        raise ValueError(f"{folder / 'iaa.json'}: image_token = {index.image_token}: the LLM has "
+                         f"tokens 0 to {llama.config.vocab_size - 1}")
     model = IAA(llama, load_frozen(Clip, folder / index.vision, dtype, device), index.image_token)
     for name, path in index.adaptors.items():
         if workflows is None or name in workflows:
             check_adaptor_name(name)
-            model.adaptors[name] = Adaptor.load(
-                folder / path, llama.config, model.clip.config.width, model.base, dtype, device)
+            model.adaptors[name] = load_adaptor(model, folder / path)
     return model.eval(), folder / index.llm

@@ -19,7 +19,7 @@ GQA (arXiv 2305.13245).
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,12 @@ class LlamaConfig:
     tied: bool = False  # the LM head is the embedding
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn",
-                     "context"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
+        for size in fields(self):
+            value = getattr(self, size.name)
+            if size.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{size.name} = {value!r}: must be a whole number, 1 or more")
+            if size.type is float and not 0 < value < math.inf:  # NaN is refused too
+                raise ValueError(f"{size.name} = {value!r}: must be above 0, and finite")
         if self.heads % self.kv_heads or self.head_size % 2:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = "
                              f"{self.kv_heads}, and head_size = {self.head_size} an even number")
@@ -86,6 +87,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype."""
+        # A trained weight is its own fp32 master; the cast passes its gradient on in fp32.
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 

@@ -35,7 +35,7 @@ from common.files import new_file, one_line
 from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 from llama import attention_mask
-from tokenization.templates import render
+from tokenization.templates import IMAGE, render
 from tokenization.tokenizer import Stream, Tokenizer
 
 DRAWN_PX = 448  # a smaller picture is enlarged, so that lines do not cover it
@@ -189,16 +189,22 @@ class Chat:
     def prompt(self, text: str) -> tuple[list[int], Tensor | None]:
         """The conversation with `text` as its last question: its ids, and its picture's pixels.
 
-        The template is the one that the adaptor was trained with. Pixels are
-        (1, 3, S, S), None for the workflow "text": the frozen LLM cannot see.
+        The template is the one that the adaptor was trained with. Pixels are (1, 3, S, S), None for
+        the workflow "text": the frozen LLM cannot see. ValueError: more tags than pictures.
         """
         adaptor, clip = self.model.adaptor(self.workflow), self.model.clip.config
         form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
         pixels = None
         if adaptor is not None and self.image is not None:
             pixels = preprocess(self.image, clip)[None].to(self.model.llama.device)
-        ids, _ = render(self.tokenizer, [*self.turns, ("user", text)], form["template"],
-                        form["system"], 0 if pixels is None else clip.patches)
+        tag, shown = IMAGE.strip(), 0 if pixels is None else 1
+        if text.count(tag) > shown:
+            raise ValueError(f"{text.count(tag)} times {tag} in a question about {shown} pictures: "
+                             "leave it out; --image, or /image in a chat, shows a picture")
+        # A tag is no text: the picture stands ahead of the first question, wherever its tag was.
+        turns = [(role, said.replace(tag, "")) for role, said in [*self.turns, ("user", text)]]
+        ids, _ = render(self.tokenizer, turns, form["template"], form["system"],
+                        shown * clip.patches)
         return ids, pixels
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
@@ -294,9 +300,6 @@ def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
             line = input(f"{chat.workflow}> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        except UnicodeDecodeError as error:  # of a terminal with another encoding
-            print(error, file=sys.stderr)
-            continue
         if line == "/quit":
             return None
         try:

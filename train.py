@@ -21,7 +21,9 @@ import argparse
 import gc
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -33,16 +35,25 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip import Clip, ClipConfig, open_image, preprocess
 from common.device import DTYPES, Ranks, choose_dtype
-from common.files import load_frozen, new_folder, one_line, read_frozen, read_json, write_json
-from data import Batch, JsonlDataset, Sampler, loader
+from common.files import (
+    check_frozen,
+    load_frozen,
+    new_folder,
+    one_line,
+    read_frozen,
+    read_json,
+    write_json,
+)
+from data import Batch, JsonlDataset, Sampler, fingerprint, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
 from tokenization.tokenizer import Tokenizer
-from training.checkpoint import check_settings, remove_checkpoints, resume_state, save_state
+from training import checkpoint
 from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
+SIGTERM = threading.Event()  # set by that signal: finish the step, save, leave
 MAX_BAD_STEPS = 10  # steps in a row that are not finite; then the run stops
 SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its stages depend on
 
@@ -145,11 +156,6 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     adaptor.init_from_frozen(llama)  # what was trained before then replaces copies
     folder = source_folder(run.config, stage)
     if folder is not None:
-        was = read_adaptor_config(folder, run.model.base)["adaptor"]
-        if was.insertion and (was.insertion, was.structure) != (
-                settings.insertion, settings.structure):  # the shapes alone would fit either
-            raise ValueError(f"{folder} has structure {was.structure} after layers "
-                             f"{list(was.insertion)}, stage {stage.name} another")
         load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
     # "plain" has no question in it. Such an adaptor is asked in the LLM's own template.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
@@ -162,7 +168,7 @@ def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
     config, clip = run.config, run.model.clip.config
     longest = min(config.max_tokens, run.model.llama.config.context)
     return JsonlDataset(files, config.images, run.tokenizer, clip.patches,
-                        lambda path: preprocess(open_image(path), clip),
+                        lambda path, size: preprocess(open_image(path, size), clip),
                         stage.template or None, config.system, longest)
 
 
@@ -202,12 +208,13 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
                         config.reduce_fp32)
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
-    first = resume_state(folder, ranks, state, optimizer, settings)
+    first = checkpoint.resume_state(folder, ranks, state, optimizer, settings)
     size = count(adaptor.parameters())
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
     sampler = Sampler(dataset.lengths, stage.batch, config.seed)
-    stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers)
+    stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers,
+                    config.timeout_s)
     per_step = stage.batch // stage.micro_batch
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
     missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all ranks run as many
@@ -215,7 +222,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     log = Log(run.model, config.out, stage, ranks, first, later)
     bad_in_a_row = 0
     for step in range(first, stage.steps):
-        ranks.place = f"stage {stage.name}, step {step + 1}"
+        ranks.progress = f"stage {stage.name}, step {step + 1}"
         asked = time.perf_counter()
         batches = [next(stream) for _ in range(mine)]
         wait = time.perf_counter() - asked  # where it is long, raise `workers`
@@ -224,14 +231,21 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         if not finite:
             ranks.print0(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped")
         if bad_in_a_row >= MAX_BAD_STEPS:
-            raise ValueError(f"{ranks.place}: {bad_in_a_row} steps in a row were not finite; they "
-                             f"changed nothing, what is saved in {folder} is intact")
+            raise ValueError(f"{ranks.progress}: {bad_in_a_row} steps in a row were not finite; "
+                             f"they changed nothing, what is saved in {folder} is intact")
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
         if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
-        if (step + 1) % stage.save_every == 0 and step + 1 < stage.steps:  # not at the end
-            save_state(folder, ranks, state, optimizer, settings, step + 1)
+        if step + 1 == stage.steps:
+            break
+        leave = ranks.sum(SIGTERM.is_set()) > 0  # all ranks in the same step
+        # Not among steps that are skipped: their checkpoints would push out the last good ones.
+        if finite and (leave or (step + 1) % stage.save_every == 0):
+            checkpoint.save_state(folder, ranks, state, optimizer, settings, step + 1)
+        if leave:
+            ranks.print0(f"SIGTERM: {ranks.progress} is done; the same command goes on")
+            sys.exit(128 + signal.SIGTERM)
     with state.gathered():  # a collective: all ranks enter, one writes
         if ranks.rank == 0:
             with new_folder(adaptor_folder(config, stage.name)) as new:
@@ -252,17 +266,23 @@ def source_folder(config: Config, stage: StageConfig) -> Path | None:
     return None if source == "none" else adaptor_folder(config, source)
 
 
+def finished_settings(folder: Path) -> dict:
+    """The `settings_of` with which the adaptor in `folder` was trained."""
+    return read_json(folder / "config.json", "settings")["settings"]
+
+
 def settings_of(config: Config, stage: StageConfig) -> dict:
     """What the stage's result depends on. "beginning": those of the stage it starts from."""
     sizes, llama = read_frozen(LlamaConfig, config.llm)
     _, clip = read_frozen(ClipConfig, config.vision)
     found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
+             **{f"data file {path}": how for path, how in fingerprint(stage.data).items()},
              "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
              "base model": {"llama": llama, "clip": clip}}
     source = source_folder(config, stage)
     before = next((s for s in config.stage if adaptor_folder(config, s.name) == source), None)
     if source is not None and source.is_dir():
-        found["beginning"] = read_json(source / "config.json")["settings"]  # that stage is finished
+        found["beginning"] = finished_settings(source)
     elif before is not None:
         found["beginning"] = settings_of(config, before)  # that stage is still to run
     return found
@@ -272,20 +292,35 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
     """FLOPs of each unfinished stage. Raises where a stage will not find what it needs."""
     flops, ready = {}, []
     for stage in stages:
-        ready.append(adaptor_folder(config, stage.name))
-        if ready[-1].is_dir():  # finished: with the same settings?
-            was = read_json(ready[-1] / "config.json")["settings"]
-            check_settings(ready[-1].parent, was, settings_of(config, stage))
-            continue
-        source = source_folder(config, stage)
-        if source not in (None, *ready) and not source.is_dir():
-            raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
-                             f"which is not finished in {config.out}")
-        for path in (*stage.data, *stage.held_out):
+        folder, source = adaptor_folder(config, stage.name), source_folder(config, stage)
+        finished = folder.is_dir()
+        for path in stage.data if finished else (*stage.data, *stage.held_out):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such data file")
+        now = settings_of(config, stage)
+        ready.append(folder)
+        if finished:  # with the same settings?
+            checkpoint.check_settings(folder.parent, finished_settings(folder), now)
+            continue
+        if source is not None and source.is_dir():
+            check_source(source, stage, now)
+        elif source not in (None, *ready):
+            raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
+                             f"which is not finished in {config.out}")
         flops[stage.name] = stage_flops(config, stage)  # raises for layers, templates that misfit
     return flops
+
+
+def check_source(folder: Path, stage: StageConfig, now: dict) -> None:
+    """Raise ValueError where the finished adaptor in `folder` is not what `stage` can start from.
+
+    now: the stage's `settings_of`.
+    """
+    was = read_adaptor_config(folder, now["base model"])["adaptor"]
+    same = "insertion", "structure"  # the shapes alone would fit others, too
+    if was.insertion and any(getattr(was, k) != now["adaptor's configuration"][k] for k in same):
+        raise ValueError(f"{folder} has structure {was.structure} after layers "
+                         f"{list(was.insertion)}, stage {stage.name} another")
 
 
 def with_dtype(config: Config, ranks: Ranks) -> Config:
@@ -327,6 +362,8 @@ def train(config: Config, only: str | None) -> None:
         config = with_dtype(config, ranks)
         flops = check_run(config, stages)
         if ranks.rank == 0:
+            for kind, folder in ((Llama, config.llm), (Clip, config.vision)):
+                check_frozen(kind, folder)
             Path(config.out).mkdir(parents=True, exist_ok=True)
             write_json(Path(config.out, "config.json"), asdict(config))
         ranks.barrier()  # every rank has read the folders
@@ -341,7 +378,8 @@ def train(config: Config, only: str | None) -> None:
                 took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
             if ranks.rank == 0:  # for a finished one too: a kill may have come between
                 write_index(config)
-                remove_checkpoints([*folder.glob("step-*")])  # far larger than the adaptor
+                # They are far larger than the adaptor.
+                checkpoint.remove_checkpoints(checkpoint.list_checkpoints(folder))
             ranks.print0(f"stage {stage.name}: {took}")
 
 
@@ -355,6 +393,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key, STAGE.key, or stage.key for every stage")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.set())
     train(read_config(args.config, args.set), args.stage)
 
 

@@ -5,13 +5,20 @@ fast as fp32 ones, two cores of a Zen 2 (AVX2 only, as many laptops) 200 times a
 flags do not tell which kernels torch has for them, so a CPU is timed.
 
 A rank that is dead or frozen makes the collectives of the others fail: at once where a connection
-broke, else after `timeout_s`. Each of them then ends with one line: its rank, and where it was.
+broke, else after `timeout_s`. Each of them then ends with one line: its rank, where it was, and
+which rank is lost. Each rank tells the others through torch's store, once a second, that it lives.
 """
 
+import contextlib
 import functools
+import itertools
+import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch
@@ -19,6 +26,7 @@ import torch.distributed as dist
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that users type
 CHOICES = ("auto", *DTYPES)
+SILENT_S = 5  # a rank that gives no sign of life for so long is lost
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -89,8 +97,23 @@ def can_compute(dtype: torch.dtype, device: torch.device) -> bool:
         return False
 
 
+def within(seconds: float, function: Callable):
+    """function(), in a thread. TimeoutError after `seconds`: some waits on a store have no limit.
+    """
+    result = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except Exception as error:  # for the caller, whose thread raises it
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result.result(seconds)
+
+
 class Ranks:
-    """A context that joins the group and leaves it. Attributes: rank, world, device.
+    """A context that joins the group and leaves it. Attributes: rank, world, device, progress.
 
     timeout_s: how long a collective waits for the other ranks. backend: "" for that of the device.
     Raises ValueError where there are more processes than GPUs.
@@ -99,7 +122,7 @@ class Ranks:
     def __init__(self, timeout_s: float, backend: str = ""):
         self.rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
-        self.place, self.timeout = "the start", timedelta(seconds=timeout_s)
+        self.progress, self.timeout_s = "the start", timeout_s  # progress: for the last line
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             if local >= (gpus := torch.cuda.device_count()):
@@ -108,25 +131,66 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self.backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
 
+    def join(self) -> None:
+        """Join the group. The store keeps what ranks tell each other beside the collectives."""
+        limit = timedelta(seconds=self.timeout_s)
+        self.store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        self.store.set_timeout(limit)
+        self.store.set(f"beat {self.rank}", "0")
+        dist.init_process_group(self.backend, store=self.store, rank=self.rank,
+                                world_size=self.world, timeout=limit)
+
+    def beat(self) -> None:
+        """In a thread: tell the others once a second that this rank lives, also as it computes."""
+        with contextlib.suppress(RuntimeError):  # the rank that keeps the store has left
+            for number in itertools.count(1):
+                self.store.set(f"beat {self.rank}", str(number))
+                time.sleep(1)
+
+    def find_lost(self) -> str:
+        """Names the ranks that did not beat for SILENT_S, unless they have left by themselves."""
+        names = [f"beat {rank}" for rank in range(self.world)]
+        before = self.store.multi_get(names)
+        time.sleep(SILENT_S)
+        pairs = zip(before, self.store.multi_get(names), strict=True)
+        lost = [str(rank) for rank, (old, new) in enumerate(pairs)
+                if old == new and not self.store.check([f"left {rank}"])]
+        return f"no sign of life from rank {', '.join(lost)}; " if lost else ""
+
     def __enter__(self) -> "Ranks":
         if self.world > 1:
             try:
-                dist.init_process_group(self.backend, timeout=self.timeout)
-            except RuntimeError as error:  # Python calls no __exit__ where __enter__ fails
-                self.__exit__(RuntimeError, error, None)
+                within(self.timeout_s + SILENT_S, self.join)
+            except (RuntimeError, TimeoutError) as error:
+                raise ConnectionError(f"rank {self.rank} of {self.world}: the ranks did not find "
+                                      f"each other in {self.timeout_s} s ({error})") from error
+            threading.Thread(target=self.beat, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        # A failed collective is a RuntimeError, and so is a data loader's process that died.
-        if isinstance(error, RuntimeError):
-            reason, loader = str(error).split("\n")[0], str(error).startswith("DataLoader worker")
-            if loader:  # torch's handler would raise the same again, wherever this process is
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            if self.world > 1 or loader:
-                raise ConnectionError(f"rank {self.rank} of {self.world} stopped in {self.place}: "
-                                      f"{reason}") from error
-        if error is None and self.world > 1:
-            dist.destroy_process_group()
+        if error is None:
+            if self.world > 1:
+                dist.destroy_process_group()
+            return
+        # torch's handler would raise in this process, wherever it is, as its loaders end.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for loader in multiprocessing.active_children():
+            loader.kill()
+        if self.world > 1:
+            with contextlib.suppress(RuntimeError):  # no store any more
+                self.store.set(f"left {self.rank}", "")
+        # A failed collective is a RuntimeError, and so is a data loader that died.
+        reason, lost = str(error).split("\n")[0], ""
+        loader = reason.startswith("DataLoader")
+        if not isinstance(error, RuntimeError) or self.world == 1 and not loader:
+            return
+        if not loader:
+            try:
+                lost = within(3 * SILENT_S, self.find_lost)
+            except (RuntimeError, TimeoutError):
+                lost = "no sign of life from rank 0, or from its machine, which keeps the store; "
+        raise ConnectionError(f"rank {self.rank} of {self.world} stopped in {self.progress}: "
+                              f"{lost}{reason}") from error
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks."""

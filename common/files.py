@@ -1,20 +1,24 @@
 """Files that appear whole or not at all, JSON as typed values, frozen models, a command's end."""
 
 import contextlib
+import hashlib
 import json
 import os
+import reprlib
 import sys
 import tempfile
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import is_dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+
+CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors
 
 
 @contextlib.contextmanager
@@ -26,7 +30,7 @@ def one_line(program: str, after_stop: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"{program}: {error}")
+        sys.exit(f"{program}: {error}".replace("\n", " "))  # libraries write several lines
     except ModuleNotFoundError as error:
         sys.exit(f"{program}: {error}; the files in requirements/ say which packages it needs")
     except KeyboardInterrupt:
@@ -111,18 +115,63 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
     return value | {key: parse_value(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped: the disk is read where a value is used.
+
+    Raises FileNotFoundError, or ValueError naming the file.
+    """
+    if not path.is_file():  # a pipe would block whoever opens it
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], where: Path, strict: bool = True):
+    """`load_state_dict`, without a copy. Raises ValueError that begins with `where`."""
+    try:
+        return model.load_state_dict(tensors, strict, assign=True)
+    except RuntimeError as error:  # of several lines, one for each tensor
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:500]}") from None
+
+
+def sha256_of(settings: dict, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of JSON values and of tensors on the CPU, in this order: 64 hexadecimal digits."""
+    # Settings are hashed too: a vision tower's feature_layer changes the features and no tensor.
+    sha = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in tensors:
+        sha.update(f"{name} {CODES.get(tensor.dtype)} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
 def read_frozen(kind: type, folder: str | Path) -> tuple:
     """The sizes of the frozen model in `folder`, of class `kind`, and its SHA-256.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
     path, wanted = Path(folder, "config.json"), kind.__name__.removesuffix("Config").lower()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; convert_weights.py writes it")
     meta = read_json(path, "config", kind=str, sha256=str)
     if meta["kind"] != wanted:
         raise ValueError(f"{path}: a model of kind {meta['kind']!r}, not {wanted!r}")
-    return parse_value(f"{path}: config", meta["config"], kind), meta["sha256"]
+    config = parse_value(f"{path}: config", meta["config"], kind)
+    # A damaged size must not take memory or time. Every size but the context is a side of a matrix
+    # whose other side is `width` or longer. A layer has a matrix of width x ffn. Its tensors' names
+    # take 256 bytes and more.
+    sizes = [size for name, size in asdict(config).items()
+             if type(size) is int and name != "context"]
+    least = config.width * max(*sizes, config.layers * config.ffn) + 256 * config.layers
+    stored = sum(file.stat().st_size for file in weight_files(folder))
+    if least > stored:
+        raise ValueError(f"{path}: these sizes need {least} bytes of weights at least, and "
+                         f"model-*.safetensors beside it have {stored}")
+    return config, meta["sha256"]
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files with the tensors of a frozen model, in order."""
+    return sorted(Path(folder).glob("model-*.safetensors"))
 
 
 def load_frozen(
@@ -138,17 +187,25 @@ def load_frozen(
     config, sha256 = read_frozen(kind.config_class, folder)
     with torch.device("meta"):  # shapes without storage: the values come from the files
         model = kind(config)
-    tensors, file = {}, folder
-    try:
-        for file in sorted(Path(folder).glob("model-*.safetensors")):
-            tensors |= load_file(file, str(device))
-        stored = next((tensor.dtype for tensor in tensors.values()), dtype)
-        tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
-        model.load_state_dict(tensors, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())[:500]}") from None
-    model.sha256, model.stored_dtype = sha256, stored
-    return model.eval().requires_grad_(False)
+    tensors = {}
+    for file in weight_files(folder):
+        tensors |= read_tensors(file)
+    fill(model, tensors, Path(folder, "model-*.safetensors"))
+    model.sha256, model.stored_dtype = sha256, next(model.parameters()).dtype
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def check_frozen(kind: type[nn.Module], folder: str | Path) -> None:
+    """Read every byte of a frozen model. Raises ValueError where one has changed since conversion.
+
+    It takes about a second a GB, so `load_frozen` leaves it out.
+    """
+    model = load_frozen(kind, folder)
+    sizes = read_json(Path(folder, "config.json"))["config"]
+    if sha256_of(sizes, model.state_dict().items()) != model.sha256:
+        names = ", ".join(file.name for file in weight_files(folder))
+        raise ValueError(f"{folder}: the weights do not have the SHA-256 of its config.json: "
+                         f"{names} or config.json has changed; convert the model again")
 
 
 def parse_value(where: str, value, kind):
@@ -170,7 +227,7 @@ def parse_value(where: str, value, kind):
         if option is float and type(value) is int:
             return float(value)
     wanted = kind.__name__ if isinstance(kind, type) else kind
-    raise ValueError(f"{where} = {value!r}: expected {wanted}")
+    raise ValueError(f"{where} = {reprlib.repr(value)}: expected {wanted}")
 
 
 def parse_dataclass(kind, values: dict, where: str = ""):

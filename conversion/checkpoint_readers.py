@@ -5,6 +5,7 @@ it when memory is short. No code in a file runs: safetensors, GGUF and ONNX hold
 files are opened with `weights_only=True`. A setting that our models cannot compute is refused.
 """
 
+import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -56,9 +57,16 @@ def reading(what: Path | str) -> Iterator[None]:
     """Around foreign data of any content: an error becomes one line that names what is read."""
     try:
         yield
+    except (OSError, ImportError):
+        raise
     except Exception as error:  # of any kind: a flipped bit in a pickle gave KeyError
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{what}: cannot be read ({type(error).__name__}: {reason})") from None
+        if reason.startswith(f"{Path(what).parent}/"):  # it names a file already
+            raise
+        if not isinstance(error, ValueError):
+            reason = ("cannot be read: a setting or a tensor is missing, or of another kind: "
+                      f"{type(error).__name__}: {reason}")
+        raise ValueError(f"{what}: {reason}") from None
 
 
 def allow_only(settings: dict, allowed: dict[str, tuple]) -> None:
@@ -78,15 +86,29 @@ def llama_config(settings: dict, keys: dict[str, str], **known) -> LlamaConfig:
     return LlamaConfig(**usual | found | known)
 
 
+def open_torch(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of torch.save. ValueError where they claim more bytes than it has."""
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\3\4"  # torch's own test; before 1.6 there was no zip
+    if zipped and any(entry.compress_type or entry.filename.endswith("constants.pkl")
+                      for entry in zipfile.ZipFile(path).infolist()):
+        raise ValueError("not made by torch.save: compressed, or TorchScript, which is code")
+    # A pickle may claim any length. A read from memory makes room for no more than there is.
+    data = path if zipped else io.BytesIO(path.read_bytes())
+    tensors = torch.load(data, map_location="cpu", mmap=zipped, weights_only=True)
+    claimed, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if claimed > 2 * size:  # a tied head is there twice
+        raise ValueError(f"tensors of {claimed} bytes in a file of {size}")
+    return {name: tensor.detach() for name, tensor in tensors.items()}  # some are parameters
+
+
 def open_files(paths: Iterable[Path]) -> list[dict[str, Tensor]]:
     """The tensors of each file, of safetensors or torch.save, mapped."""
     files = []
     for path in paths:
         with reading(path):
-            mapped = zipfile.is_zipfile(path)  # torch.save before 1.6: none, read as a whole
-            file = (load_file(path) if path.suffix == ".safetensors" else
-                    torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
-            files.append({name: tensor.detach() for name, tensor in file.items()})
+            read = load_file if path.suffix == ".safetensors" else open_torch
+            files.append(read(path))
     if not files:
         raise FileNotFoundError("no model*.safetensors, pytorch_model*.bin or consolidated.*.pth")
     return files
@@ -116,32 +138,51 @@ def hf_llama_config(config: dict) -> LlamaConfig:
     return llama_config(config, HF_KEYS, rope_scaling=scaling)
 
 
-def hf_clip_settings(config: dict, folder: Path, release: bool) -> dict:
-    """What the files of a tower, or of an IAA release with one, say of it beyond its shapes.
+def hf_clip_settings(config: dict, folder: Path) -> dict:
+    """What config.json and preprocessor_config.json say of a tower beyond its shapes.
 
-    The centre crop of preprocessor_config.json is left out on purpose: LLaVA and IAA pad.
+    The centre crop is left out on purpose: LLaVA and IAA pad.
     """
-    if release:
-        allow_only(config, {"mm_vision_select_feature": ("patch",), "image_aspect_ratio": ("pad",)})
-        return {"feature_layer": config.get("mm_vision_select_layer", -2)}
     path = folder / "preprocessor_config.json"
-    found = config.get("vision_config", config) | (read_json(path) if path.is_file() else {})
+    pictures = read_json(path) if path.is_file() else {}
+    with reading(path):
+        allow_only(pictures, {"do_normalize": (True,), "do_rescale": (True,), "resample": (3,),
+                              "rescale_factor": (1 / 255,)})
+    found = config.get("vision_config", config) | pictures
+    side = pictures.get("crop_size")  # the positions must be as many as it has patches
+    found["side"] = side.get("height") if isinstance(side, dict) else side
     keys = {"heads": "num_attention_heads", "activation": "hidden_act",
-            "norm_eps": "layer_norm_eps", "mean": "image_mean", "std": "image_std"}
-    return {ours: found[theirs] for ours, theirs in keys.items() if theirs in found}
+            "norm_eps": "layer_norm_eps", "mean": "image_mean", "std": "image_std",
+            "image_px": "side"}
+    return {ours: found[theirs] for ours, theirs in keys.items()
+            if found.get(theirs) is not None}
 
 
-def clip_config(source: Source, table: list[Row], settings: dict) -> ClipConfig:
-    """A tower's sizes from the shapes, over which `settings` take precedence."""
+def clip_config(
+    source: Source, table: list[Row], given: dict, read: dict, usual: dict | None = None
+) -> ClipConfig:
+    """A tower's sizes from the shapes; the rest as `given` by the user, else `read`, else `usual`.
+
+    usual: of a tower whose kind is known, with 64 numbers a head. Raises ValueError where nothing
+    says the number of heads or the activation. Prints what is not in the shapes.
+    """
     names = {row.target: row.sources.replace("*", "weight") for row in table}
     width, _, patch, _ = source[names["patches.weight"]]().shape
     pattern = names["layers.{i}.up.*"].replace("{i}", "*")
     up = [name for name in source if fnmatchcase(name, pattern)]
-    sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]]()), "patch": patch,
-             "heads": width // 64}  # as in all of CLIP and DINOv2
+    sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]]()), "patch": patch}
+    settings = {} if usual is None else {"heads": width // 64} | usual
+    settings |= read | given
+    for name in ("heads", "activation"):
+        if name not in settings:
+            raise ValueError(f"no file says the tower's {name}: --{name} is needed")
     if "image_px" not in settings:
         sizes["image_px"] = isqrt(len(source[names["positions"]]()) - 1) * patch
-    return ClipConfig(**sizes | settings)
+    config = ClipConfig(**sizes | settings)
+    for name in ("heads", "activation", "mean", "std"):
+        origin = "given" if name in given else "read" if name in read else "assumed"
+        print(f"{name}: {getattr(config, name)}, {origin}")
+    return config
 
 
 def meta_config(params: dict, source: Source) -> LlamaConfig:
@@ -180,7 +221,15 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
     with reading(path):
         import gguf
 
-        reader = gguf.GGUFReader(path)
+        class Reader(gguf.GGUFReader):
+            """Reads no further than the file: a count that claims more ends at once."""
+
+            def _get(self, offset, dtype, count=1, **order):
+                if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                    raise EOFError("its counts claim more than it holds")
+                return super()._get(offset, dtype, count, **order)
+
+        reader = Reader(path)
         fields = {name.removeprefix("llama."): field.contents()
                   for name, field in reader.fields.items()}
 
@@ -188,6 +237,9 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
         return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
 
     source = {tensor.name: partial(read, tensor) for tensor in reader.tensors}
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(f"part {fields['split.no'] + 1} of {fields['split.count']}: join them "
+                         "with llama-gguf-split --merge")
     allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
                         "rope.scale_linear": (1.0,)})
     # Each frequency is divided by one of these; the largest is the config's factor.
@@ -198,8 +250,9 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
         rope_scaling=None if factors is None else RopeScaling(float(factors.max())),
         tied="output.weight" not in source)
     allow_only(fields, {"rope.dimension_count": (config.head_size,)})
-    wanted = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
-    if factors is not None and not torch.allclose(factors, wanted, rtol=1e-3):
+    plain = replace(config, rope_scaling=None)
+    if factors is not None and (2 * len(factors) != config.head_size or not torch.allclose(
+            factors, rope_frequencies(plain) / rope_frequencies(config), rtol=1e-3)):
         raise ValueError("rope_freqs.weight: another scaling than that of Llama 3.1")
     return source, config, fields
 

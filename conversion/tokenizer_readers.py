@@ -1,16 +1,19 @@
 """Foreign tokenizers -> `Tokenizer`: Meta's files, Hugging Face folders, sentencepiece, GGUF.
 
 A byte-level BPE becomes a table of bytes in merge order and the regex by which text is split.
-Other kinds are refused, never approximated.
+Other kinds are refused, never approximated. What the files state of start and stop tokens, added
+words and chat template is used; each choice is a line of output that says whence it comes.
 
 Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp (GGUF metadata).
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from common.files import read_json
 from conversion.checkpoint_readers import reading
-from tokenization.tokenizer import Tokenizer, read_ranks
+from tokenization.templates import TEMPLATES, render
+from tokenization.tokenizer import STARTS, STOPS, Tokenizer, read_ranks
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Each digit alone, and GPT-2's split of what lies between: a digit ends white space ahead of it.
@@ -22,44 +25,102 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GGUF_SPLITS = {"llama-bpe": LLAMA3_SPLIT, "smollm": DIGITS_SPLIT, "gpt-2": GPT2_SPLIT}
+GGUF_SPLITS = {"llama-bpe": LLAMA3_SPLIT, "llama3": LLAMA3_SPLIT, "llama-v3": LLAMA3_SPLIT,
+               "smollm": DIGITS_SPLIT, "gpt-2": GPT2_SPLIT}
 # GPT-2's printable character -> byte: in these a `tokenizer.json` or a GGUF spells tokens.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 GPT2_BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
 LLAMA3_TOKENS = 128000  # ahead of the special ones
-TEMPLATE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}
-IMAGE_TOKENS = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>")
+TEMPLATE_MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("USER:", "ASSISTANT:"),
+                  "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+# The first that exists stands for an image: no text makes it.
+IMAGE_TOKENS = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>",
+                "<unk>")
+# Text never becomes these, even where a file says that they are ordinary words.
+CONTROL = {*STARTS, *STOPS, *IMAGE_TOKENS, *TEMPLATE_MARKS["chatml"], *TEMPLATE_MARKS["llama3"]}
+
+
+Added = list[tuple[str, int, bool]]  # tokens beside the model's own: name, id, special
+
+
+class Stated(NamedTuple):
+    """What a source states of its tokenizer, or its user. Tokens are names or ids."""
+
+    template: str | None = None  # a key of TEMPLATES, that the user names
+    jinja: str | None = None  # the model's own template
+    start: str | int | None = None
+    adds_start: bool | None = None
+    stops: tuple[str | int | None, ...] = ()
+
+
+def choose_template(stated: Stated, specials: dict[str, int]) -> tuple[str, str]:
+    """A key of TEMPLATES, and how it is known: its marks stand in the model's own template.
+
+    Where there is none, they are special tokens; else it is Vicuna's, if there is </s>. Raises
+    ValueError where not one alone fits. The model's own is Jinja, which is code: it is not run.
+    """
+    if stated.template:
+        return stated.template, "as --template says"
+    found = [template for template, marks in TEMPLATE_MARKS.items()
+             if all(mark in (stated.jinja or specials) for mark in marks)]
+    if len(found) == 1:
+        return found[0], "read from chat_template" if stated.jinja else "assumed by special tokens"
+    if found or stated.jinja or "</s>" not in specials:
+        raise ValueError(f"chat template not recognised, {' and '.join(found) or 'none'} would "
+                         f"fit: --template {' or '.join(TEMPLATES)} is needed")
+    return "vicuna", "assumed"
 
 
 def build_tokenizer(
-    model: dict[bytes, int], special_tokens: dict[str, int], pattern: str, chat_template: str = ""
+    model: dict[bytes, int] | bytes, added: Added, stated: Stated, pattern: str = "",
+    mergeable: int | None = None,
 ) -> Tokenizer:
-    """A tokenizer whose chat template and image token are recognised.
+    """A tokenizer with what is stated, and else with what is usual of its kind. Prints which.
 
-    The template is the one whose mark stands in chat_template, the model's own in Jinja, if that
-    is known, else among the special tokens. Raises ValueError where none can stand for an image.
+    Raises ValueError where the template, or a special token that is needed, is not there.
     """
-    marks = [mark for mark in TEMPLATE_MARKS if mark in chat_template]
-    marks += [mark for mark in reversed(TEMPLATE_MARKS) if mark in special_tokens]
-    template = TEMPLATE_MARKS[marks[0]] if marks else "plain"
-    images = [name for name in IMAGE_TOKENS if name in special_tokens]
+    names = {id: name for name, id, _ in added}
+    start, *stops = (names.get(token, token) for token in (stated.start, *stated.stops))
+    control = CONTROL | {start, *stops}
+    specials = {name: id for name, id, special in added if special or name in control}
+    words = {name: id for name, id, _ in added if name and name not in specials}
+    # transformers states ids by default, which may be those of ordinary text.
+    stops = [name for name in stops if name in specials]
+    template, known_by = choose_template(stated, specials)
+    images = [name for name in IMAGE_TOKENS if name in specials]
     if not images:
         raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed")
-    return Tokenizer(model, special_tokens, template, images[0], pattern)
+    if start not in specials:
+        start = None
+    # In a chat, bos_token in the model's template decides. ChatML's models often state a mark of
+    # the template or the stop token as start, which is no start.
+    elif "bos_token" not in (stated.jinja or "") and (
+            stated.adds_start is False or start in TEMPLATE_MARKS["chatml"] or start in stops):
+        start = ""
+    all_stops = [name for name in dict.fromkeys((*STOPS, *stops)) if name in specials]
+    tokenizer = Tokenizer(model, specials, template, images[0], pattern, mergeable, words, start,
+                          all_stops)
+    render(tokenizer, [("user", ""), ("assistant", "")])  # raises where a special token is missing
+    said = ", ".join(f"{name} {'read' if name in stops else 'assumed'}" for name in all_stops)
+    print(f"chat template: {template}, {known_by}")
+    print(f"start token: {tokenizer.start or 'none'}, {'assumed' if start is None else 'read'}")
+    print(f"stop tokens: {said or 'none'}")
+    return tokenizer
 
 
-def read_sentencepiece(path: Path) -> Tokenizer | None:
+def read_sentencepiece(path: Path, added: Added, stated: Stated) -> Tokenizer | None:
     """Llama 2's or Vicuna's `tokenizer.model`; None where there is none, or Llama 3's in base64."""
     if not path.is_file() or (model := path.read_bytes())[:1] != b"\n":
         return None
-    # No text makes <unk>, so it can stand for an image.
-    return Tokenizer(model, {"<unk>": 0, "<s>": 1, "</s>": 2}, "vicuna", "<unk>")
+    own = [("<unk>", 0, True), ("<s>", 1, True), ("</s>", 2, True)]
+    return build_tokenizer(model, own + [token for token in added if token[1] > 2], stated)
 
 
-def read_meta_tokenizer(path: Path, version: str) -> Tokenizer:
+def read_meta_tokenizer(path: Path, version: str, template: str | None = None) -> Tokenizer:
     """Meta's `tokenizer.model`, of Llama 2, of Llama 3 ("3"), or of 3.1 and 3.2 ("3.1")."""
-    if tokenizer := read_sentencepiece(path):
+    stated = Stated(template)
+    if tokenizer := read_sentencepiece(path, [], stated):
         return tokenizer
     model = read_ranks(path)
     if [*model.values()] != [*range(LLAMA3_TOKENS)]:
@@ -71,16 +132,25 @@ def read_meta_tokenizer(path: Path, version: str) -> Tokenizer:
         named |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
     unnamed = [place for place in range(256) if place not in named]
     named |= {place: f"reserved_special_token_{number}" for number, place in enumerate(unnamed)}
-    specials = {f"<|{named[place]}|>": LLAMA3_TOKENS + place for place in range(256)}
-    return build_tokenizer(model, specials, LLAMA3_SPLIT)
+    added = [(f"<|{named[place]}|>", LLAMA3_TOKENS + place, True) for place in range(256)]
+    return build_tokenizer(model, added, stated, LLAMA3_SPLIT)
 
 
-def merge_order(vocab: dict[str, int], specials: dict, merges: list) -> dict[bytes, int]:
-    """Bytes of ordinary tokens -> id, in merge order: single bytes, then the merges, the rest."""
+def build_bpe(
+    vocab: dict[str, int], merges: list, whole_words: bool, added: Added, stated: Stated,
+    pattern: str,
+) -> Tokenizer:
+    """A byte-level BPE: single bytes, then what the merges make, then the rest of `vocab`.
+
+    whole_words: text becomes also those of the rest that no merge makes.
+    """
+    names = {name for name, _, _ in added}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    order = [*GPT2_BYTES, *("".join(pair) for pair in pairs), *vocab]
-    return {bytes(GPT2_BYTES[c] for c in token): vocab[token] for token in order
-            if token in vocab and token not in specials}
+    made = dict.fromkeys([*GPT2_BYTES, *("".join(pair) for pair in pairs)])
+    order = [token for token in made | vocab if token in vocab and token not in names]
+    mergeable = None if whole_words else sum(token in made for token in order)
+    model = {bytes(GPT2_BYTES[c] for c in token): vocab[token] for token in order}
+    return build_tokenizer(model, added, stated, pattern, mergeable)
 
 
 def hf_split(tokenizer: dict) -> str:
@@ -103,37 +173,71 @@ def hf_split(tokenizer: dict) -> str:
                      f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
 
 
-def read_hf_tokenizer(folder: Path) -> Tokenizer:
+def hf_stated(folder: Path, template: str | None) -> tuple[Stated, list]:
+    """What a Hugging Face folder states of its tokenizer, and the records of its added tokens."""
+    said, ends, sizes, full, added = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json",
+                     "tokenizer.json", "added_tokens.json"))
+    file, jinja = folder / "chat_template.jinja", said.get("chat_template")
+    if isinstance(jinja, list):  # several, by name
+        jinja = {one["name"]: one["template"] for one in jinja}.get("default")
+    if file.is_file():
+        jinja = file.read_text(encoding="utf-8")
+    tokens = [said.get(key) for key in ("bos_token", "eos_token")]
+    start, stop = (token["content"] if isinstance(token, dict) else token for token in tokens)
+    ends = sizes | ends
+    stops = ends.get("eos_token_id")
+    stops = (stop, *stops) if isinstance(stops, list) else (stop, stops)
+    records = full.get("added_tokens") or [
+        *({"content": name, "id": number} for name, number in added.items()),
+        *({"id": int(number)} | token
+          for number, token in said.get("added_tokens_decoder", {}).items())]
+    start = ends.get("bos_token_id") if start is None else start
+    return Stated(template, jinja, start, said.get("add_bos_token"), stops), records
+
+
+def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
     """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
-    if tokenizer := read_sentencepiece(folder / "tokenizer.model"):
-        return tokenizer
-    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    content = read_json(path)
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    with reading(path):
+    path = folder / "tokenizer.json"
+    with reading(path if path.is_file() else folder / "tokenizer_config.json"):
+        stated, records = hf_stated(folder, template)
+        added = [(token["content"], token["id"], token.get("special", False)) for token in records]
+        odd = [token for token in records if not token.get("special") and (
+            token.get("lstrip") or token.get("rstrip") or token.get("single_word"))]
+        if odd:
+            raise ValueError(f"added word {odd[0]['content']!r}: lstrip, rstrip and single_word "
+                             "are not supported")
+        if tokenizer := read_sentencepiece(folder / "tokenizer.model", added, stated):
+            return tokenizer
+        content = read_json(path)
         pattern, model = hf_split(content), content["model"]
-        specials = {token["content"]: token["id"] for token in content["added_tokens"]}
-        ranked = merge_order(model["vocab"], specials, model["merges"])
-        return build_tokenizer(ranked, specials, pattern, str(template))  # or a list of them
+        return build_bpe(model["vocab"], model["merges"], model.get("ignore_merges", False), added,
+                         stated, pattern)
 
 
-def read_gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
+def read_gguf_tokenizer(path: Path, fields: dict, template: str | None = None) -> Tokenizer:
     """The byte-level BPE in the metadata of a GGUF file, name -> value.
 
     Of a sentencepiece model ("llama") parts are missing: `tokenizer.model` beside it is read.
     """
-    kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    beside = path.with_name("tokenizer.model")
-    if kind == "llama" and (tokenizer := read_sentencepiece(beside)):
-        return tokenizer
-    if kind != "gpt2" or split not in GGUF_SPLITS:
-        raise ValueError(f"{path}: tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
-                         f"{' or '.join(GGUF_SPLITS)}, nor 'llama' with its tokenizer.model beside "
-                         "the file; convert the Hugging Face folder instead")
-    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"]
-                             for name in ("tokens", "token_type", "merges"))
-    ids = {token: number for number, token in enumerate(tokens)}
-    specials = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}
-    template = fields.get("tokenizer.chat_template", "")
-    return build_tokenizer(merge_order(ids, specials, merges), specials, GGUF_SPLITS[split],
-                           template)
+    fields = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    kind, split = fields.get("model"), fields.get("pre")
+    stops = tuple(fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom"))
+    stated = Stated(template, fields.get("tokenizer.chat_template"), fields.get("bos_token_id"),
+                    fields.get("add_bos_token"), stops)
+    with reading(path):
+        tokens, kinds = fields.get("tokens", []), fields.get("token_type", [])
+        # 1 is a token of the model, 6 one of its bytes, 4 an added word.
+        added = [(token, number, kind != 4) for number, (token, kind)
+                 in enumerate(zip(tokens, kinds, strict=True)) if kind not in (1, 6)]
+        beside = path.with_name("tokenizer.model")
+        if kind == "llama" and (tokenizer := read_sentencepiece(beside, added, stated)):
+            return tokenizer
+        if kind != "gpt2" or split not in GGUF_SPLITS:
+            raise ValueError(f"tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
+                             f"{' or '.join(GGUF_SPLITS)}, nor 'llama' with its tokenizer.model "
+                             "beside the file; convert the Hugging Face folder instead")
+        ids = {token: number for number, token in enumerate(tokens)}
+        whole_words = GGUF_SPLITS[split] == LLAMA3_SPLIT  # as in llama.cpp
+        return build_bpe(ids, fields["merges"], whole_words, added, stated, GGUF_SPLITS[split])

@@ -1,5 +1,6 @@
 """Published data sets with boxes, one function each: from the published file to our rows."""
 
+import io
 import pickle
 import re
 import zlib
@@ -54,8 +55,11 @@ def entries(path: Path, part: str, *fields: str) -> dict[int, list]:
             for entry in read_list(path, f"{part}.item")}
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """An unpickler of lists, dicts, texts and numbers: it refuses to look up anything by name."""
+class PlainUnpickler(pickle._Unpickler):
+    """An unpickler of lists, dicts, texts and numbers: it refuses to look up anything by name.
+
+    It is the one in Python: the one in C takes 4 GB for a place in its memo that 9 bytes name.
+    """
 
     def find_class(self, module: str, name: str):
         """Called for every class and function that a pickle names: those are how code would run."""
@@ -65,11 +69,14 @@ class PlainUnpickler(pickle.Unpickler):
 def refer_list(folder: Path) -> list[dict]:
     """The references in a folder of REFER's: `refs(unc).p` or, of RefCOCOg, `refs(umd).p`."""
     path = folder / ("refs(umd).p" if folder.name == "refcocog" else "refs(unc).p")
-    with open(path, "rb") as file:
+    content = path.read_bytes()
+    try:
         try:
-            return list(PlainUnpickler(file, encoding="latin1").load())  # Python 2 wrote it
-        except Exception as error:  # damaged pickles raise a dozen kinds
-            raise ValueError(f"{path}: refused, not a pickle of plain values ({error})") from None
+            return list(PlainUnpickler(io.BytesIO(content), encoding="utf-8").load())
+        except UnicodeDecodeError:  # Python 2 wrote it, with texts as bytes of no said encoding
+            return list(PlainUnpickler(io.BytesIO(content), encoding="latin1").load())
+    except Exception as error:  # damaged pickles raise a dozen kinds
+        raise ValueError(f"{path}: refused, not a pickle of plain values ({error})") from None
 
 
 def evaluation_images(refer: Path) -> Set[int]:

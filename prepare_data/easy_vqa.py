@@ -1,6 +1,6 @@
 """easy-VQA -> our JSONL: captions, questions and boxes of pictures of one coloured shape.
 
-    captions    "A red circle in the upper left of the picture."
+    captions    "A red circle at [0.41, 0.58, 0.89, 0.97]."
     questions   those of the data set, which do not see each other in their row; the answer to a
                 yes/no question says first what is there: "It is red, so no."
     boxes       the official grounding prompt and the box
@@ -47,13 +47,6 @@ def measure_shape(pixels: np.ndarray) -> tuple[str, float, list[int]]:
         raise ValueError("no shape found")
     box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
     return colour, inside.sum() / ((box[2] - box[0]) * (box[3] - box[1])), box
-
-
-def ninth(box: list[int], width: int, height: int) -> str:
-    """Which ninth of the picture the box's centre is in, in words."""
-    down = ("upper", "middle", "lower")[3 * (box[1] + box[3]) // (2 * height)]
-    across = ("left", "middle", "right")[3 * (box[0] + box[2]) // (2 * width)]
-    return down if down == across else f"{down} {across}"
 
 
 def words(question: str) -> set[str]:
@@ -111,8 +104,7 @@ def picture_rows(split: str, number: int, path: Path, asked: list) -> dict[str, 
         asked = choose_to_teach(asked, number, colour, shape)
     asked = [(question, explain(question, answer, colour, shape)) for question, answer in asked]
     name, answer = f"{split}/{number}.png", boxes_to_text([box], *image.size)
-    place = ninth(box, *image.size)
-    caption = ("Describe the picture.", f"A {colour} {shape} in the {place} of the picture.")
+    caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
     grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
     return {
         "captions": make_row("easy-vqa", split, f"captions/{number}", name, [caption]),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.files import read_json
-from data import ONE_LETTER, ONE_WORD
+from data import ONE_LETTER, ONE_WORD, picture_of
 from prepare_data.rows import Counts, clean, make_row, read_list
 
 SUFFIXES = {b"\x89PN": "png", b"\xff\xd8\xff": "jpg", b"GIF": "gif", b"RIF": "webp"}
@@ -19,7 +19,7 @@ def llava(path: Path, counts: Counts, source: str, folder: str = "") -> Iterator
     """LLaVA's form: a list of {"id", "image" (or none), "conversations"}; pictures in `folder`."""
     for number, record in enumerate(read_list(path)):
         with counts.each():
-            turns, image = record["conversations"], record.get("image")
+            turns, image = record["conversations"], picture_of(record)
             if turns[0]["from"] == "gpt":  # an answer without a question: left out, as LLaVA does
                 turns = turns[1:]
             if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 
 from clip import open_image
 from common.files import new_file
-from data import check_row, path_below
+from data import TAG, check_row, frame_of, path_below
 from tokenization.templates import IMAGE
 
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
@@ -52,26 +53,25 @@ class Counts(Counter):
 
 
 def clean(text: str) -> str:
-    """A text without image placeholders, its ends stripped. ValueError where nothing is left."""
-    text = text.replace("<image>", "").strip()
-    if not text:
+    """A text, its ends stripped. ValueError where nothing is left."""
+    if not text.strip():
         raise ValueError("a text is empty")
-    return text
+    return text.strip()
 
 
 def make_row(
     source: str, split: str, key, image: str | None, pairs: Iterable[tuple[str, str]],
     workflow: str = "mm", **fields,
 ) -> dict:
-    """A row of questions and answers; the placeholder of an image opens the first.
+    """A row of questions and answers; the tag of an image opens the first, wherever it stood.
 
     key: unique in its source and split. fields: those that not every row has.
     """
-    turns = []
-    for question, answer in pairs:
-        opening = IMAGE if image is not None and not turns else ""
-        turns += [{"from": "human", "value": opening + clean(question)},
-                  {"from": "gpt", "value": clean(answer)}]
+    texts = [text.strip() for pair in pairs for text in pair]
+    if image is not None:
+        texts[0] = IMAGE + texts[0].replace(TAG, "", 1).strip()
+    turns = [{"from": speaker, "value": text}
+             for speaker, text in zip(cycle(("human", "gpt")), texts, strict=False)]
     return {"id": f"{source}/{split}/{key}", "image": image, "source": source, "split": split,
             "workflow": workflow, **fields, "conversations": turns}
 
@@ -114,7 +114,7 @@ def check_image(row: dict, excluded: Set[int], root: Path | None) -> None:
     if number and int(number[1]) in excluded:
         raise Drop("its picture is one that grounding is evaluated on")
     size = picture_size(root, name) if root else None
-    if size and "boxes" in row and size != (row["width"], row["height"]):
+    if size and frame_of(row) not in (None, size):
         raise ValueError("the picture is not of the size that its boxes are for")
 
 

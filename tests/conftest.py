@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def byte_tokenizer() -> Tokenizer:
     special_tokens = {name: 256 + n for n, name in enumerate(specials)}
     return Tokenizer({bytes([b]): b for b in range(256)}, special_tokens, "chatml",
                      "<empty_output>", r"[\s\S]")
+
+
+def flip_bits(path: Path) -> Iterator[None]:
+    """Flip a bit of a tensor in a safetensors file, in ten places one by one; whole at the end."""
+    whole, header = path.read_bytes(), int.from_bytes(path.read_bytes()[:8], "little")
+    for place in torch.linspace(8 + header, len(whole) - 1, 10, dtype=int).tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        yield
+    path.write_bytes(whole)
 
 
 @pytest.fixture(autouse=True)

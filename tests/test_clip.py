@@ -1,6 +1,11 @@
 """clip.py: parity with OpenAI's and Hugging Face's towers (golden files), every kind of picture."""
 
 import dataclasses
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +183,90 @@ def test_sixteen_bits_and_exif(tmp_path):
     assert upright.getpixel((8, 4))[2] > 200 and upright.getpixel((8, 28))[0] > 200  # blue on top
 
 
+def test_grey_of_any_range(tmp_path):
+    """Floats and 32-bit numbers by their own range; what is not finite is refused."""
+    path, ramp = tmp_path / "a.tif", np.linspace(0, 1, 256)[None].repeat(2, 0)
+    for values, kind in ((ramp, "f4"), (255 * ramp, "f4"), (2 * ramp - 1, "f4"),
+                         (255 * ramp, "i4"), (65535 * ramp, "i4"), (2e9 * ramp, "i4")):
+        Image.fromarray(values.round(6).astype(kind)).save(path)
+        assert np.array(open_image(path))[1, :, 2].tolist() == [*range(256)]
+    for wrong in (np.nan, np.inf):
+        ramp[1, 7] = wrong
+        Image.fromarray(ramp.astype("f4")).save(path)
+        with pytest.raises(ValueError, match="a.tif: not a readable picture .its values are not"):
+            open_image(path)
+
+
+def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block: of each tag number, kind, count, value."""
+    entries = b"".join(struct.pack("<HHI4s", *values) for values in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG."""
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + checksum
+
+
+TURNED = (0x0112, 3, 1, b"\6")  # orientation 6
+UPRIGHT, AS_STORED = (16, 32), (32, 16)  # size where the orientation can be read, and where not
+BROKEN_METADATA = {
+    "garbage": ("jpg", AS_STORED, b"Exif\0\0of no known kind"),
+    "cut": ("jpg", AS_STORED, exif(TURNED)[:20]),
+    "header twice": ("jpg", UPRIGHT, b"Exif\0\0" + exif(TURNED)),
+    "text for a number": ("jpg", UPRIGHT, exif((0x0100, 2, 4, b"abc"), TURNED)),
+    "division by zero": ("jpg", UPRIGHT, exif(TURNED, (0x829A, 5, 1, b"\x20")) + bytes(16)),
+    "pointer to nowhere": ("jpg", UPRIGHT, exif(TURNED, (0x8825, 4, 1, b"\xff\xff\1"))),
+    "orientation is a text": ("jpg", AS_STORED, exif((0x0112, 2, 2, b"6"))),
+    "orientation is 9": ("jpg", AS_STORED, exif((0x0112, 3, 1, b"\x09"))),
+    "PNG, garbage": ("png", AS_STORED, chunk(b"eXIf", b"junkjunk")),
+    "PNG, turned": ("png", UPRIGHT, chunk(b"eXIf", exif(TURNED)[6:])),
+    "PNG, bad checksum": ("png", AS_STORED, chunk(b"tEXt", b"a\0b")[:-4] + bytes(4)),
+    "PNG, long text": ("png", AS_STORED, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)))),
+    "PNG, short chunk": ("png", AS_STORED, chunk(b"pHYs", b"\0")),
+    "WebP, garbage": ("webp", AS_STORED, b"Exif\0\0junkjunk"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_METADATA)
+def test_sound_pixels_with_broken_metadata(tmp_path, name):
+    """The picture is read, and is upright wherever its orientation can be read."""
+    kind, size, metadata = BROKEN_METADATA[name]
+    path = tmp_path / f"a.{kind}"
+    Image.new("RGB", (32, 16), "red").save(path, **{} if kind == "png" else {"exif": metadata})
+    if kind == "png":  # behind the header, and again behind the pixels
+        content = path.read_bytes()
+        path.write_bytes(content[:33] + metadata + content[33:-12] + metadata + content[-12:])
+    opened = open_image(path)
+    assert opened.size == size and opened.getpixel((4, 4))[0] > 250
+    assert to_rgb(opened).size == size  # turned once, not again
+
+
+def test_an_eps_starts_no_program(tmp_path, monkeypatch):
+    """Whatever its name is: Pillow would hand it to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("started"))
+    for name in ("a.eps", "a.png"):
+        (tmp_path / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+        with pytest.raises(ValueError, match=f"{name}: not a readable picture .JPEG, PNG, WEBP,"):
+            open_image(tmp_path / name)
+
+
+def test_memory_is_bounded_by_what_is_read(tmp_path):
+    """A 16-bit PNG takes the memory of its pixels; one of too many is refused at its header."""
+    code = ("import resource, sys; sys.path.insert(0, sys.argv[2]); from clip import *; "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+            "preprocess(open_image(sys.argv[1]), SIZES['ViT-L/14']); print(peak() - before)")
+    for width, said in ((5000, ""), (13_376, "13376 x 13376 is over 70000000 pixels")):
+        pixels = zlib.compress(bytes(width * (1 + 2 * width)) if not said else b"")
+        header = struct.pack(">IIBBBBB", width, width, 16, 0, 0, 0, 0)
+        content = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+        command = [sys.executable, "-c", code, tmp_path / "a.png", GOLDEN.parent.parent]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert said in done.stderr and int(done.stdout or 0) < 250_000  # KB: 50 MB as stored
+
+
 def test_broken_pictures_are_one_line(tmp_path):
     """Cut short, no picture, too large to decode, missing: a line that names the file."""
     for kind in ("png", "jpg", "gif", "webp", "bmp"):  # never a grey half
@@ -188,6 +277,7 @@ def test_broken_pictures_are_one_line(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "letters.ppm").write_text("P3 1 1 255 1 2 x")  # Pillow: ValueError without a path
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")  # refused before it is decoded
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(ValueError, match=f"{path.name}: not a readable picture") as error:

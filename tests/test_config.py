@@ -101,6 +101,8 @@ def test_errors_of_a_file_are_one_line(write, text, message):
     ("dtype=fp8", "dtype = 'fp8': one of auto, bf16, fp32"),
     ("max_tokens=0", "max_tokens = 0: must be 1 or more"),
     ("workers=-1", "workers = -1: must be 0 or more"),
+    (f"timeout_s={2**62}", "timeout_s = 4611686018427387904: must be 1 or more, below 2^31"),
+    ("two.lr=inf", "stage two: lr = inf: must be 0 or more, below 2^31"),
     ("three.steps=3", "no stage 'three'; there are: one, two"),
     ("steps", "write key=value"),
 ])

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from clip import Clip, ClipConfig
 from common.files import load_frozen
 from conversion import tensor_tables as tables
 from conversion.checkpoint_readers import DINOV2_SETTINGS, meta_config
-from conversion.tokenizer_readers import read_sentencepiece
+from conversion.tokenizer_readers import Stated, read_sentencepiece
 from convert_weights import convert
 from iaa import Adaptor, AdaptorConfig, load_iaa
 from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
@@ -219,13 +221,13 @@ def test_meta_llama(
     tmp_path, llama, tokenizer_model, monkeypatch, shards, embedding_dim, scaled
 ):
     """One file, and slices of each matrix in two; Llama 3.1 has special tokens of its own."""
-    read = Mock(return_value=read_sentencepiece(tokenizer_model))
+    read = Mock(return_value=read_sentencepiece(tokenizer_model, [], Stated()))
     monkeypatch.setattr(convert_weights.tokenizers, "read_meta_tokenizer", read)
     wanted = replace(LLAMA, context=131072, rope_scaling=RopeScaling(8.0)) if scaled else LLAMA
     folder = save_meta(tmp_path / "in", rename(llama, "meta"), shards, embedding_dim, scaled)
     convert(folder, tmp_path / "out")
     check(tmp_path / "out", llama, wanted)
-    read.assert_called_once_with(folder / "tokenizer.model", "3.1" if scaled else "3")
+    read.assert_called_once_with(folder / "tokenizer.model", "3.1" if scaled else "3", None)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -267,9 +269,10 @@ def test_gguf_of_vicuna(tmp_path, llama, tokenizer_model):
 @pytest.mark.parametrize(("tensors", "fields", "message"), [
     ({}, {"add_rope_dimension_count": 8}, "rope.dimension_count = 8 is not supported, only 16"),
     ({}, {"add_rope_scaling_type": Mock(value="yarn")}, "rope.scaling.type = 'yarn' is not supp"),
+    ({}, {"add_uint16": ("split.count", 3), "add_uint32": ("split.no", 1)}, "part 2 of 3: join"),
     ({}, {"add_tokenizer_model": "llama"}, "'llama' .* convert the Hugging Face folder instead"),
     ({"rope_freqs.weight": torch.full((8,), 2.0)}, {}, "another scaling than that of Llama 3.1"),
-    ({"rope_freqs.weight": torch.full((3,), 8.0)}, {}, "of another kind: RuntimeError: The size")])
+    ({"rope_freqs.weight": torch.full((3,), 8.0)}, {}, "another scaling than that of Llama 3.1")])
 def test_settings_of_gguf_that_are_refused(tmp_path, llama, tensors, fields, message):
     save_gguf(tmp_path / "in.gguf", rename(llama, "gguf") | tensors, "F16", fields)
     refuse(tmp_path / "in.gguf", message)
@@ -288,7 +291,7 @@ def save_gguf(path: Path, tensors: dict, kind: str, more: dict | None = None) ->
         "add_token_list": ["<|im_start|>", "<|im_end|>", "<empty_output>", *map(chr, codes)],
         "add_token_types": [3, 3, 3] + [1] * 256, "add_token_merges": ["a zz"]}
     for name, value in (fields | (more or {})).items():
-        getattr(writer, name)(value)
+        getattr(writer, name)(*value if isinstance(value, tuple) else (value,))
     quantised = gguf.GGMLQuantizationType[kind]
     for name, tensor in tensors.items():
         values = tensor.numpy().astype(np.float32)
@@ -481,7 +484,8 @@ def test_clip_features_against_transformers(tmp_path):
      r"down.weight should be \[64, 96\], but .*down_proj.weight make \[96, 64\]"),
     ("down_proj", lambda tensor: tensor * float("nan"), "down_proj.*: values are not finite"),
     ("down_proj", lambda tensor: tensor + 1e5, "down_proj.*not finite, or too large for F16"),
-    ("down_proj", lambda tensor: tensor.to(torch.int8), "of quantised weights only GGUF is read")])
+    ("down_proj", lambda tensor: tensor.to(torch.int8), "of quantised weights only GGUF is read"),
+    ("down_proj", lambda tensor: tensor.to(torch.float8_e4m3fn), "weights only GGUF is read")])
 def test_tensors_that_are_refused(tmp_path, llama, tokenizer_model, name, change, message):
     """Missing, one too many, transposed, NaN, too large, quantised; and nothing is left."""
     name, theirs = f"model.layers.1.mlp.{name}.weight", rename(llama)
@@ -519,6 +523,7 @@ def test_truncated_files(tmp_path, llama, tokenizer_model, name, kept):
     ({"tie_word_embeddings": True}, "lm_head.weight should equal model.embed_tokens.weight"),
     ({"model_type": "mistral"}, "model_type = 'mistral' is not supported"),
     ({"num_hidden_layers": 2}, "tensors left over"),
+    ({"num_hidden_layers": 10**6}, "config.json: layers = 1000000, but there are 30 tensors"),
     ({"num_hidden_layers": None}, "missing, or of another kind: .* 'layers'"),
     ({"num_attention_heads": 8}, "layers.0.attention.qkv.weight should be"),
     ({"vocab_size": 273}, "tokenizer has 274 ids, the embedding 273 rows"),
@@ -526,6 +531,93 @@ def test_truncated_files(tmp_path, llama, tokenizer_model, name, kept):
 def test_configs_that_are_refused(tmp_path, llama, tokenizer_model, change, message):
     save_hf(tmp_path / "in", rename(llama), HF_LLAMA | change, tokenizer_model)
     refuse(tmp_path / "in", message)
+
+
+def hostile(folder: Path) -> dict[str, Path]:
+    """Small files whose claims are large, or which are code."""
+    torch.save({"x": torch.zeros(1).expand(10**9)}, folder / "view.bin")  # stride 0
+    (folder / "pickle.bin").write_bytes(b"\x80\x02X\xff\xff\xff\xffa")  # 4 GB of text
+    with zipfile.ZipFile(folder / "code.bin", "w") as new:
+        new.writestr("code/constants.pkl", b"")
+    with zipfile.ZipFile(folder / "view.bin") as old, zipfile.ZipFile(
+            folder / "packed.bin", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    header = b"GGUF" + np.array([3], "<u4").tobytes()
+    array = b"\1\0\0\0\0\0\0\0a" + np.array([9, 0], "<u4").tobytes()  # "a": an array of bytes
+    counts = {"tensors": [2**40, 0], "fields": [0, 2**40], "array": [0, 1, 2**40]}
+    for name, values in counts.items():
+        parts = [np.array([value], "<u8").tobytes() for value in values]
+        content = header + b"".join(parts[:2]) + array * (name == "array") + b"".join(parts[2:])
+        (folder / f"{name}.gguf").write_bytes(content)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("view", "tensors of 4000000000 bytes in a file of "), ("pickle", "cannot be read"),
+    ("code", "TorchScript, which is code"), ("packed", "not made by torch.save: compressed"),
+    ("tensors", "claim more than it holds"), ("fields", "claim more than it holds"),
+    ("array", "claim more than it holds")])
+def test_cost_is_bounded_by_the_file(tmp_path, name, message):
+    """Files of less than 10 kB: one line, in memory that the file's length bounds."""
+    (tmp_path / "all").mkdir()
+    path = hostile(tmp_path / "all")[name]
+    source = tmp_path / path.name
+    if path.suffix == ".gguf":
+        pytest.importorskip("gguf")
+    else:
+        source = save_hf(tmp_path / "in", {}, HF_LLAMA, None, 0)
+    shutil.move(path, source / "pytorch_model.bin" if source.is_dir() else source)
+    tracemalloc.start()
+    refuse(source, message)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+
+
+PICTURES = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 1.0], "do_normalize": True,
+            "crop_size": {"height": 12, "width": 12}, "resample": 3, "rescale_factor": 1 / 255}
+
+
+@pytest.mark.parametrize(("without", "pictures", "options", "wanted"), [
+    ("", {}, {}, "heads: 2, read; activation: quick_gelu, read; mean: (0.48145466, 0.4578275, "
+     "0.40821073), assumed; std: (0.26862954, 0.26130258, 0.27577711), assumed"),
+    ("num_attention_heads", PICTURES, {"heads": 4}, "heads: 4, given; activation: quick_gelu, read;"
+     " mean: [0.5, 0.25, 0.5], read; std: [0.5, 0.5, 1.0], read"),
+    ("num_attention_heads", {}, {}, "config.json: no file says the tower's heads: --heads is need"),
+    ("hidden_act", {}, {}, "config.json: no file says the tower's activation: --activation is nee"),
+    ("", {"crop_size": 24}, {}, r"positions should be \[37, 128\], but .* make \[10, 128\]"),
+    ("", {"do_normalize": False}, {}, "preprocessor_config.json: do_normalize = False is not sup"),
+    ("", {"image_mean": "x"}, {}, "config.json: mean, std = x, .*: three numbers each"),
+    ("", {}, {"activation": "tanh"}, "activation = 'tanh': quick_gelu or gelu")])
+def test_facts_of_a_tower(tmp_path, capsys, tower, without, pictures, options, wanted):
+    """Heads, activation, mean and std are read or given, each in a line of output, never guessed.
+    """
+    config = {name: value for name, value in HF_VISION.items() if name != without}
+    folder = save_hf(tmp_path / "in", to_hf_clip(tower), config, None)
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    if wanted.startswith("heads"):
+        convert(folder, tmp_path / "out", **options)
+        assert capsys.readouterr().out.splitlines()[:4] == wanted.split("; ")
+    else:
+        refuse(folder, wanted, **options)
+
+
+def test_check(tmp_path, tower, monkeypatch, capsys):
+    """--check computes the SHA-256 anew: a changed bit of a weight or a size is one line."""
+    convert(save_hf(tmp_path / "in", to_hf_clip(tower), HF_VISION, None), tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(tmp_path / "out"), "--check"])
+    convert_weights.main()
+    assert "as it was converted, by its SHA-256" in capsys.readouterr().out
+    weights, = (tmp_path / "out").glob("*.safetensors")
+    settings, content = tmp_path / "out" / "config.json", bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    for path, changed in ((weights, bytes(content)), (
+            settings, settings.read_bytes().replace(b'"norm_eps": 1e-05', b'"norm_eps": 1e-06'))):
+        whole = path.read_bytes()
+        path.write_bytes(changed)
+        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256 of its config.json"):
+            convert_weights.main()
+        path.write_bytes(whole)
 
 
 def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
@@ -539,6 +631,9 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
 
     (tmp_path / "odd").mkdir()
     assert "not a known format" in error(tmp_path / "odd", tmp_path / "out")
+    (tmp_path / "odd" / "ViT.pt").touch()
+    said = error(tmp_path / "odd" / "ViT.pt", tmp_path / "out")
+    assert "TorchScript, which is code: convert the same weights in Hugging Face's" in said
     save_hf(tmp_path / "in", rename(llama), HF_LLAMA, tokenizer_model)
     with monkeypatch.context() as patch:  # Ctrl-C halfway
         patch.setattr(convert_weights, "make_tensor", Mock(side_effect=KeyboardInterrupt))

@@ -68,7 +68,7 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert row["boxes"] == [[10, 20, 41, 31]] and row["conversations"][1]["value"] == box
     assert row["conversations"][0]["value"].endswith("this sentence describes: blue rectangle")
     caption = rows["train-captions"][0]["conversations"][1]["value"]
-    assert caption == "A blue rectangle in the middle of the picture."
+    assert caption == f"A blue rectangle at {box}."
     row = rows["train-questions"][0]
     assert len(row["conversations"]) == 4 and row["independent"]
 
@@ -103,7 +103,7 @@ def test_answers_settle_the_shape(package, tmp_path):
     package.get_train_questions = lambda: tuple(zip(*asked, strict=True))
     easy_vqa(tmp_path / "out")
     first = json.loads((tmp_path / "out/train-captions.jsonl").read_text().splitlines()[0])
-    assert first["conversations"][1]["value"] == "A blue circle in the middle of the picture."
+    assert first["conversations"][1]["value"] == "A blue circle at [0.16, 0.31, 0.64, 0.48]."
 
 
 def test_most_training_pictures_have_no_negated_question(package, tmp_path):

@@ -1,9 +1,12 @@
 """common/files.py: typed values from JSON, whose errors say where and what is right; new files."""
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from common.files import (
@@ -13,6 +16,8 @@ from common.files import (
     parse_dataclass,
     parse_value,
     read_json,
+    read_tensors,
+    sha256_of,
     write_text,
 )
 
@@ -57,6 +62,7 @@ def test_values_become_what_is_declared():
     ({"size": 3, "inner": {"share": "all"}}, "here.inner.share = 'all': expected float"),
     ({"size": 3, "inner": {"share": 2}}, "here.inner: share = 2.0: at most 1"),
     ({"size": 3, "inner": 5}, "here.inner = 5: expected"),
+    ({"size": "9" * 10**6}, "here.size = '999999999999...9999999999999': expected int"),
     ({"size": 3, "sise": 4}, "unknown key 'sise' in here; known: inner, mean, names, places, size"),
     ({}, "here: missing 1 required positional argument: 'size'"),
 ])
@@ -79,6 +85,27 @@ def test_json_of_the_wrong_kind(tmp_path):
             read_json(path, a=int)
     path.write_text(json.dumps({"a": 1, "b": {"c": 2}, "d": []}))
     assert read_json(path, "d", a=float, b=dict[str, int]) == {"a": 1.0, "b": {"c": 2}, "d": []}
+
+
+def test_sha256_literal():
+    """Settings as JSON, then name, dtype, shape and bytes of each tensor."""
+    tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[1.0]], dtype=torch.bfloat16)}
+    text = b'{"x": [1, null]}a F32 [2]\n\0\0\x80?\0\0\0@b BF16 [1, 1]\n\x80?'
+    assert sha256_of({"x": (1, None)}, tensors.items()) == hashlib.sha256(text).hexdigest()
+
+
+def test_files_of_tensors_that_claim_too_much(tmp_path):
+    """A header longer than the file, a tensor of 2^62 values, a pipe, nothing: one line at once."""
+    path, pipe = tmp_path / "x.safetensors", tmp_path / "pipe"
+    claim = b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (2**62, 2**64 - 1)
+    for damaged in (b"", b"\xff" * 7 + b"\0{}", len(claim).to_bytes(8, "little") + claim + b"1234"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="x.safetensors: ") as error:
+            read_tensors(path)
+        assert "\n" not in str(error.value)
+    os.mkfifo(pipe)
+    with pytest.raises(FileNotFoundError, match="pipe: no such file"):
+        read_tensors(pipe)
 
 
 def test_a_failed_write_names_its_target_and_leaves_the_old_one(tmp_path):
@@ -116,7 +143,8 @@ def test_new_files_and_folders_are_whole(tmp_path):
 
 @pytest.mark.parametrize(("error", "stopped", "said"), [
     (ValueError("bad"), "", "x.py: bad"), (OSError("gone"), "", "x.py: gone"),
-    (SafetensorError("cut"), "", "x.py: cut"), (KeyboardInterrupt(), "", "\nx.py: stopped"),
+    (SafetensorError("cut\nhere"), "", "x.py: cut here"),
+    (KeyboardInterrupt(), "", "\nx.py: stopped"),
     (KeyboardInterrupt(), "go on", "\nx.py: stopped; go on")])
 def test_a_command_ends_in_one_line(error, stopped, said):
     """What a user can cause; an error of ours keeps its traceback."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA_TIED
+from conftest import LLAMA, LLAMA_TIED, flip_bits
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.files import load_frozen, read_frozen
+from common.files import check_frozen, load_frozen, read_frozen, sha256_of
 from llama import SIZES, KVCache, Llama, LlamaConfig, RopeScaling, attention_mask, rope_frequencies
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -206,6 +206,8 @@ def test_cache_misuse_raises():
     ({"kv_heads": 4}, "heads = 6 must be a multiple of kv_heads = 4"),
     ({"head_size": 7}, "head_size = 7"),
     ({"layers": 0}, "layers = 0: must be a whole number, 1 or more"),
+    ({"rope_theta": float("nan")}, "rope_theta = nan: must be above 0"),
+    ({"norm_eps": float("inf")}, "norm_eps = inf: must be above 0, and finite"),
 ])
 def test_impossible_sizes_raise(change, message):
     """A config that contradicts itself names the key and the value."""
@@ -226,3 +228,19 @@ def test_written_and_loaded_again(config, tmp_path, write_base):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
         assert torch.equal(again.state_dict()[name], tensor.float())
+
+
+def test_a_changed_bit_of_a_frozen_model_is_noticed(tmp_path, write_base):
+    """Ten places in the tensors, and a size that fits as well: the file is named."""
+    model, folder = Llama(LLAMA), tmp_path / "llm"
+    sha256 = sha256_of(dataclasses.asdict(LLAMA), model.state_dict().items())
+    write_base(folder, model, sha256)
+    assert check_frozen(Llama, folder) is None
+    path, config = folder / "model-00001-of-00001.safetensors", folder / "config.json"
+    said = f"^{folder}: the weights do not have the SHA-256 of its config.json: {path.name} or"
+    for _ in flip_bits(path):
+        with pytest.raises(ValueError, match=said):
+            check_frozen(Llama, folder)
+    config.write_text(config.read_text().replace("500000.0", "100000.0"))
+    with pytest.raises(ValueError, match=said):
+        check_frozen(Llama, folder)

@@ -15,7 +15,8 @@ def write_run(root, stages):
     (root / "config.json").write_text(json.dumps({"stage": [{"name": name} for name in stages]}))
     for name, steps in stages.items():
         (root / name).mkdir()
-        rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3} for i in range(steps)]
+        rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3, "flops": 1}
+                for i in range(steps)]
         rows[-1:] = [row | {"held_out": 1.0} for row in rows[-1:]]
         (root / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -28,7 +29,7 @@ def test_draws_a_run(tmp_path, capsys):
 
     run = write_run(tmp_path / "run", {"first": 40, "single": 1, "last": 300, "later": 0})
     with open(run / "last" / "log.jsonl", "a") as file:
-        file.write('{"step": 300, "loss": NaN, "lr": 0.0}\n{"step": 301, "lo')
+        file.write('{"step": 300, "loss": NaN, "lr": 0.0, "flops": 1}\n{"step": 301, "lo')
     plot.main([str(run)])
     assert capsys.readouterr().out == f"{run}/curves.png\n"
     with Image.open(run / "curves.png") as picture:

@@ -291,6 +291,24 @@ def test_ctrl_c(run, script, monkeypatch, capsys):
         main(run, "--prompt", "one")
 
 
+def test_a_tag_is_a_picture_and_no_text(run, picture, script, capsys):
+    """`<image>` is dropped where a picture stands for it, also in the history; else it is a line.
+    """
+    calls = script("one <image>", "two")
+    chat = open_chat(run, picture)
+    for text in ("<image>\nWhat?", "And <image> now?"):
+        chat.ask(text)
+    said = [chat.tokenizer.decode(call["ids"]) for call in calls]
+    assert said[0].endswith("user\n\nWhat?\nassistant\n") and "And  now?" in said[1]
+    assert "<image>" not in said[0] + said[1] and calls[1]["ids"].count(IMAGE_ID) == P
+    one = "1 times <image> in a question about 0 pictures: leave it out; --image"
+    assert one in fails(capsys, run, "--prompt", "What is <image>?")
+    shown = ("--image", picture, "--prompt")
+    assert one in fails(capsys, run, "--workflow", "text", *shown, "<image>?")
+    assert "2 times <image> in a question about 1 pictures" in fails(
+        capsys, run, *shown, "<image><image>")
+
+
 def test_prompt_longer_than_the_context(run, capsys, script):
     """The message holds both numbers; what just leaves room gets a shorter answer; no history."""
     message = fails(capsys, run, "--prompt", "x" * 400)
@@ -408,6 +426,10 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), [
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
+    ("iaa.json", ["image_token"], 10**9, "image_token = 1000000000: the LLM has tokens 0 to 259"),
+    ("llama/config.json", ["config", "layers"], 10**6, "need 3328000000 bytes of weights at least"),
+    ("llama/config.json", ["config", "heads"], 2**62, "need 221360928884514620160 bytes of"),
+    ("clip/config.json", ["config", "ffn"], 2**62, "bytes of weights at least, and model-*"),
     ("clip/config.json", ["config", "mean"], 0.5, "mean = 0.5: expected tuple"),
     ("clip/config.json", ["config", "mean"], [0.5], "three numbers each"),
     ("llama/config.json", ["sha256"], None, "sha256 = None: expected str"),
@@ -424,6 +446,8 @@ def test_damaged_settings_are_one_line(run, picture, tmp_path, capsys, file, key
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
+    if file.startswith("mm"):
+        del settings["sha256"]  # as older adaptors have none
     path.write_text(json.dumps(settings))
     assert message in fails(capsys, tmp_path / "copy", "--image", picture, "--prompt", "hello",
                             "--max-tokens", 1)

@@ -14,7 +14,12 @@ import make_golden_tokens as golden
 import pytest
 import sentencepiece
 
-from conversion.tokenizer_readers import read_gguf_tokenizer, read_hf_tokenizer, read_meta_tokenizer
+from conversion.tokenizer_readers import (
+    GPT2_BYTES,
+    read_gguf_tokenizer,
+    read_hf_tokenizer,
+    read_meta_tokenizer,
+)
 from tokenization.templates import render
 from tokenization.tokenizer import Stream, Tokenizer
 
@@ -40,6 +45,7 @@ def all_kinds(tmp_path_factory) -> dict[str, Tokenizer]:
         sentence_iterator=plain, model_writer=written, vocab_size=420, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         split_digits=True, minloglevel=2, hard_vocab_limit=False)
+    (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(written.getvalue())
     return found | {"vicuna": read_hf_tokenizer(folder)}
 
@@ -183,11 +189,118 @@ def test_unsupported_tokenizers_say_what_is_supported(tmp_path):
             read_gguf_tokenizer(tmp_path / "x.gguf", fields)
 
 
-@pytest.mark.parametrize(("own", "template"), [
-    (None, "llama3"), ("{{'<|im_start|>' + role}}", "chatml"),
-    ([{"name": "default", "template": "<|im_start|>"}], "chatml"), ("{{ content }}", "llama3")])
-def test_a_template_is_known_by_its_marks(tmp_path, own, template):
-    """The marks in the model's own chat template come before those among its special tokens."""
-    from_golden("llama3", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": own}))
-    assert read_hf_tokenizer(tmp_path).template == template
+CHATML = "{{'<|im_start|>' + role + '\n' + content + '<|im_end|>\n'}}"
+R1 = "{{bos_token}}{{'<R1User>' + content}}"
+
+
+def write_bpe(folder: Path, names: list, said: dict, ends: dict, model: dict | None = None) -> Path:
+    """A tokenizer.json of single bytes, then `names` (or records of added tokens) from 256 on."""
+    records = [{"id": 256 + n, "special": True} | (
+        name if isinstance(name, dict) else {"content": name}) for n, name in enumerate(names)]
+    model = {"vocab": GPT2_BYTES, "merges": []} | (model or {})
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "added_tokens": records, "model": {"type": "BPE"} | model,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}))
+    for name, content in (("tokenizer_config.json", said), ("generation_config.json", ends)):
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+IMAGE = "<|reserved_special_token_44|>"
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+          "<|eot_id|>"]
+BOTH = [*LLAMA3, IMAGE, "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(("names", "said", "ends", "template", "facts"), [
+    ([*LLAMA3, IMAGE], {}, {}, None, ("llama3", 256, (260, 257))),
+    # ChatML on Llama 3; an end that is a record; the end by its id alone
+    (BOTH, {"chat_template": CHATML, "bos_token": "<|begin_of_text|>",
+            "eos_token": {"content": "<|im_end|>"}}, {}, None, ("chatml", 256, (260, 263, 257))),
+    (BOTH, {"chat_template": [{"name": "default", "template": CHATML}], "add_bos_token": False},
+     {"bos_token_id": 256}, None, ("chatml", None, (260, 263, 257))),
+    # SmolLM2 states a mark of its template as the start
+    (BOTH, {"chat_template": CHATML, "bos_token": "<|im_start|>"}, {"eos_token_id": [263, 5]},
+     None, ("chatml", None, (260, 263, 257))),
+    (["<R1>", "<R1End>", IMAGE, *LLAMA3[2:]], {"bos_token": "<R1>", "chat_template": R1},
+     {"eos_token_id": 257}, "llama3", ("llama3", 256, (261, 257))),
+])
+def test_what_the_files_state_is_used(tmp_path, capsys, names, said, ends, template, facts):
+    """Chat template, start and stop tokens of a Hugging Face folder are as its files state."""
+    tokenizer = read_hf_tokenizer(write_bpe(tmp_path, names, said, ends), template)
+    assert (tokenizer.template, tokenizer.bos_id, tokenizer.stop_ids) == facts
+    known = "as --template says" if template else ("read from chat_template" if said else
+                                                   "assumed by special tokens")
+    assert f"chat template: {facts[0]}, {known}\nstart token: " in capsys.readouterr().out
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert (again.template, again.bos_id, again.stop_ids) == facts
+
+
+def test_what_a_gguf_states_is_used():
+    """The same of a GGUF's metadata, and its user-defined tokens are words."""
+    fields = {"tokenizer.chat_template": CHATML} | {
+        f"tokenizer.ggml.{name}": value for name, value in {
+            "model": "gpt2", "pre": "llama-bpe", "tokens": [*GPT2_BYTES, *BOTH, "taxpayer"],
+            "merges": [], "token_type": [1] * 256 + [3] * 8 + [4], "add_bos_token": False,
+            "bos_token_id": 256, "eos_token_id": 263}.items()}
+    tokenizer = read_gguf_tokenizer(Path("x.gguf"), fields)
+    facts = tokenizer.template, tokenizer.bos_id, tokenizer.stop_ids
+    assert facts == ("chatml", None, (260, 263, 257))
+    assert tokenizer.encode("taxpayer") == [264] and tokenizer.decode([264]) == "taxpayer"
+
+
+@pytest.mark.parametrize(("names", "jinja", "template", "message"), [
+    (BOTH, None, None, "chatml and llama3 would fit: --template"),
+    (BOTH, R1, None, "tokenizer.json: chat template not recognised, none would fit: --template"),
+    (["<s>", IMAGE], None, None, "none would fit: --template llama3 or chatml or vicuna or plain"),
+    (LLAMA3[2:] + [IMAGE], CHATML, None, "no special token '<.im_start.>'"),
+    (BOTH, None, "vicuna", "no special token '</s>'"),
+    (LLAMA3, None, None, "no special token for images"),
+    ([*LLAMA3, {"content": "x", "special": False, "lstrip": True}], None, None, "'x': lstrip"),
+    ([*LLAMA3, IMAGE, {"content": "x", "id": "7"}], None, None, "tokenizer.json: cannot be read"),
+    ([*LLAMA3, IMAGE, {"content": "x", "id": -7}], None, None, "token id -7 is negative")])
+def test_facts_that_cannot_be_known(tmp_path, names, jinja, template, message):
+    with pytest.raises(ValueError, match=message):
+        read_hf_tokenizer(write_bpe(tmp_path, names, {"chat_template": jinja}, {}), template)
+
+
+def test_sentencepiece_with_words_of_its_own(all_kinds, tmp_path):
+    """Added tokens of a Vicuna count; a template that is not Vicuna's is refused."""
+    (tmp_path / "tokenizer.model").write_bytes(all_kinds["vicuna"].model)
+    size = all_kinds["vicuna"].vocab_size
+    said = {"added_tokens_decoder": {str(size): {"content": "taxpayer", "special": False},
+                                     str(size + 1): {"content": "[PAD]", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = read_hf_tokenizer(tmp_path)
+    assert tokenizer.encode("a taxpayer") == [*all_kinds["vicuna"].encode("a "), size]
+    assert tokenizer.decode([size, size + 1, size]) == "taxpayertaxpayer"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST]"}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: chat template not recognised"):
+        read_hf_tokenizer(tmp_path)
+
+
+def test_added_words(tmp_path):
+    """A word added with special: false is one token in text and is read in answers.
+
+    Marks of a template stay out of reach of text, whatever the file says of them.
+    """
+    words = [{"content": word, "special": False} for word in ("tax", "taxpayer", "<|im_start|>")]
+    far = {"content": "<think>", "special": False, "id": 10**9}  # costs no more than a near one
+    read_hf_tokenizer(write_bpe(tmp_path, [*LLAMA3, IMAGE, *words, far], {}, {})).save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    a, s = tokenizer.encode("a")[0], tokenizer.encode("s")[0]
+    assert tokenizer.encode("ataxpayers<think>tax") == [a, 263, s, 10**9, 262]
+    assert tokenizer.decode([a, 263, 264, 10**9]) == "ataxpayer<think>"
+    assert tokenizer.vocab_size == 10**9 + 1 and 264 not in tokenizer.encode("<|im_start|>")
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_words_that_no_merge_makes(tmp_path, whole_words):
+    """With ignore_merges false text never becomes them; an answer that has them is read."""
+    vocab = GPT2_BYTES | {"ab": 300, "abc": 301}
+    model = {"vocab": vocab, "merges": ["a b"], "ignore_merges": whole_words}
+    read_hf_tokenizer(write_bpe(tmp_path, [*LLAMA3, IMAGE], {}, {}, model)).save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("abc") == ([301] if whole_words else [300, ord("c")])
+    assert tokenizer.decode([301, 300]) == "abcab"

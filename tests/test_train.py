@@ -1,5 +1,8 @@
 """train.py: one-line errors, the schedule, stages from end to end, resume to the bit, two ranks."""
 
+import contextlib
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -8,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -18,7 +23,12 @@ from PIL import Image
 from processes import processes
 from safetensors.torch import load_file
 
+from clip import Clip
+from common import device
 from common.device import Ranks, fast_dtype
+from common.files import load_frozen
+from data import loader
+from llama import Llama
 from train import lr_at, main, train
 from training import checkpoint
 from training.config import StageConfig, read_config
@@ -28,11 +38,22 @@ from training.zero import DataParallel
 ROOT = Path(__file__).parent.parent
 
 
+def sign(folder: Path, model: Llama | Clip) -> None:
+    """Put the SHA-256 of its files into a frozen model's config.json, as the converter does."""
+    path = folder / "config.json"
+    meta = json.loads(path.read_text())
+    digest = hashlib.sha256(json.dumps(meta["config"]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} F32 {[*tensor.shape]}\n".encode() + tensor.numpy().tobytes())
+    path.write_text(json.dumps(meta | {"sha256": digest.hexdigest()}))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_base):
     """A folder with a tiny base, 24 rows of pictures and captions, a config of three stages."""
     folder = tmp_path_factory.mktemp("world")
-    tiny_base(folder)
+    for name, model in zip(("llama", "clip"), tiny_base(folder), strict=True):
+        sign(folder / name, model)
     rng = np.random.default_rng(0)
     rows = []
     for i in range(24):
@@ -126,8 +147,10 @@ def fails(world, monkeypatch):
     def call(*arguments) -> str:
         monkeypatch.setattr(sys, "argv",
                             ["train.py", "--config", str(world / "config.toml"), *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as stopped:
             main()
+        signal.signal(signal.SIGTERM, handler)
         assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
         return stopped.value.code
 
@@ -197,22 +220,25 @@ def test_finished_stages_are_not_trained_again(world, trained, tmp_path, capsys)
 # Runs that are stopped
 
 
-def instruct(config: str, settings: list[str], rank=0, step=0, sent=signal.SIGKILL, saving=""):
+def instruct(
+    config: str, settings: list[str], rank=0, step=0, sent=signal.SIGKILL, saving="", itself=False
+):
     """In a process of its own: the second stage alone, from the frozen model.
 
-    As `step` begins, `rank` sends a signal to itself, or to its loader; saving: not yet then, but
-    when checkpoint.py next calls the function so named.
+    As `step` begins, `rank` sends a signal to its loader, or to itself where it has none or
+    `itself` is set; saving: not yet then, but when checkpoint.py next calls the function so named.
     """
     def strike(*_, **settings):
-        loaders = [child.pid for child in multiprocessing.active_children()]
+        loaders = [child.pid for child in multiprocessing.active_children() if not itself]
         os.kill((*loaders, os.getpid())[0], sent)
 
-    def note(self, place):
-        self.noted = place
-        if self.rank == rank and place.endswith(f"step {step}"):
+    def note(self, progress):
+        self.noted = progress
+        if self.rank == rank and progress.endswith(f"step {step}"):
             setattr(checkpoint, saving, strike) if saving else strike()
 
-    Ranks.place = property(lambda self: self.noted, note)
+    Ranks.progress = property(lambda self: self.noted, note)
+    device.SILENT_S = 2
     train(read_config(config, ["instruct.start=none", *settings]), "instruct")
 
 
@@ -243,7 +269,8 @@ def test_killed_run_ends_with_the_same_bits(world, whole, capsys, step, saving, 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_steps_that_are_not_finite_change_nothing(world, whole, fails, monkeypatch, where):
-    """Skipped and counted; after some in a row the run stops, and what is saved is intact."""
+    """Skipped and counted; after some in a row the run stops. None of them is saved: those before
+    are kept."""
     forward, folder = DataParallel.forward_backward, world / f"spoiled-{where}" / "instruct"
 
     def spoiled(self, batch, scored, last):
@@ -256,12 +283,12 @@ def test_steps_that_are_not_finite_change_nothing(world, whole, fails, monkeypat
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.MAX_BAD_STEPS", 2)
+        patch.setattr("train.MAX_BAD_STEPS", 4)
         patch.setattr(DataParallel, "steps", 0, raising=False)
         patch.setattr(DataParallel, "forward_backward", spoiled)
         said = fails("--stage", "instruct", "--set", f"out={folder.parent}", "--set",
                      "instruct.start=none")
-    assert "stage instruct, step 6: 2 steps in a row were not finite" in said
+    assert "stage instruct, step 8: 4 steps in a row were not finite" in said
     assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-000002", "step-000004"]
     alone(world, folder.parent.name)
     check_same(world, folder.parent.name, whole)
@@ -310,16 +337,21 @@ def test_ranks_and_killed_ranks_change_nothing(world, whole, tmp_path):
     check_same(tmp_path, "killed", expected)
 
 
-def test_a_rank_that_hangs_stops_the_others(world, tmp_path):
-    """They end within the timeout, each with a line that names itself, the stage and the step."""
-    settings, config = [f"out={tmp_path}", "timeout_s=6"], str(world / "config.toml")
-    with processes(2, instruct, config, settings, 1, 4, signal.SIGSTOP) as (started, result):
+@pytest.mark.parametrize("lost, sent, workers, said", [
+    (1, signal.SIGSTOP, 1, "no sign of life from rank 1; "),
+    (1, signal.SIGKILL, 0, "no sign of life from rank 1; "),
+    (0, signal.SIGSTOP, 0, "no sign of life from rank 0, or from its machine, which keeps the ")])
+def test_a_lost_rank_stops_the_others(world, tmp_path, lost, sent, workers, said):
+    """They end within the timeout, each with a line that names itself, the step, who is lost."""
+    settings = [f"out={tmp_path}", "timeout_s=6", f"workers={workers}"]
+    with processes(2, instruct, str(world / "config.toml"), settings, lost, 4, sent, "", True) as (
+            started, result):
         rank, error = result(60)
-        assert rank == 0 and isinstance(error, ConnectionError), error
-        assert str(error).startswith("rank 0 of 2 stopped in stage instruct, step 4: ")
+        assert rank == 1 - lost and isinstance(error, ConnectionError), error
+        assert str(error).startswith(f"rank {rank} of 2 stopped in stage instruct, step 4: {said}")
         assert "\n" not in str(error)
-        started[0].join(10)
-        assert not started[0].is_alive()
+        started[rank].join(10)
+        assert not started[rank].is_alive()
 
 
 def test_a_loader_that_dies_is_named(world, tmp_path):
@@ -329,6 +361,156 @@ def test_a_loader_that_dies_is_named(world, tmp_path):
         _, error = result(60)
     assert isinstance(error, ConnectionError) and "\n" not in str(error)
     assert str(error).startswith("rank 0 of 1 stopped in stage instruct, step 4: DataLoader worker")
+
+
+def test_a_loader_that_hangs_is_not_awaited_for_ever():
+    """As on a disk that does not answer."""
+    slow = MagicMock(__getitem__=lambda self, index: time.sleep(2), __len__=lambda self: 1)
+    with pytest.raises(RuntimeError, match="^DataLoader timed out after 1 seconds$"):
+        next(loader(slow, [[0]], 1, timeout_s=1))
+
+
+def preempted(config: str, settings: list[str]) -> tuple[int, list[str]]:
+    """In a process of its own: `instruct` as a command whose rank 0, loader included, gets SIGTERM
+    in step 4. Returns the exit code and the last line of what it says."""
+    def note(self, progress):
+        self.noted = progress
+        if self.rank == 0 and progress.endswith("step 4"):
+            for pid in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
+                os.kill(pid, signal.SIGTERM)
+
+    Ranks.progress = property(lambda self: self.noted, note)
+    sys.argv = ["train.py", "--config", config, "--stage", "instruct"]
+    for setting in ("instruct.start=none", *settings):
+        sys.argv += ["--set", setting]
+    text = io.StringIO()
+    with pytest.raises(SystemExit) as left, contextlib.redirect_stdout(text):
+        main()
+    return left.value.code, text.getvalue().splitlines()[-1:]
+
+
+@pytest.mark.parametrize("ranks, save_every", [(1, 100), (1, 4), (2, 100)])
+def test_sigterm_finishes_the_step_and_saves(world, whole, tmp_path, ranks, save_every):
+    """All ranks leave after the same step, with code 143; the same command ends with the same bits.
+    """
+    settings = [f"out={tmp_path}/run", "workers=1", f"stage.save_every={save_every}"]
+    with processes(ranks, preempted, str(world / "config.toml"), settings) as (_, result):
+        ends = dict(result(60) for _ in range(ranks))
+    said = "SIGTERM: stage instruct, step 4 is done; the same command goes on"
+    assert ends.pop(0) == (143, [said])
+    assert [*ends.values()] == [(143, [])] * (ranks - 1)
+    assert [path.name for path in (tmp_path / "run" / "instruct").glob("step-*")] == ["step-000004"]
+    if ranks == 1:  # two ranks add up in another order
+        alone(world, tmp_path / "run")
+        check_same(world, tmp_path / "run", whole)
+
+
+# Files that have changed
+
+
+def flip(path: Path, place: int = -99) -> None:
+    """Flip a bit of the byte at `place`."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def stopped(world):
+    """A run that was killed behind the checkpoints of steps 2 and 4."""
+    killed(world, "stopped", 6)
+    return world / "stopped"
+
+
+SHARD = "rank-0-of-1.safetensors"
+
+
+def rewrite(checkpoint: Path, **values) -> None:
+    """Change values of a manifest whose own checksum is then right."""
+    manifest = json.loads((checkpoint / "state.json").read_text()) | values
+    del manifest["crc32"]
+    crc32 = zlib.crc32(json.dumps(manifest).encode())
+    (checkpoint / "state.json").write_text(json.dumps(manifest | {"crc32": crc32}))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda new: flip(new / SHARD), f"{SHARD} is not as it was written"),
+    (lambda new: (new / SHARD).unlink(), f"{SHARD} is not as it was written"),
+    (lambda new: shutil.copy(new.parent / "step-000002" / SHARD, new), f"{SHARD} is not as it was"),
+    (lambda new: flip(new / "state.json"), "state.json"),
+    (lambda new: rewrite(new, step=2**62), "state.json is not as it was written"),
+    (lambda new: rewrite(new, shards=2**62), "state.json: shards = 4611686018427387904: expected"),
+    (lambda new: rewrite(new, updates="4"), "state.json: updates = '4': expected int")])
+def test_a_damaged_checkpoint_is_not_taken(stopped, tmp_path, damage, said):
+    """One line names it; with it alone the run does not start again at step 0 by itself."""
+    for name in ("step-000002", "step-000004"):
+        shutil.copytree(stopped / "instruct" / name, tmp_path / name)
+    damage(tmp_path / "step-000004")
+    assert checkpoint.read_manifest(tmp_path / "step-000002", Ranks(60))["step"] == 2
+    with pytest.raises(ValueError) as error:
+        checkpoint.read_manifest(tmp_path / "step-000004", Ranks(60))
+    assert f"{tmp_path}/step-000004/{said}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken(world, whole, stopped, fails, capsys):
+    """And the run ends with the same bits; where none is intact, it does not begin anew."""
+    again = world / "stopped-again"
+    shutil.copytree(stopped, again)
+    flip(again / "instruct" / "step-000004" / SHARD)
+    alone(world, again)
+    said = capsys.readouterr().out
+    assert f"damaged checkpoint, not used: {again}/instruct/step-000004/{SHARD} is not" in said
+    assert "from step 2" in said
+    check_same(world, again, whole)
+    shutil.copytree(stopped, world / "spoiled")
+    for name in ("step-000002", "step-000004"):
+        flip(world / "spoiled" / "instruct" / name / SHARD)
+    assert "instruct: no checkpoint is intact; remove it to train" in fails(
+        "--stage", "instruct", "--set", f"out={world}/spoiled", "--set", "instruct.start=none")
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    """Behind step 999,999 names have more digits. Other names are no checkpoints."""
+    for name in ("step-1000000", "step-000100", "step-999900", "step-old"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-000100", "step-999900", "step-1000000"]
+
+
+@pytest.mark.parametrize("line", [
+    "{", "5", "\xff", '{"step": 1}', '{"stEp": 1, "loss": 2, "lr": 3, "flops": 7}'])
+def test_a_damaged_log_is_named(tmp_path, line):
+    """With the line; an unfinished last one is left out."""
+    path, good = tmp_path / "log.jsonl", '{"step": 0, "loss": 2.5, "lr": 1e-3, "flops": 7}'
+    path.write_text(f'{good}\n{good}\n{{"step": 1, "lo', encoding="latin-1")
+    assert read_log(path) == [{"step": 0, "loss": 2.5, "lr": 0.001, "flops": 7}] * 2
+    path.write_text(f"{good}\n{line}\n{good}\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"^{path}:2: a damaged line; mend it or remove it$"):
+        read_log(path)
+
+
+def test_the_base_is_what_was_converted(world, fails, tmp_path):
+    """A bit of its weights has changed: said before anything trains."""
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    flip(next((tmp_path / "clip").glob("*.safetensors")))
+    assert f"{tmp_path}/clip: the weights do not have the SHA-256 of its config.json" in fails(
+        "--set", f"vision={tmp_path}/clip", "--set", f"out={tmp_path}/run")
+    assert not [*(tmp_path / "run").glob("*/")]
+
+
+def test_data_that_changed_is_named(world, trained, stopped, tmp_path, fails):
+    """Between a kill and a resume, and under a finished stage."""
+    shutil.copytree(stopped, tmp_path / "stopped")
+    shutil.copytree(world / "run", tmp_path / "run")
+    rows = world / "rows.jsonl"
+    kept = rows.read_bytes()
+    rows.write_bytes(kept.replace(b"What?", b"Who? ", 1))
+    try:
+        for arguments in (["--stage", "instruct", "--set", "instruct.start=none", "--set",
+                           f"out={tmp_path}/stopped"], ["--set", f"out={tmp_path}/run"]):
+            assert f"was made with another data file {rows}: restore it" in fails(*arguments)
+    finally:
+        rows.write_bytes(kept)
 
 
 # Runs that cannot begin, or go on
@@ -377,7 +559,8 @@ def test_changed_settings_do_not_resume(world, tmp_path, monkeypatch):
         again()
     shutil.copytree(world / "llama", tmp_path / "llama")
     path = tmp_path / "llama" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "other"}))
+    path.write_text(path.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 1e-06'))
+    sign(tmp_path / "llama", load_frozen(Llama, tmp_path / "llama"))
     for setting, key in (
             ("instruct.lr=2e-3", "lr"), ("instruct.batch=4", "batch"), ("seed=7", "seed"),
             ("max_tokens=99", "max_tokens"), ("system=x", "system"), ("dtype=bf16", "dtype"),

@@ -144,10 +144,10 @@ def measured(state, adaptor: Adaptor, optimizer: torch.optim.AdamW) -> Iterator[
     def held(*_) -> None:
         weights = [*state.masters.values(), *adaptor.parameters()]
         frozen = [*model.llama.parameters(), *model.clip.parameters()]
-        if state.stage == 3 and len(state.units) > len(state.trained):
+        if state.zero == 3 and len(state.units) > len(state.trained):
             frozen = [unit.shard for unit in state.units if not unit.trained]
         found.update({"frozen weights": stored(frozen),
-                      "trained weights": stored(adaptor.parameters()) if state.stage else 0,
+                      "trained weights": stored(adaptor.parameters()) if state.zero else 0,
                       "fp32 masters": stored(state.masters.values()),
                       "gradients": stored(w.grad for w in weights if w.grad is not None)})
 
@@ -162,7 +162,7 @@ def measured(state, adaptor: Adaptor, optimizer: torch.optim.AdamW) -> Iterator[
         return allreduce_hook(None, bucket)
 
     optimizer.register_step_pre_hook(held)
-    if state.stage == 0 and state.world > 1:
+    if state.zero == 0 and state.world > 1:
         state.run.register_comm_hook(None, all_reduce)
     with mock.patch.multiple(Unit, gather_if_freed=gathering, start_reduce_scatter=reducing), \
          mock.patch.multiple(dist, all_gather_single=counted(dist.all_gather_single),

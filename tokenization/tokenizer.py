@@ -17,10 +17,13 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from common.files import read_json, write_json
+from common.files import parse_value, read_json, write_json
 
-LONG_SPACE = re.compile(r"(\s{10000})")  # text is cut there: a million overflow tiktoken's regex
+LONG_SPACE = r"\s{10000}"  # text is cut there: a million overflow tiktoken's regex
+STARTS = ("<|begin_of_text|>", "<s>")  # where a model's files do not say which
 STOPS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<|endoftext|>")
+# Settings in `tokenizer.json` that older files lack.
+LATER = {"mergeable": int, "words": dict[str, int], "start": str, "stops": list[str]}
 
 
 class Tokenizer:
@@ -41,16 +44,31 @@ class Tokenizer:
         template: str,  # a key of templates.TEMPLATES
         image_token: str,  # the special token that stands for an image
         pattern: str = "",  # the regex by which tiktoken splits
+        mergeable: int | None = None,  # tiktoken: text becomes the first ones only. None: all
+        words: dict[str, int] | None = None,  # added ones: one token each, wherever text has them
+        start: str | None = None,  # name of the start token, "": none. None: as STARTS
+        stops: list[str] | None = None,  # names of the stop tokens. None: as STOPS
     ):
         self.kind = "tiktoken" if isinstance(model, dict) else "sentencepiece"
         self.model, self.special_tokens, self.pattern = model, special_tokens, pattern
         self.template, self.image_token = template, image_token
-        words = self._start_tiktoken() if self.kind == "tiktoken" else self._start_sentencepiece()
-        self.vocab_size = 1 + max(*words, *special_tokens.values())
+        self.mergeable = len(model) if mergeable is None else mergeable
+        self.words, cuts = words or {}, [LONG_SPACE] if self.kind == "tiktoken" else []
+        cuts += map(re.escape, sorted(self.words, key=len, reverse=True))  # the longest first
+        self._cut = re.compile(f"({'|'.join(cuts) or '(?!)'})")
+        engine = self._start_tiktoken if self.kind == "tiktoken" else self._start_sentencepiece
         # By id; special tokens have no bytes.
-        self.token_bytes = [words.get(token, b"") for token in range(self.vocab_size)]
-        self.bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<s>"))
-        self.stop_ids = tuple(special_tokens[name] for name in STOPS if name in special_tokens)
+        self.token_bytes = engine() | {token: word.encode() for word, token in self.words.items()}
+        ids = {*self.token_bytes, *special_tokens.values()}
+        if min(ids) < 0:
+            raise ValueError(f"token id {min(ids)} is negative")
+        self.vocab_size = 1 + max(ids)
+        usual = [name for name in STARTS if name in special_tokens]
+        self.start = "".join(usual[:1]) if start is None else start
+        self.bos_id = self.special(self.start) if self.start else None
+        usual = [name for name in STOPS if name in special_tokens]
+        self.stops = usual if stops is None else stops
+        self.stop_ids = tuple(map(self.special, self.stops))
         self.image_id = self.special(image_token)
         self.pad_id = self.stop_ids[-1] if self.stop_ids else 0
         if self.image_id in (*self.stop_ids, self.bos_id, self.pad_id):
@@ -59,8 +77,8 @@ class Tokenizer:
 
     def _start_tiktoken(self) -> dict[int, bytes]:
         """Set `_bpe`, whose tokens are ranks, and `_ids`, rank -> id. Return the bytes of an id."""
-        ranks = {word: rank for rank, word in enumerate(self.model)}
-        self._ids = [*self.model.values()]
+        ranks = {word: rank for rank, word in enumerate([*self.model][: self.mergeable])}
+        self._ids = [*self.model.values()][: self.mergeable]
         # tiktoken needs a token for each byte. Where the vocabulary has none, one is made up here.
         # Its id is -1, and `encode` drops it.
         for byte in (bytes([value]) for value in range(256)):
@@ -82,7 +100,8 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"not a sentencepiece model: {error}") from None
         pieces = {token: sp.IdToPiece(token) for token in range(sp.GetPieceSize())}
-        if [pieces.get(token) for token in range(3)] != [*self.special_tokens] or not sp.IsByte(3):
+        first = [pieces.get(token) for token in range(3)]
+        if first != [*self.special_tokens][:3] or not sp.IsByte(3):
             raise ValueError("another kind of sentencepiece model: "
                              "Llama's has <unk>, <s>, </s>, then bytes")
         words = {token: piece.replace("\u2581", " ").encode() for token, piece in pieces.items()}
@@ -94,7 +113,7 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer.model` (lines in merge order, or the protobuf)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("kind", "pattern", "template", "image_token", "special_tokens")
+        names = ("kind", "pattern", "template", "image_token", "special_tokens", *LATER)
         settings = {name: getattr(self, name) for name in names} | {"engine_size": len(self.model)}
         model = self.model
         if self.kind == "tiktoken":
@@ -111,7 +130,9 @@ class Tokenizer:
                              image_token=str, pattern=str, engine_size=int)
         read = read_ranks if settings["kind"] == "tiktoken" else Path.read_bytes
         names = ("special_tokens", "template", "image_token", "pattern")
-        tokenizer = cls(read(model_path), *(settings[name] for name in names))
+        later = {name: parse_value(f"{path}: {name}", settings[name], kind)
+                 for name, kind in LATER.items() if name in settings}
+        tokenizer = cls(read(model_path), *(settings[name] for name in names), **later)
         found, saved = len(tokenizer.model), settings["engine_size"]
         if found != saved:
             raise ValueError(f"{model_path}: damaged, "
@@ -121,16 +142,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, all of it ordinary. A lone surrogate becomes a question mark."""
         text = text.encode("utf-8", "replace").decode()
-        if self.kind == "sentencepiece":
-            return self._sp.Encode(text)
         ids = []
-        for part in LONG_SPACE.split(text):
-            ids += [self._ids[rank] for rank in self._bpe.encode_ordinary(part)]
+        for part in self._cut.split(text):
+            if part in self.words:
+                ids.append(self.words[part])
+            elif self.kind == "sentencepiece":
+                ids += self._sp.Encode(part)
+            else:
+                ids += [self._ids[rank] for rank in self._bpe.encode_ordinary(part)]
         return [token for token in ids if token >= 0]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of `ids`; special tokens and ids past the vocabulary (a padded head) have none."""
-        return b"".join(self.token_bytes[token] for token in ids if 0 <= token < self.vocab_size)
+        return b"".join(self.token_bytes.get(token, b"") for token in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; incomplete UTF-8 becomes U+FFFD."""

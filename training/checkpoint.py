@@ -2,18 +2,21 @@
 
     step-000100/rank-0-of-2.safetensors    "weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": slices
     step-000100/rank-1-of-2.safetensors    of flattened tensors; rank 1's follow rank 0's
-    step-000100/state.json                 the manifest: step, updates, ranks, settings
+    step-000100/state.json                 the manifest: step, updates, settings, checksums
 
 A checkpoint is complete once its manifest is there. A folder without one was left by a killed run,
 and is removed. A rank that resumes reads the slices that it needs from all shards, so the number of
 ranks and the ZeRO stage may change in between. On several machines `out` must be a shared folder.
+Checksums are CRC-32. To save or resume, the ranks together read every shard once for them.
 """
 
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from shutil import rmtree
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,17 +32,35 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The stage's complete checkpoints, oldest first."""
-    return [found.parent for found in sorted(folder.glob(f"step-*/{MANIFEST}"))]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The stage's checkpoints, oldest first, also those that are not complete."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))  # a long run's have more digits
 
 
 def remove_checkpoints(folders: Iterable[Path]) -> None:
     """Remove folders, each one's manifest first: a kill then leaves what looks unfinished."""
     for folder in folders:
-        if folder.is_dir():
-            (folder / MANIFEST).unlink(missing_ok=True)
-            rmtree(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        rmtree(folder)
+
+
+def shard_paths(folder: Path, count: int) -> list[Path]:
+    """The files of a checkpoint's shards."""
+    return [folder / f"rank-{rank}-of-{count}.safetensors" for rank in range(count)]
+
+
+def checksums(shards: list[Path], ranks: Ranks) -> list[int]:
+    """The CRC-32 of each shard, 0 of one that is missing or empty. A rank reads only its share."""
+    mine = [zlib.crc32(np.memmap(path, mode="r"))
+            if number % ranks.world == ranks.rank and path.is_file() and path.stat().st_size else 0
+            for number, path in enumerate(shards)]
+    return [int(ranks.sum(crc)) for crc in mine]
+
+
+def seal(manifest: dict) -> int:
+    """The CRC-32 of a manifest's values, as they are and as JSON gives them back."""
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -60,24 +81,24 @@ def save_state(
     if ranks.rank == 0:
         new.mkdir()
     ranks.barrier()
-    writers = 1 if state.stage == 0 else ranks.world  # at stage 0 every rank holds the same
-    if ranks.rank < writers:
+    shards = shard_paths(new, ranks.world if state.zero else 1)  # at stage 0 all hold the same
+    if ranks.rank < len(shards):
         tensors = {}
         for name, master, _, here in state.owned_slices():
             for key, tensor in weight_and_moments(master, optimizer).items():
                 tensors[f"{key}.{name}"] = tensor.flatten()[here].contiguous()
-        path = new / f"rank-{ranks.rank}-of-{writers}.safetensors"
+        path = shards[ranks.rank]
         with writing(path):
             save_file(tensors, path)
             flush(path)
-    ranks.barrier()  # all shards are on the disk before the manifest says so
+    written = checksums(shards, ranks)  # behind it all shards are on the disk
     if ranks.rank == 0:
         flush(new)
         counts = [int(values["step"]) for values in optimizer.state.values()]
-        manifest = {"step": step, "updates": max(counts, default=0), "ranks": writers,
+        manifest = {"step": step, "updates": max(counts, default=0), "shards": written,
                     "settings": settings}
-        write_json(new / MANIFEST, manifest)
-        remove_checkpoints(complete_checkpoints(folder)[:-2])
+        write_json(new / MANIFEST, manifest | {"crc32": seal(manifest)})
+        remove_checkpoints(list_checkpoints(folder)[:-2])
 
 
 def check_settings(folder: Path, was: dict, now: dict) -> None:
@@ -86,9 +107,10 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
     was: as JSON gave them back.
     """
 
-    def without_free(settings: dict) -> dict:
-        return {key: without_free(value) if key == "beginning" and value else value
-                for key, value in settings.items() if key not in FREE}
+    def without_free(settings):
+        if not isinstance(settings, dict):
+            return settings
+        return {key: without_free(value) for key, value in settings.items() if key not in FREE}
 
     was, now = without_free(was), without_free(json.loads(json.dumps(now)))  # tuples: now lists
     changed = [key for key in now | was if was.get(key) != now.get(key)]
@@ -97,27 +119,50 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
                          "or remove that folder to train the stage again")
 
 
+def read_manifest(folder: Path, ranks: Ranks) -> dict:
+    """A checkpoint's manifest. Raises ValueError, on all ranks, where a byte is not as written."""
+    path = folder / MANIFEST
+    manifest = read_json(path, "settings", step=int, updates=int, shards=list[int], crc32=int)
+    if manifest.pop("crc32") != seal(manifest) or manifest["step"] != int(folder.name[5:]):
+        raise ValueError(f"{path} is not as it was written")
+    shards = shard_paths(folder, len(manifest["shards"]))
+    pairs = zip(shards, manifest["shards"], checksums(shards, ranks), strict=True)
+    changed = [shard for shard, written, found in pairs if written != found]
+    if changed:
+        raise ValueError(f"{changed[0]} is not as it was written")
+    return manifest
+
+
 def resume_state(
     folder: Path, ranks: Ranks, state: DataParallel | ZeroSharded, optimizer: torch.optim.AdamW,
     settings: dict
 ) -> int:
     """Fill weights and optimizer from the newest checkpoint and return its step, 0 without one.
 
-    What killed runs left half written is removed. Raises ValueError where the checkpoint was made
-    with other settings, or is damaged.
+    A damaged checkpoint is named and removed, and the one before it is taken. What killed runs left
+    half written is removed. Raises ValueError where none is intact, or for other settings.
     """
     if ranks.rank == 0:
-        left = (*folder.glob("step-*"), *folder.glob(".*.tmp"))
+        left = (*list_checkpoints(folder), *folder.glob(".*.tmp"))
         remove_checkpoints(path for path in left if not (path / MANIFEST).is_file())
     ranks.barrier()
-    found = complete_checkpoints(folder)
-    if not found:
+    damaged = []
+    for newest in list_checkpoints(folder)[::-1]:
+        try:
+            manifest = read_manifest(newest, ranks)
+            break
+        except ValueError as error:
+            ranks.print0(f"damaged checkpoint, not used: {error}")
+            damaged.append(newest)
+    else:
+        if damaged:
+            raise ValueError(f"{folder}: no checkpoint is intact; remove it to train from the "
+                             "stage's start")
         return 0
-    manifest = read_json(found[-1] / MANIFEST)
     check_settings(folder, manifest["settings"], settings)
-    count = manifest["ranks"]
-    shards = [safe_open(found[-1] / f"rank-{rank}-of-{count}.safetensors", "pt")
-              for rank in range(count)]
+    if ranks.rank == 0:  # all ranks have read them: `checksums` of the intact one waited for all
+        remove_checkpoints(damaged)
+    shards = [safe_open(path, "pt") for path in shard_paths(newest, len(manifest["shards"]))]
     if manifest["updates"]:  # AdamW makes its state in the first update; here it is made empty
         for master in state.masters.values():
             moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
@@ -141,6 +186,4 @@ def read_slice(shards: list[safe_open], name: str, wanted: slice) -> Tensor:
             if low < high:
                 pieces.append(piece[low:high])
             first += length
-    if sum(map(len, pieces)) != wanted.stop - wanted.start:
-        raise ValueError(f"the checkpoint does not hold all of {name}: remove its folder")
     return torch.cat(pieces)

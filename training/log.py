@@ -22,6 +22,7 @@ from training.config import Config, StageConfig, adaptor_config
 
 PRINT_S = 15  # seconds between two lines of progress where they cannot be rewritten
 TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
+LOGGED = ("step", "loss", "lr", "flops")  # what is read from a log again
 SAMPLED = 64  # rows that are looked at where it is
 
 
@@ -103,9 +104,22 @@ def average_row(config: Config, stage: StageConfig, model: IAA) -> Row:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a log.jsonl. A line that a running or killed run has not finished is left out."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The rows of a log.jsonl, but for a last line that a running or killed run has not finished.
+
+    Raises ValueError naming a line that is damaged.
+    """
+    rows = []
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            damaged = not all(isinstance(row[key], int | float) for key in LOGGED)
+        except (ValueError, TypeError, LookupError):
+            damaged = True
+        if damaged:
+            raise ValueError(f"{path}:{number}: a damaged line; mend it or remove it")
+        rows.append(row)
+    return rows
 
 
 class Log:

@@ -67,7 +67,7 @@ class TouchesAllWeights(nn.Module):
 class DataParallel:
     """Stage 0: every rank holds everything. One process, or torch's DDP on several."""
 
-    stage = 0
+    zero = 0
 
     def __init__(self, loss: nn.Module, masters: dict[str, nn.Parameter], world: int):
         self.loss, self.masters, self.world = loss, masters, world
@@ -221,13 +221,13 @@ class Stop:
 
 
 def timetable(
-    model: IAA, workflow: str, stage: int, shard_frozen: bool
+    model: IAA, workflow: str, zero: int, shard_frozen: bool
 ) -> tuple[list[Unit], list[Stop], int]:
     """All units, the stops of a micro-batch, and the number of its first backward stop.
 
     Frozen weights are in units at stage 3 only; those that no part needs are never gathered.
     """
-    frozen_too, unit_of, stops, backward = stage == 3 and shard_frozen, {}, [], []
+    frozen_too, unit_of, stops, backward = zero == 3 and shard_frozen, {}, [], []
     for part in model_parts(model, workflow):
         if not (part.trained or frozen_too):
             continue
@@ -236,10 +236,10 @@ def timetable(
         unit = shared[0] if shared else Unit([], part.trained)
         unit.weights += [w for w in part.weights if w not in unit_of]
         unit_of |= dict.fromkeys(part.weights, unit)
-        stops.append(Stop(unit, part.module, gather=stage == 3))
+        stops.append(Stop(unit, part.module, gather=zero == 3))
         if part.trained or part.read_in_backward:
             complete = part.trained and not shared  # else the first part, last here, reduces
-            backward.append(Stop(unit, part.module, stage == 3 and part.read_in_backward, complete))
+            backward.append(Stop(unit, part.module, zero == 3 and part.read_in_backward, complete))
     if frozen_too:  # frozen weights of no part: kept in shards, never gathered
         unit_of |= {w: Unit([w], False) for w in model.parameters() if w not in unit_of}
     return list(dict.fromkeys(unit_of.values())), stops + backward[::-1], len(stops)
@@ -252,18 +252,18 @@ class ZeroSharded:
     """
 
     def __init__(
-        self, loss: nn.Module, model: IAA, workflow: str, stage: int, device: torch.device,
+        self, loss: nn.Module, model: IAA, workflow: str, zero: int, device: torch.device,
         shard_frozen: bool, reduce_fp32: bool
     ):
         dtype = model.llama.dtype
-        self.loss, self.stage, self.device = loss, stage, device
+        self.loss, self.zero, self.device = loss, zero, device
         self.names = {w: name for name, w in model.adaptors[workflow].named_parameters()}
         self.reduce_dtype = torch.float32 if reduce_fp32 else dtype
         self.units, self.stops, self.first_backward_stop = timetable(
-            model, workflow, stage, shard_frozen)
+            model, workflow, zero, shard_frozen)
         for unit in self.units:
             unit.allocate(dtype, device)
-            if stage == 3:
+            if zero == 3:
                 unit.free()
         self.trained = [unit for unit in self.units if unit.trained]
         self.masters = {self.names[unit.weights[0]]: unit.shard for unit in self.trained}
@@ -304,7 +304,7 @@ class ZeroSharded:
             stop.unit.free()  # first, as the flat gradient is as large
         if stop.reduce:
             self.finish_reduce()  # one reduce_scatter at a time
-            keep = self.stage == 1 and not self.last  # sums whole gradients until the last
+            keep = self.zero == 1 and not self.last  # sums whole gradients until the last
             stop.unit.flatten_gradients(torch.float32 if keep else self.reduce_dtype)
             if not keep:
                 self.pending_reduce = stop.unit, *stop.unit.start_reduce_scatter(self.reduce_dtype)
@@ -336,7 +336,7 @@ class ZeroSharded:
         """The loss of a batch, without gradients. Every rank must call it; batches may differ."""
         loss = self.loss(batch)
         self.advance_to(self.first_backward_stop - 1)
-        if self.stage == 3:
+        if self.zero == 3:
             self.stops[self.position].unit.free()
         self.position = -1
         return loss
@@ -352,7 +352,7 @@ class ZeroSharded:
 
     def all_gather_weights(self) -> None:
         """After an update of the masters, update all copies. Stage 3 keeps none."""
-        if self.stage < 3:
+        if self.zero < 3:
             for unit in self.units:
                 unit.start_all_gather()
             for unit in self.units:
@@ -365,7 +365,7 @@ class ZeroSharded:
             unit.gather_if_freed()
             unit.wait_gathered()
         yield
-        for unit in self.trained if self.stage == 3 else []:
+        for unit in self.trained if self.zero == 3 else []:
             unit.free()
 
     def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
@@ -381,7 +381,7 @@ class ZeroSharded:
 
 
 def build_state(
-    loss: nn.Module, model: IAA, workflow: str, stage: int, world: int, device: torch.device,
+    loss: nn.Module, model: IAA, workflow: str, zero: int, world: int, device: torch.device,
     shard_frozen: bool = True, reduce_fp32: bool = False
 ) -> DataParallel | ZeroSharded:
     """The training state of a workflow at a ZeRO stage; on one rank every stage is stage 0.
@@ -389,7 +389,7 @@ def build_state(
     loss: takes a batch, returns a scalar. shard_frozen: at stage 3, the frozen weights too.
     reduce_fp32: gradients are sent in fp32, not in the model's dtype.
     """
-    if world > 1 and stage > 0:
-        return ZeroSharded(loss, model, workflow, stage, device, shard_frozen, reduce_fp32)
+    if world > 1 and zero > 0:
+        return ZeroSharded(loss, model, workflow, zero, device, shard_frozen, reduce_fp32)
     adaptor = model.adaptors[workflow].to(device)
     return DataParallel(loss, dict(adaptor.named_parameters()), world)
