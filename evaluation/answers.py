@@ -80,14 +80,10 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
 
 
 def picture_prompt(chat: Chat, question: Question, open_picture=open_image) -> Prompt:
-    """The question alone, with its picture.
-
-    ValueError where that cannot be read, or has another size than the box was made for.
-    """
-    picture, facts = open_picture(question.image), question.facts
-    if "box" in facts and picture.size != (facts["width"], facts["height"]):
-        raise ValueError(f"{question.image} has {picture.width} x {picture.height} pixels, but "
-                         f"the box is for {facts['width']} x {facts['height']}")
+    """The question alone, with its picture. ValueError where `open_picture` cannot use that."""
+    facts = question.facts
+    size = (facts["width"], facts["height"]) if "box" in facts else None  # that the box is for
+    picture = open_picture(question.image, size)
     return replace(chat, chosen=question.workflow, image=picture).prompt(question.text)
 
 

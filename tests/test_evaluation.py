@@ -78,7 +78,8 @@ def test_a_question_without_its_picture_is_skipped(tmp_path, tiny_run, capsys):
     first, asked, last = ask(Chat.load(tmp_path / "run", "fp32"), questions, 2)
     assert asked and first is last is None
     told = capsys.readouterr().err.split("\r")
-    assert told[1] == f"skipped 1: {path} has 40 x 20 pixels, but the box is for 40 x 30\n"
+    assert told[1] == (f"skipped 1: {path}: upright it has 40 x 20 pixels, "
+                       "its boxes are for 40 x 30\n")
     assert told[2] == "1 of 3 questions answered"
     assert told[3].startswith(f"skipped 3: {broken}: not a readable picture")
 
