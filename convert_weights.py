@@ -196,7 +196,7 @@ def open_checkpoint(path: Path, template: str | None, tower: dict) -> Checkpoint
     template, and tower, settings of a ClipConfig: what the user asks for. Raises
     FileNotFoundError, ValueError.
     """
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):  # a pipe would block
         raise FileNotFoundError("no such file or folder")
     if (path / "config.json").is_file():
         return open_hf(path, template, tower)
@@ -234,6 +234,8 @@ def convert(
     with readers.reading(next((path for path in settings if path.is_file()), source)):
         tensors, parts, tokenizer = open_checkpoint(source, template, tower)
     check_names(tensors, parts)
+    if template and not tokenizer:
+        raise ValueError("--template: the source has no tokenizer")
     if tower and "llama" in parts:  # its adaptors need the features of their training
         raise ValueError(f"{' and '.join(tower)}: the source is no vision tower alone")
     # An id beyond the embedding would have no row.
@@ -276,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("source", type=Path, help=f"{KNOWN}; with --check a folder made before")
-    parser.add_argument("out", type=Path, nargs="?", help="folder to make")
+    parser.add_argument("out", type=Path, nargs="?", default=None, help="folder to make")
     parser.add_argument("--check", action="store_true", help="compare SOURCE with its SHA-256")
     parser.add_argument("--template", choices=TEMPLATES, help="chat template [as the files say]")
     parser.add_argument("--heads", type=int, metavar="N", help="of a tower whose files do not say")
@@ -290,10 +292,10 @@ def main() -> None:
     with files.one_line(f"convert_weights.py: {args.source}", "nothing is left in OUT"):
         if "check" in args:
             check_base(args.source)
-        elif "out" in args:
-            convert(**vars(args))
+        elif args.out is None:
+            raise ValueError("OUT is needed, the folder to make")
         else:
-            parser.error("OUT is needed, the folder to make")
+            convert(**vars(args))
 
 
 if __name__ == "__main__":

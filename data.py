@@ -42,8 +42,7 @@ TAG = IMAGE.strip()
 READ = {"id", "source", "split", "workflow", "conversations"}  # keys that hold no picture
 PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a key that holds one
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)
-# How the system says that a name leads to no file; any other error is the disk's.
-NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # others: the disk fails
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
@@ -166,10 +165,7 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
 
 
 def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Path -> size and SHA-256 of each file: of 256 blocks of 64 KiB, evenly from start to end.
-
-    Up to 16 MiB they hold all bytes.
-    """
+    """Path -> size and SHA-256 of each file: of 256 blocks of 64 KiB, evenly from start to end."""
     found = {}
     for path in paths:
         size, digest = os.path.getsize(path), hashlib.sha256()
@@ -392,11 +388,9 @@ def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
     """Boxes that an answer names, in pixels: numbers in 0..1, x1 < x2, y1 < y2; others dropped."""
     side, left, top = padded_square(width, height)
     found = (tuple(map(float, match.groups())) for match in BOX.finditer(text))
-    return [
-        (x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)
-        for x1, y1, x2, y2 in found
-        if x1 < x2 <= 1 and y1 < y2 <= 1  # drops swapped corners and pixels
-    ]
+    return [(x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)
+            for x1, y1, x2, y2 in found
+            if x1 < x2 <= 1 and y1 < y2 <= 1]  # drops swapped corners and pixels
 
 
 def iou(a: Box, b: Box) -> float:

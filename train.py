@@ -34,16 +34,8 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from clip import Clip, ClipConfig, open_image, preprocess
+from common import files
 from common.device import DTYPES, Ranks, choose_dtype
-from common.files import (
-    check_frozen,
-    load_frozen,
-    new_folder,
-    one_line,
-    read_frozen,
-    read_json,
-    write_json,
-)
 from data import Batch, JsonlDataset, Sampler, fingerprint, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
 from llama import Llama, LlamaConfig, set_recompute
@@ -141,8 +133,8 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # a GPU may be small
     device = "cpu" if in_shards else ranks.device
     dtype = DTYPES[config.dtype]
-    llama = load_frozen(Llama, config.llm, dtype, device)
-    clip = load_frozen(Clip, config.vision, dtype, device)
+    llama = files.load_frozen(Llama, config.llm, dtype, device)
+    clip = files.load_frozen(Clip, config.vision, dtype, device)
     tokenizer = Tokenizer.load(config.llm)
     return Run(config, ranks, IAA(llama, clip, tokenizer.image_id), tokenizer)
 
@@ -163,11 +155,11 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     return adaptor
 
 
-def open_data(run: Run, stage: StageConfig, files: list[str]) -> JsonlDataset:
-    """The rows of `files`, encoded for this stage."""
+def open_data(run: Run, stage: StageConfig, paths: list[str]) -> JsonlDataset:
+    """The rows of the files, encoded for this stage."""
     config, clip = run.config, run.model.clip.config
     longest = min(config.max_tokens, run.model.llama.config.context)
-    return JsonlDataset(files, config.images, run.tokenizer, clip.patches,
+    return JsonlDataset(paths, config.images, run.tokenizer, clip.patches,
                         lambda path, size: preprocess(open_image(path, size), clip),
                         stage.template or None, config.system, longest)
 
@@ -248,7 +240,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
             sys.exit(128 + signal.SIGTERM)
     with state.gathered():  # a collective: all ranks enter, one writes
         if ranks.rank == 0:
-            with new_folder(adaptor_folder(config, stage.name)) as new:
+            with files.new_folder(adaptor_folder(config, stage.name)) as new:
                 adaptor.save(new, run.model.base, settings, run.model.llama.stored_dtype)
     ranks.barrier()  # the next stage reads what rank 0 has written
     ranks.print0(f"stage {stage.name}: {log.flops / 1e15:.4f} PFLOP in all")
@@ -268,15 +260,16 @@ def source_folder(config: Config, stage: StageConfig) -> Path | None:
 
 def finished_settings(folder: Path) -> dict:
     """The `settings_of` with which the adaptor in `folder` was trained."""
-    return read_json(folder / "config.json", "settings")["settings"]
+    return files.read_json(folder / "config.json", "settings")["settings"]
 
 
 def settings_of(config: Config, stage: StageConfig) -> dict:
     """What the stage's result depends on. "beginning": those of the stage it starts from."""
-    sizes, llama = read_frozen(LlamaConfig, config.llm)
-    _, clip = read_frozen(ClipConfig, config.vision)
+    sizes, llama = files.read_frozen(LlamaConfig, config.llm)
+    _, clip = files.read_frozen(ClipConfig, config.vision)
     found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
-             **{f"data file {path}": how for path, how in fingerprint(stage.data).items()},
+             **{checkpoint.DATA_FILE + path: how for path, how in fingerprint(
+                 path for path in stage.data if Path(path).is_file()).items()},
              "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
              "base model": {"llama": llama, "clip": clip}}
     source = source_folder(config, stage)
@@ -329,7 +322,7 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
     chosen = 0
     if ranks.rank == 0:  # rank 0 times the products and chooses
         name, why = choose_dtype(config.dtype, ranks.device)
-        begun = read_json(path).get("dtype") if path.is_file() else None
+        begun = files.read_json(path).get("dtype") if path.is_file() else None
         if config.dtype == "auto" and begun in DTYPES and begun != name:
             print(f"warning: {config.out} was begun in {begun} and goes on in it, though {name} "
                   f"is faster here ({why})", file=sys.stderr, flush=True)
@@ -350,7 +343,7 @@ def write_index(config: Config) -> None:
                  if adaptor_folder(config, s.name).is_dir()}
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
                   Tokenizer.load(config.llm).image_id, adaptors)  # relative: all can be moved
-    write_json(out / "iaa.json", asdict(index))
+    files.write_json(out / "iaa.json", asdict(index))
 
 
 def train(config: Config, only: str | None) -> None:
@@ -363,9 +356,9 @@ def train(config: Config, only: str | None) -> None:
         flops = check_run(config, stages)
         if ranks.rank == 0:
             for kind, folder in ((Llama, config.llm), (Clip, config.vision)):
-                check_frozen(kind, folder)
+                files.check_frozen(kind, folder)
             Path(config.out).mkdir(parents=True, exist_ok=True)
-            write_json(Path(config.out, "config.json"), asdict(config))
+            files.write_json(Path(config.out, "config.json"), asdict(config))
         ranks.barrier()  # every rank has read the folders
         for stage in stages:
             began = time.perf_counter()
@@ -384,7 +377,7 @@ def train(config: Config, only: str | None) -> None:
 
 
 @record
-@one_line("train.py", "the same command goes on from the last checkpoint")
+@files.one_line("train.py", "the same command goes on from the last checkpoint")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

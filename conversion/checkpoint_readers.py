@@ -149,11 +149,12 @@ def hf_clip_settings(config: dict, folder: Path) -> dict:
         allow_only(pictures, {"do_normalize": (True,), "do_rescale": (True,), "resample": (3,),
                               "rescale_factor": (1 / 255,)})
     found = config.get("vision_config", config) | pictures
-    side = pictures.get("crop_size")  # the positions must be as many as it has patches
-    found["side"] = side.get("height") if isinstance(side, dict) else side
+    side = pictures.get("crop_size") or pictures.get("size")  # as many positions as its patches
+    found["side"] = (side.get("height", side.get("shortest_edge")) if isinstance(side, dict)
+                     else side)
     keys = {"heads": "num_attention_heads", "activation": "hidden_act",
             "norm_eps": "layer_norm_eps", "mean": "image_mean", "std": "image_std",
-            "image_px": "side"}
+            "image_px": "side", "layers": "num_hidden_layers"}
     return {ours: found[theirs] for ours, theirs in keys.items()
             if found.get(theirs) is not None}
 
@@ -173,6 +174,8 @@ def clip_config(
     sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]]()), "patch": patch}
     settings = {} if usual is None else {"heads": width // 64} | usual
     settings |= read | given
+    if settings.get("layers", len(up)) != len(up):
+        raise ValueError(f"layers = {settings['layers']}, but the files hold {len(up)}")
     for name in ("heads", "activation"):
         if name not in settings:
             raise ValueError(f"no file says the tower's {name}: --{name} is needed")

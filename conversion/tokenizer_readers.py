@@ -7,6 +7,7 @@ words and chat template is used; each choice is a line of output that says whenc
 Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp (GGUF metadata).
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ TEMPLATE_MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("USER:", 
 IMAGE_TOKENS = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>",
                 "<unk>")
 # Text never becomes these, even where a file says that they are ordinary words.
-CONTROL = {*STARTS, *STOPS, *IMAGE_TOKENS, *TEMPLATE_MARKS["chatml"], *TEMPLATE_MARKS["llama3"]}
+CONTROL = {*STARTS, *STOPS, *IMAGE_TOKENS, *TEMPLATE_MARKS["chatml"], *TEMPLATE_MARKS["llama3"],
+           "<|python_tag|>"}
 
 
 Added = list[tuple[str, int, bool]]  # tokens beside the model's own: name, id, special
@@ -54,7 +56,9 @@ class Stated(NamedTuple):
     stops: tuple[str | int | None, ...] = ()
 
 
-def choose_template(stated: Stated, specials: dict[str, int]) -> tuple[str, str]:
+def choose_template(
+    stated: Stated, specials: dict[str, int], stops: list[str]
+) -> tuple[str, str]:
     """A key of TEMPLATES, and how it is known: its marks stand in the model's own template.
 
     Where there is none, they are special tokens; else it is Vicuna's, if there is </s>. Raises
@@ -62,8 +66,11 @@ def choose_template(stated: Stated, specials: dict[str, int]) -> tuple[str, str]
     """
     if stated.template:
         return stated.template, "as --template says"
+    jinja = stated.jinja and stated.jinja.replace("eos_token", " ".join(stops))
     found = [template for template, marks in TEMPLATE_MARKS.items()
-             if all(mark in (stated.jinja or specials) for mark in marks)]
+             if all(mark in (jinja or specials) for mark in marks)]
+    if set(re.findall(r"<\|\w+\|>", jinja or "")) - CONTROL:  # a mark that none of ours has
+        found = []
     if len(found) == 1:
         return found[0], "read from chat_template" if stated.jinja else "assumed by special tokens"
     if found or stated.jinja or "</s>" not in specials:
@@ -85,13 +92,16 @@ def build_tokenizer(
     control = CONTROL | {start, *stops}
     specials = {name: id for name, id, special in added if special or name in control}
     words = {name: id for name, id, _ in added if name and name not in specials}
+    for token in (stated.start, *stated.stops):
+        if isinstance(token, str) and token and token not in specials:
+            raise ValueError(f"{token!r} is stated as start or end token, but no token is named so")
     # transformers states ids by default, which may be those of ordinary text.
     stops = [name for name in stops if name in specials]
-    template, known_by = choose_template(stated, specials)
+    template, known_by = choose_template(stated, specials, stops)
     images = [name for name in IMAGE_TOKENS if name in specials]
     if not images:
         raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed")
-    if start not in specials:
+    if start and start not in specials:
         start = None
     # In a chat, bos_token in the model's template decides. ChatML's models often state a mark of
     # the template or the stop token as start, which is no start.
@@ -193,7 +203,8 @@ def hf_stated(folder: Path, template: str | None) -> tuple[Stated, list]:
         *({"content": name, "id": number} for name, number in added.items()),
         *({"id": int(number)} | token
           for number, token in said.get("added_tokens_decoder", {}).items())]
-    start = ends.get("bos_token_id") if start is None else start
+    if start is None:  # null: the files say that there is none
+        start = "" if "bos_token" in said else ends.get("bos_token_id")
     return Stated(template, jinja, start, said.get("add_bos_token"), stops), records
 
 

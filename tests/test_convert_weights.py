@@ -177,7 +177,8 @@ def check(folder: Path, reference: dict, config, tolerance: float = 0) -> str:
     torch.testing.assert_close(found, reference, rtol=0, atol=tolerance)
     digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {convert_weights.CODES[tensor.dtype]} {[*tensor.shape]}\n".encode())
+        code = convert_weights.files.CODES[tensor.dtype]
+        digest.update(f"{name} {code} {[*tensor.shape]}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     assert model.sha256 == digest.hexdigest()
     return model.sha256
@@ -383,6 +384,7 @@ def test_a_feature_layer_is_of_a_tower_that_has_it(tmp_path, tower, llama, token
     last = check(tmp_path / "last", tower, replace(TOWER, feature_layer=-1))
     assert last != check(tmp_path / "usual", tower, TOWER)
     refuse(folder, "feature_layer = -9", feature_layer=-9)
+    refuse(folder, "--template: the source has no tokenizer", template="llama3")
     folder = save_hf(tmp_path / "llama", rename(llama), HF_LLAMA, tokenizer_model)
     refuse(folder, "feature_layer: the source is no vision tower", feature_layer=-1)
 
@@ -586,6 +588,8 @@ PICTURES = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 1.0], "do_no
     ("num_attention_heads", {}, {}, "config.json: no file says the tower's heads: --heads is need"),
     ("hidden_act", {}, {}, "config.json: no file says the tower's activation: --activation is nee"),
     ("", {"crop_size": 24}, {}, r"positions should be \[37, 128\], but .* make \[10, 128\]"),
+    ("", {"size": {"shortest_edge": 24}}, {}, r"positions should be \[37, 128\], but .* make"),
+    ("", {"num_hidden_layers": 3}, {}, "layers = 3, but the files hold 2"),
     ("", {"do_normalize": False}, {}, "preprocessor_config.json: do_normalize = False is not sup"),
     ("", {"image_mean": "x"}, {}, "config.json: mean, std = x, .*: three numbers each"),
     ("", {}, {"activation": "tanh"}, "activation = 'tanh': quick_gelu or gelu")])
@@ -615,7 +619,7 @@ def test_check(tmp_path, tower, monkeypatch, capsys):
             settings, settings.read_bytes().replace(b'"norm_eps": 1e-05', b'"norm_eps": 1e-06'))):
         whole = path.read_bytes()
         path.write_bytes(changed)
-        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256 of its config.json"):
+        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256"):
             convert_weights.main()
         path.write_bytes(whole)
 
@@ -640,6 +644,7 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
         assert "stopped; nothing is left in" in error(tmp_path / "in", tmp_path / "out")
     assert "there already" in error(tmp_path / "in", tmp_path / "odd")
     assert {path.name for path in tmp_path.iterdir()} == {"in", "odd"}
+    assert "OUT is needed" in error(tmp_path / "in")
     said = error(tmp_path / "nothing", tmp_path / "out")
     assert said == f"convert_weights.py: {tmp_path}/nothing: no such file or folder"
 

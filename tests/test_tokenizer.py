@@ -217,8 +217,12 @@ BOTH = [*LLAMA3, IMAGE, "<|im_start|>", "<|im_end|>"]
     # ChatML on Llama 3; an end that is a record; the end by its id alone
     (BOTH, {"chat_template": CHATML, "bos_token": "<|begin_of_text|>",
             "eos_token": {"content": "<|im_end|>"}}, {}, None, ("chatml", 256, (260, 263, 257))),
+    (BOTH, {"chat_template": "{{'<|im_start|>' + content + eos_token}}", "eos_token": "<|im_end|>"},
+     {}, None, ("chatml", 256, (260, 263, 257))),
     (BOTH, {"chat_template": [{"name": "default", "template": CHATML}], "add_bos_token": False},
      {"bos_token_id": 256}, None, ("chatml", None, (260, 263, 257))),
+    (BOTH, {"chat_template": CHATML, "bos_token": None}, {"bos_token_id": 256}, None,
+     ("chatml", None, (260, 263, 257))),
     # SmolLM2 states a mark of its template as the start
     (BOTH, {"chat_template": CHATML, "bos_token": "<|im_start|>"}, {"eos_token_id": [263, 5]},
      None, ("chatml", None, (260, 263, 257))),
@@ -253,6 +257,7 @@ def test_what_a_gguf_states_is_used():
 @pytest.mark.parametrize(("names", "jinja", "template", "message"), [
     (BOTH, None, None, "chatml and llama3 would fit: --template"),
     (BOTH, R1, None, "tokenizer.json: chat template not recognised, none would fit: --template"),
+    (BOTH, CHATML + "<|im_sep|>", None, "tokenizer.json: .* not recognised, none would"),
     (["<s>", IMAGE], None, None, "none would fit: --template llama3 or chatml or vicuna or plain"),
     (LLAMA3[2:] + [IMAGE], CHATML, None, "no special token '<.im_start.>'"),
     (BOTH, None, "vicuna", "no special token '</s>'"),
@@ -263,6 +268,12 @@ def test_what_a_gguf_states_is_used():
 def test_facts_that_cannot_be_known(tmp_path, names, jinja, template, message):
     with pytest.raises(ValueError, match=message):
         read_hf_tokenizer(write_bpe(tmp_path, names, {"chat_template": jinja}, {}), template)
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+def test_a_stated_token_that_is_not_there(tmp_path, key):
+    with pytest.raises(ValueError, match="'<x>' is stated as start or end token, but no token"):
+        read_hf_tokenizer(write_bpe(tmp_path, BOTH, {"chat_template": CHATML, key: "<x>"}, {}))
 
 
 def test_sentencepiece_with_words_of_its_own(all_kinds, tmp_path):

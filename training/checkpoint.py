@@ -29,6 +29,7 @@ from training.zero import DataParallel, ZeroSharded
 MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 # Settings that may change when a stage is resumed: the result is the same, up to rounding.
+DATA_FILE = "data file "  # how the settings begin that tell a data file's fingerprint
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
 
 
@@ -107,13 +108,15 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
     was: as JSON gave them back.
     """
 
-    def without_free(settings):
-        if not isinstance(settings, dict):
-            return settings
-        return {key: without_free(value) for key, value in settings.items() if key not in FREE}
+    def differing(was, now) -> list[str]:
+        # A data file may be gone once its stage is finished, and older folders do not tell of it.
+        one_sided = {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
+        keys = sorted({*was, *now} - {*FREE} - one_sided)
+        pairs = {key: (was.get(key), now.get(key)) for key in keys}
+        return [key for key, (a, b) in pairs.items()
+                if (differing(a, b) if isinstance(a, dict) and isinstance(b, dict) else a != b)]
 
-    was, now = without_free(was), without_free(json.loads(json.dumps(now)))  # tuples: now lists
-    changed = [key for key in now | was if was.get(key) != now.get(key)]
+    changed = differing(was, json.loads(json.dumps(now)))  # tuples: now lists
     if changed:
         raise ValueError(f"{folder} was made with another {', '.join(changed)}: restore it, "
                          "or remove that folder to train the stage again")
