@@ -52,8 +52,12 @@ def answer(args: argparse.Namespace, questions: list[Question], ranks: Ranks) ->
     said = [None] * len(asked)
     for rank, part in enumerate(parts):
         said[rank :: ranks.world] = part
-    return [{"key": q.key, "image": q.image, **q.facts, "prompt": q.text, "answer": text.strip()}
-            for q, text in zip(asked, said, strict=True) if text is not None]
+    records = [
+        {"key": q.key, "image": q.image, **q.facts, "prompt": q.text, "answer": text.strip()}
+        for q, text in zip(asked, said, strict=True) if text is not None]
+    if not records:
+        raise ValueError(f"none of {len(asked)} questions could be asked")
+    return records
 
 
 def read_questions(args: argparse.Namespace, benchmark: ModuleType) -> list[Question]:

@@ -17,7 +17,6 @@ import torch
 
 from clip import open_image
 from common.files import write_json, write_text
-from data import RowError
 from sample import Chat, generate
 
 Record = dict  # a line of answers.jsonl: "key", "image", the question's facts, "prompt", "answer"
@@ -81,11 +80,10 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
 
 
 def picture_prompt(chat: Chat, question: Question, open_picture=open_image) -> Prompt:
-    """The question alone, with its picture. RowError where its box is for another size of it."""
-    picture, facts = open_picture(question.image), question.facts
-    if "box" in facts and picture.size != (facts["width"], facts["height"]):
-        raise RowError(f"{question.image} has {picture.width} x {picture.height} pixels, but the "
-                       f"box is for {facts['width']} x {facts['height']}")
+    """The question alone, with its picture. ValueError where `open_picture` cannot use that."""
+    facts = question.facts
+    size = (facts["width"], facts["height"]) if "box" in facts else None  # that the box is for
+    picture = open_picture(question.image, size)
     return replace(chat, chosen=question.workflow, image=picture).prompt(question.text)
 
 
@@ -104,7 +102,7 @@ def ask(
 ) -> list[str | None]:
     """The answer to each question, in their order; stderr shows how many there are so far.
 
-    Where `make_prompt` raises RowError the answer is None, and stderr says why. A batch holds
+    Where `make_prompt` raises ValueError the answer is None, and stderr says why. A batch holds
     questions of similar length: little of it is padding. Long ones come first: what needs too much
     memory fails at once.
     """
@@ -118,7 +116,7 @@ def ask(
             for n in numbers[first : first + batch]:
                 try:
                     prompts[n] = make_prompt(chat, questions[n])
-                except RowError as error:
+                except ValueError as error:
                     print(f"\rskipped {questions[n].key}: {error}", file=sys.stderr)
             if not prompts:
                 continue

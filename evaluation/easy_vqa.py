@@ -8,9 +8,8 @@ one with an IoU of 0.5 or more.
 from collections import Counter
 from pathlib import Path
 
-from data import check_row, iou, path_below, text_to_boxes
+from data import TAG, check_row, iou, path_below, text_to_boxes
 from evaluation.answers import Question, Record, Table, percent, read_lines
-from tokenization.templates import IMAGE
 
 MAX_TOKENS = {"mm": 12, "grounding": 48}  # of an answer, by workflow
 KINDS = ("colour", "shape", "yes/no")  # of questions whose answer is a word
@@ -32,7 +31,7 @@ def answer_kind(answer: str) -> str:
 
 def pairs(row: dict) -> list[tuple[str, str]]:
     """The questions and answers of a row. RowError where it is no row."""
-    texts = [turn["value"].removeprefix(IMAGE) for turn in check_row(row)["conversations"]]
+    texts = [turn["value"].replace(TAG, "").strip() for turn in check_row(row)["conversations"]]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

@@ -43,7 +43,7 @@ class PictureLM(lmms):
         answers = ask(self.chat, questions, self.batch, prompt)
         return [answer.strip() for answer in answers]
 
-    def picture(self, request) -> Image.Image | None:
+    def picture(self, request, _=None) -> Image.Image | None:
         """The first picture of a request, None where it has none."""
         _, _, doc_to_visual, number, task, split = request.args
         pictures = doc_to_visual(self.task_dict[task][split][number]) or ()

@@ -9,9 +9,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from data import GROUNDING_PROMPT, check_row, iou, padded_square, path_below
+from data import GROUNDING_PROMPT, TAG, check_row, iou, padded_square, path_below
 from evaluation.answers import Question, Record, Table, percent, read_lines
-from tokenization.templates import IMAGE
 
 MAX_TOKENS = 128  # of an answer
 OFFICIAL_NAME = re.compile(r"REC_(refcoco[+g]?)_[a-z]+_(val|testA|testB|test)")
@@ -39,9 +38,9 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Question:
         key, picture = f"{name}/{split}/{row.get('sent_id', number)}", row["img_path"]
         text, box = GROUNDING_PROMPT.format(row["expression"]), row["bbox"]
     else:
-        check_row(row)
+        question = check_row(row)["conversations"][0]["value"]
         name, split, key, picture = (row[field] for field in ("source", "split", "id", "image"))
-        text = row["conversations"][0]["value"].removeprefix(IMAGE).strip().removesuffix(".")
+        text = question.replace(TAG, "").strip().removesuffix(".")
         box, = row["boxes"]
     width, height = row["width"], row["height"]
     x1, y1, x2, y2 = box

@@ -66,18 +66,22 @@ def test_answers_of_a_batch_are_those_asked_alone(tmp_path, tiny_run):
     assert len(set(got)) > 3  # they differ: a mix-up would show
 
 
-def test_a_box_for_a_picture_of_another_size(tmp_path, tiny_run, capsys):
-    """The question is skipped and said; the others of its batch are asked."""
+def test_a_question_without_its_picture_is_skipped(tmp_path, tiny_run, capsys):
+    """The picture is broken, or of another size than its box: said; the others are asked."""
     tiny_run(tmp_path / "run")
-    path = picture(tmp_path / "a.png")
-    questions = [Question(f"box/{height}", "where?", path, 3, "grounding",
-                          {"box": [0, 0, 9, 9], "width": 40, "height": height})
-                 for height in (30, 20, 31)]  # in two batches: one of both kinds, one of a bad one
+    path, broken = picture(tmp_path / "a.png"), tmp_path / "b.png"
+    broken.write_bytes(path.read_bytes()[:60])
+    facts = {"box": [0, 0, 9, 9], "width": 40}
+    questions = [Question("1", "where is it?", path, 3, "grounding", facts | {"height": 30}),
+                 Question("2", "where?", path, 3, "grounding", facts | {"height": 20}),
+                 Question("3", "what", broken, 3, "grounding")]  # a batch of its own
     first, asked, last = ask(Chat.load(tmp_path / "run", "fp32"), questions, 2)
     assert asked and first is last is None
     told = capsys.readouterr().err.split("\r")
-    assert told[1] == f"skipped box/30: {path} has 40 x 20 pixels, but the box is for 40 x 30\n"
-    assert told[2] == "1 of 3 questions answered" and told[3].startswith("skipped box/31: ")
+    assert told[1] == (f"skipped 1: {path}: upright it has 40 x 20 pixels, "
+                       "its boxes are for 40 x 30\n")
+    assert told[2] == "1 of 3 questions answered"
+    assert told[3].startswith(f"skipped 3: {broken}: not a readable picture")
 
 
 def test_a_limit_takes_whole_pictures(tmp_path):
@@ -371,6 +375,14 @@ def test_an_adaptor_that_is_not_there(world):
     assert "boxes" not in go(world) and len(saved(world)) == 7
     path.write_text(json.dumps(index | {"adaptors": {}}))
     with pytest.raises(SystemExit, match="no adaptor named 'mm'"):
+        go(world)
+
+
+def test_no_picture_can_be_read(world):
+    """There is nothing to score."""
+    for path in (world / "data").glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="none of 11 questions could be asked"):
         go(world)
 
 
