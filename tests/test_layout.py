@@ -50,7 +50,7 @@ def test_the_top_level_is_the_card():
 
 
 def test_the_house_is_small():
-    """400 lines a file; 6,750 in all, on the way to 6,000."""
+    """400 lines a file; 7,330 in all, on the way to 6,000."""
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     assert sum(lines.values()) <= 7_330
     assert not {str(path): count for path, count in lines.items() if count > 400}
