@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from tokenization.templates import IMAGE, prompt_start, render
+from tokenization.templates import TAG, prompt_start, render
 from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100  # the index that torch's cross-entropy ignores by default
@@ -37,7 +37,6 @@ MAX_SKIPPED = 100  # consecutive unusable rows; more of them mean a wrong root
 LINE = np.dtype([  # where a row is, in 24 bytes: millions of rows stay on disk
     ("file", np.int32), ("number", np.int32), ("start", np.int64), ("bytes", np.int64)])
 BLOCK, BLOCKS = 1 << 16, 256  # of a data file's fingerprint
-TAG = IMAGE.strip()
 READ = {"id", "source", "split", "workflow", "conversations"}  # keys that hold no picture
 PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a key that holds one
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)

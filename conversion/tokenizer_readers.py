@@ -183,12 +183,15 @@ def hf_split(tokenizer: dict) -> str:
                      f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
 
 
-def hf_stated(folder: Path, template: str | None) -> tuple[Stated, list]:
-    """What a Hugging Face folder states of its tokenizer, and the records of its added tokens."""
-    said, ends, sizes, full, added = (
+def hf_stated(folder: Path, template: str | None, content: dict) -> tuple[Stated, list]:
+    """What a Hugging Face folder states of its tokenizer, and the records of its added tokens.
+
+    content: of its tokenizer.json, empty where there is none.
+    """
+    said, ends, sizes, added = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json",
-                     "tokenizer.json", "added_tokens.json"))
+                     "added_tokens.json"))
     file, jinja = folder / "chat_template.jinja", said.get("chat_template")
     if isinstance(jinja, list):  # several, by name
         jinja = {one["name"]: one["template"] for one in jinja}.get("default")
@@ -199,7 +202,7 @@ def hf_stated(folder: Path, template: str | None) -> tuple[Stated, list]:
     ends = sizes | ends
     stops = ends.get("eos_token_id")
     stops = (stop, *stops) if isinstance(stops, list) else (stop, stops)
-    records = full.get("added_tokens") or [
+    records = content.get("added_tokens") or [
         *({"content": name, "id": number} for name, number in added.items()),
         *({"id": int(number)} | token
           for number, token in said.get("added_tokens_decoder", {}).items())]
@@ -212,7 +215,8 @@ def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
     """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
     path = folder / "tokenizer.json"
     with reading(path if path.is_file() else folder / "tokenizer_config.json"):
-        stated, records = hf_stated(folder, template)
+        content = read_json(path) if path.is_file() else {}
+        stated, records = hf_stated(folder, template, content)
         added = [(token["content"], token["id"], token.get("special", False)) for token in records]
         odd = [token for token in records if not token.get("special") and (
             token.get("lstrip") or token.get("rstrip") or token.get("single_word"))]
@@ -221,7 +225,8 @@ def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
                              "are not supported")
         if tokenizer := read_sentencepiece(folder / "tokenizer.model", added, stated):
             return tokenizer
-        content = read_json(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
         pattern, model = hf_split(content), content["model"]
         return build_bpe(model["vocab"], model["merges"], model.get("ignore_merges", False), added,
                          stated, pattern)

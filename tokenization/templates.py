@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from tokenization.tokenizer import Tokenizer
 
-IMAGE = "<image>\n"  # how a row marks its picture, ahead of the first question
+TAG = "<image>"  # stands for a picture in a text; its letters are never tokenised
+IMAGE = TAG + "\n"  # how our converters mark a row's picture, ahead of the first question
 CURIOUS_SYSTEM = (  # the official release of IAA, and Vicuna v1
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -28,8 +28,8 @@ from training.zero import DataParallel, ZeroSharded
 
 MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-# Settings that may change when a stage is resumed: the result is the same, up to rounding.
 DATA_FILE = "data file "  # how the settings begin that tell a data file's fingerprint
+# Settings that may change when a stage is resumed: the result is the same, up to rounding.
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
 
 
@@ -109,7 +109,7 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
     """
 
     def differing(was, now) -> list[str]:
-        # A data file may be gone once its stage is finished, and older folders do not tell of it.
+        # Older folders do not tell of their data files.
         one_sided = {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
         keys = sorted({*was, *now} - {*FREE} - one_sided)
         pairs = {key: (was.get(key), now.get(key)) for key in keys}
