@@ -112,7 +112,6 @@ def encode_row(
     """
     image_tokens = 0 if picture_of(row) is None else image_tokens
     texts = [turn["value"] for turn in row["conversations"]]
-    texts[0] = texts[0].replace(TAG, "")  # the picture comes ahead of its question
     turns = list(zip(itertools.cycle(("user", "assistant")), texts, strict=False))
     questions = [turns]
     if row.get("independent") and template != "plain":  # "plain" drops questions

@@ -201,10 +201,8 @@ class Chat:
         if text.count(TAG) > shown:
             raise ValueError(f"{text.count(TAG)} times {TAG} in a question about {shown} pictures: "
                              "leave it out; --image, or /image in a chat, shows a picture")
-        # A tag is no text: the picture stands ahead of the first question, wherever its tag was.
-        turns = [(role, said.replace(TAG, "")) for role, said in [*self.turns, ("user", text)]]
-        ids, _ = render(self.tokenizer, turns, form["template"], form["system"],
-                        shown * clip.patches)
+        ids, _ = render(self.tokenizer, [*self.turns, ("user", text)], form["template"],
+                        form["system"], shown * clip.patches)
         return ids, pixels
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:

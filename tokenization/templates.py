@@ -100,21 +100,21 @@ def render(
     turns: list[tuple[str, str]],  # ("user", text), ("assistant", text), ... in turn
     template: str | None = None,  # a key of TEMPLATES, None: the tokenizer's own
     system: str | None = None,  # None: the template's own, "": none
-    image_tokens: int = 0,  # placeholders before the first question, in place of its IMAGE
+    image_tokens: int = 0,  # placeholders before the first question, wherever its TAG stands
 ) -> tuple[list[int], list[bool]]:
     """A conversation as (ids, which of them are scored); a prompt, if the user speaks last.
 
-    Messages are trimmed. ValueError: unknown template or special token.
+    Messages are trimmed, and TAG is taken out. ValueError: unknown template or special token.
     """
     form = template_of(tokenizer, template)
     ids = prompt_start(tokenizer, template, system, image_tokens)
     scored = [False] * len(ids)
     for turn, (role, text) in enumerate(turns[:2] if form.drops_questions else turns):
-        prefix = form.message_prefix
+        text, prefix = text.replace(TAG, ""), form.message_prefix
         if role == "user" and turn:
             ids += encode_template(tokenizer, form.between_turns + form.user)
         elif role == "user" and image_tokens:
-            text, prefix = text.removeprefix(IMAGE), ""  # the image has brought the prefix
+            prefix = ""  # the image has brought it
         if role == "assistant" or not form.drops_questions:
             ids += tokenizer.encode(prefix + text.strip())
             ids += encode_template(tokenizer, form.answer if role == "user" else form.end)
