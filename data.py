@@ -99,7 +99,7 @@ def check_row(row) -> dict:
     asked, answered = sum(tags[::2]), sum(tags[1::2])
     if asked != pictures or answered:  # else a question about a picture that nobody sees
         raise RowError(f"{pictures} pictures, but '<image>' {asked} times in questions and "
-                       f"{answered} in answers: it must stand once for each, in a question")
+                       f"{answered} in answers: it stands for each once, in a question")
     return row
 
 

@@ -81,7 +81,7 @@ def generate(
     temperature: float = 0.0,  # 0 = greedy
     top_p: float = 1.0,
     seed: int = 0,  # row r draws from its own stream, seeded with seed + r
-    on_token: Callable[[int, int], bool | None] | None = None,  # gets (row, token); True ends it
+    on_token: Callable[[int, int], None] = lambda row, token: None,  # called as tokens come
 ) -> list[list[int]]:
     """The new tokens of each prompt, as if it were alone in the batch.
 
@@ -116,12 +116,11 @@ def generate(
         chosen = sample_token(logits, temperature, top_p, generators)  # (B,)
         for row in sorted(running):  # a copy: rows that end leave the set within the loop
             token = int(chosen[row])
-            ended = token in stop
-            if not ended:
-                answers[row].append(token)
-                ended = on_token is not None and on_token(row, token)
-            if ended:
+            if token in stop:
                 running.discard(row)
+            else:
+                answers[row].append(token)
+                on_token(row, token)
         if not running:
             break
         tokens = chosen[:, None].to(device)  # also of ended rows: a batch keeps its shape
@@ -170,7 +169,7 @@ class Chat:
         device: str | None = None,
         quantize: str | None = None,  # "int8"
         workflows: list[str] | None = None,  # whose adaptors are loaded; None: all
-        **sampling,
+        **settings,  # of the chat
     ) -> "Chat":
         """Open the model that train.py left in `folder`. Raises ValueError, FileNotFoundError."""
         from speed.packing import pack  # imported here: it uses private operators
@@ -183,7 +182,7 @@ class Chat:
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
         pack(model, quantize == "int8")  # else repacked for the CPU
-        return cls(model, Tokenizer.load(tokenizer), **sampling)
+        return cls(model, Tokenizer.load(tokenizer), **settings)
 
     @property
     def workflow(self) -> str:
@@ -360,8 +359,8 @@ def main(argv: list[str] | None = None) -> None:
     only = args.workflow or ("mm" if images else TEXT)  # one question needs one adaptor
     chat = Chat.load(args.model, args.dtype, args.device, args.quantize,
                      None if args.prompt is None else [only], max_tokens=args.max_tokens,
-                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    chat.images, chat.chosen = images, args.workflow
+                     temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                     chosen=args.workflow, images=images)
     chat.model.adaptor(chat.workflow)  # raises now where there is none of that name
     if args.prompt is None:
         converse(chat, args.boxes, args.json)

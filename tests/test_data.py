@@ -197,7 +197,7 @@ BAD_ROWS = {
     bad(conversations=[]): TURNS,
     bad("Q", " "): "a turn has no text",
     json.dumps(make_row("Q", "A", image=None) | {"image": FIVE[:2]}):
-        "2 pictures, but '<image>' 0 times in questions and 0 in answers: it must stand once for",
+        "2 pictures, but '<image>' 0 times in questions and 0 in answers: it stands for each once",
     json.dumps(make_row("Q", "A") | {"image": None}): "0 pictures, but '<image>' 1 times in quest",
     bad("Q", "A <image>"): "1 pictures, but '<image>' 0 times in questions and 1 in answers",
     bad("<image>", "A", "<image>\nR", "B"): "1 pictures, but '<image>' 2 times in questions",

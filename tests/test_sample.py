@@ -67,13 +67,23 @@ def spelt(ids) -> str:
 # Generation
 
 
+class OnADevice(torch.Tensor):
+    """Logits that must be on the CPU before they are drawn from: a seed draws the same there."""
+
+    softmax = None
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 def test_sample_token():
     """Greedy takes the peak; top_p keeps the least set of that mass; low temperature sharpens."""
     probs, generator = torch.tensor([[0.1, 0.5, 0.15, 0.25]]), torch.Generator().manual_seed(0)
 
     def shares(temperature, top_p):
-        drawn = sample_token(probs.log().expand(1000, 4), temperature, top_p, [generator] * 1000)
-        return drawn.bincount(minlength=4) / 1000
+        logits = probs.log().expand(1000, 4).as_subclass(OnADevice)
+        return sample_token(logits, temperature, top_p, [generator] * 1000).bincount(
+            minlength=4) / 1000
 
     assert sample_token(probs.log(), 0, 1.0, []).tolist() == [1]
     sharp = probs[0] ** 2 / (probs[0] ** 2).sum()
@@ -82,22 +92,6 @@ def test_sample_token():
         torch.testing.assert_close(shares(temperature, top_p), wanted, atol=0.05, rtol=0)
     for temperature, top_p in ((1.0, 0.4), (1.0, 1e-9), (1e-38, 1.0), (5e-324, 0.5)):
         assert shares(temperature, top_p)[1] == 1  # greedy, not 0 / 0
-
-
-def test_draws_do_not_depend_on_the_device():
-    """Whatever device logits come from, the CPU's generators draw from the CPU's probabilities."""
-
-    class Elsewhere(torch.Tensor):
-        softmax = None  # not to be called on the device
-
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
-
-    logits, draws = torch.randn(8, 50), []
-    for given in (logits, logits.as_subclass(Elsewhere)):
-        generators = [torch.Generator().manual_seed(n) for n in range(8)]
-        draws.append(sample_token(given, 1.0, 0.9, generators))
-    assert torch.equal(*draws)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -151,8 +145,6 @@ def test_stop_tokens_and_callback(model):
     got = generate(model, prompts, stop=(stop,), **options,
                    on_token=lambda row, token: seen[row].append(token))
     assert got == wanted == seen and len(wanted[0]) <= 4 and free[0] != free[1]
-    ended = generate(model, prompts, on_token=lambda row, token: row == 1, **options)
-    assert ended == [free[0], free[1][:1]]  # the callback may end a row
 
 
 def test_what_cannot_be_generated(model, images):
@@ -221,21 +213,6 @@ def fails(capsys, run, *argv):
     assert isinstance(message, str) and "\n" not in message
     assert capsys.readouterr().out == ""
     return message
-
-
-@pytest.mark.parametrize(("said", "answer"), [
-    ("  \n Süß, 猫 und 🐱!  Zwei  Wörter. \n ", "Süß, 猫 und 🐱!  Zwei  Wörter."),
-    ([0x61, 0xE7, 0x62, 0xF0, 0x9F], "a\ufffdb"),  # broken inside; the end cuts a character
-    ("", ""),
-])
-def test_stream_pieces_add_up_and_split_no_character(run, script, said, answer):
-    """Characters of two to four bytes, a byte at a time; the joined pieces are the answer."""
-    script(said)
-    pieces = []
-    got = open_chat(run).ask("q", pieces.append)
-    assert "".join(pieces) == got.answer == answer and "" not in pieces
-    assert len(pieces) >= len(answer.replace(" ", "")) - 1
-    assert got.tokens == len(said.encode() if isinstance(said, str) else said)
 
 
 def test_same_seed_same_answer(run, picture, capsys):
@@ -326,20 +303,19 @@ def test_prompt_longer_than_the_context(run, capsys, script):
 
 
 def test_json(run, picture, script, capsys):
-    """One object on stdout; boxes, in pixels, only where the answer names them."""
-    script("It is [0.25, 0.25, 0.5, 0.5]", "It is [0.25, 0.25, 0.5, 0.5]", "")
+    """One object on stdout, the answer trimmed; boxes, in pixels, only where it names them."""
+    script("\n Süß [0.25, 0.25, 0.5, 0.5] 🐱 ", "[0.25, 0.25, 0.5, 0.5]", [0x61, 0xE7])
     argv = ["--image", picture, "--prompt", "wo? ü", "--json", "--workflow"]
     main(run, *argv, "grounding")
     got = json.loads(capsys.readouterr().out)
-    assert set(got) == set(sample.Answer.__dataclass_fields__)
-    assert (got["workflow"], got["prompt"], got["tokens"]) == ("grounding", "wo? ü", 28)
-    assert got["boxes"] == [[10, 5, 20, 15]]  # 40 x 30 on a square of 40: 5 pixels above
-    assert got["seconds_to_first_token"] >= 0 and got["tokens_per_s"] > 0
+    assert got.pop("seconds_to_first_token") >= 0 and got.pop("tokens_per_s") > 0
+    assert got == {"workflow": "grounding", "prompt": "wo? ü", "tokens": 36,
+                   "answer": "Süß [0.25, 0.25, 0.5, 0.5] 🐱",
+                   "boxes": [[10, 5, 20, 15]]}  # 40 x 30 on a square of 40: 5 pixels above
     main(run, *argv, "text")
     assert "boxes" not in json.loads(capsys.readouterr().out)  # text has not seen the picture
     main(run, *argv, "mm")
-    got = json.loads(capsys.readouterr().out)
-    assert (got["answer"], got["tokens"], got["tokens_per_s"]) == ("", 0, None)
+    assert json.loads(capsys.readouterr().out)["answer"] == "a"  # the end cut a character
 
 
 def test_the_choice_of_dtype_is_said(run, script, capsys, monkeypatch):
@@ -350,11 +326,11 @@ def test_the_choice_of_dtype_is_said(run, script, capsys, monkeypatch):
     assert capsys.readouterr() == ("yes\n", "computing in fp32 on cpu: auto cpu\n")
 
 
-def test_int8_answers(run, picture):
-    """`--quantize int8` stores matrices so, of the one adaptor that was asked for; it answers."""
-    chat = open_chat(run, picture, quantize="int8", workflows=["mm"], max_tokens=4)
+def test_quantize(run):
+    """int8 stores matrices so, of the one adaptor that was asked for."""
+    chat = open_chat(run, quantize="int8", workflows=["mm"])
     assert torch.int8 in {tensor.dtype for tensor in chat.model.state_dict().values()}
-    assert [*chat.model.adaptors] == ["mm"] and chat.ask("what?").tokens <= 4
+    assert [*chat.model.adaptors] == ["mm"]
 
 
 @pytest.mark.parametrize(("size", "box", "drawn"), [
