@@ -13,7 +13,6 @@ Sources: LLaVA (arXiv 2304.08485) for rows, the official IAA release for boxes.
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from tokenization.templates import TAG, prompt_start, render
+from tokenization.templates import IMAGE, TAG, render
 from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100  # the index that torch's cross-entropy ignores by default
@@ -42,7 +41,6 @@ PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a 
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # others: the disk fails
 ONE_WORD = "\nAnswer the question using a single word or phrase."
-ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 GROUNDING_PROMPT = (  # the official release's, to the letter: the model is trained on this sentence
     "Please provide the bounding box coordinate of the region this sentence describes: {}"
 )
@@ -60,32 +58,36 @@ class Example:
     targets: Tensor  # the next token, UNSCORED where it is not scored
     positions: Tensor  # restart behind the prefix at each independent question
     segments: Tensor  # 0: the prefix, which all see; k: the k-th question, which no other sees
+    pictures: int  # the row's first ones: those whose placeholders are in `tokens`
     cut: bool  # the row was longer than max_tokens
 
 
-def picture_of(record: dict) -> str | None:
-    """The picture of a row or of a published record: its "image"; None where it has none.
+def pictures_of(record: dict) -> list[str]:
+    """The pictures of a row or of a published record: the path or paths in its "image".
 
     RowError where another key holds a picture, which would be asked about and never shown.
     """
     image = record.get("image")
-    if image is not None and not (isinstance(image, str) and image):
-        raise RowError("'image' must be a path, or null")
-    for key, value in record.items() if image is None else ():
-        if key not in READ and value and (PICTURE.search(key) or SUFFIX.search(str(value))):
-            raise RowError(f"a picture under {key!r}: it must be under 'image'")
-    return image
+    if image is None:
+        for key, value in record.items():
+            if key not in READ and value and (PICTURE.search(key) or SUFFIX.search(str(value))):
+                raise RowError(f"a picture under {key!r}: it must be under 'image'")
+        return []
+    paths = image if isinstance(image, list) else [image]
+    if not (paths and all(isinstance(path, str) and path for path in paths)):
+        raise RowError("'image' must be a path, a list of paths, or null")
+    return paths
 
 
 def frame_of(row: dict) -> tuple[int, int] | None:
-    """(width, height) of the picture that a row's boxes are for; None where it has no boxes."""
+    """(width, height) of the first picture, for which a row's boxes are; None without boxes."""
     return (row["width"], row["height"]) if "boxes" in row else None
 
 
 def check_row(row) -> dict:
     """`row` itself if it has the form that docs/data.md describes; RowError if not."""
     try:
-        image, _, turns = picture_of(row), frame_of(row), row["conversations"]
+        pictures, _, turns = len(pictures_of(row)), frame_of(row), row["conversations"]
         speakers, texts = ([turn[key] for turn in turns] for key in ("from", "value"))
     except (AttributeError, LookupError, TypeError) as error:  # a key or a value of another kind
         raise RowError(f"not a row as in docs/data.md: {error!r}") from None
@@ -93,43 +95,48 @@ def check_row(row) -> dict:
         raise RowError("turns must be of human and gpt in turn, human first and gpt last")
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise RowError("a turn has no text")
-    tags = [text.count(TAG) for text in texts]  # any other would be read as letters
-    if not tags[0] == sum(tags) == (image is not None):
-        raise RowError(f"{sum(tags)} times '<image>': it must be once in the first question if, "
-                       "and only if, there is an image, and nowhere else")
+    tags = [text.count(TAG) for text in texts]
+    asked, answered = sum(tags[::2]), sum(tags[1::2])
+    if asked != pictures or answered:  # else a question about a picture that nobody sees
+        raise RowError(f"{pictures} pictures, but '<image>' {asked} times in questions and "
+                       f"{answered} in answers: it stands for each once, in a question")
     return row
 
 
 def encode_row(
-    row: dict,  # as `check_row` wants it
-    tokenizer: Tokenizer, image_tokens: int, template: str | None = None,
+    row: dict, tokenizer: Tokenizer, image_tokens: int, template: str | None = None,
     system: str | None = None, max_tokens: int | None = None,
 ) -> Example:
-    """Tokens and targets of a row, cut at `max_tokens`. RowError where nothing scored is left.
+    """Tokens and targets of a checked row, cut at `max_tokens`. RowError: nothing scored is left.
 
     A whole conversation is one segment, however many turns it has. With `"independent": true` each
-    question is a segment after the shared prefix, trained exactly as if it were asked alone.
+    question is a segment after the shared prefix, trained exactly as if it were asked alone. The
+    row's pictures are in the prefix then, wherever their tags stand.
     """
-    image_tokens = 0 if picture_of(row) is None else image_tokens
-    texts = [turn["value"] for turn in row["conversations"]]
-    turns = list(zip(itertools.cycle(("user", "assistant")), texts, strict=False))
-    questions = [turns]
+    pictures = IMAGE * len(pictures_of(row))
+    turns = [("user" if turn["from"] == "human" else "assistant", turn["value"])
+             for turn in row["conversations"]]
+    asked = [turns]
     if row.get("independent") and template != "plain":  # "plain" drops questions
-        questions = [turns[i : i + 2] for i in range(0, len(turns), 2)]
-    prefix = len(prompt_start(tokenizer, template, system, image_tokens))
+        asked = [[("user", pictures + text.replace(TAG, "")), answer]
+                 for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
+    # The ids of a question without words part from the others where their words begin.
+    rendered = [render(tokenizer, each, template, system, image_tokens)
+                for each in ([("user", pictures)], *asked)]
+    prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
     tokens, targets, positions, segments = [], [], [], []
-    for segment, question in enumerate(questions, 1):
-        ids, scored = render(tokenizer, question, template, system, image_tokens)
+    for segment, (ids, scored) in enumerate(rendered[1:], 1):
         places = range(prefix if tokens else 0, len(ids) - 1)  # prefix once; last id: target only
         tokens += [ids[t] for t in places]
         targets += [ids[t + 1] if scored[t + 1] else UNSCORED for t in places]
         positions += places  # each question restarts behind the prefix
         segments += [segment if t >= prefix else 0 for t in places]
-    columns = [torch.tensor(column[:max_tokens])
-               for column in (tokens, targets, positions, segments)]
+    shown, part = divmod(tokens[:max_tokens].count(tokenizer.image_id), image_tokens or 1)
+    kept = len(tokens[:max_tokens]) - part  # a picture is kept whole or not at all
+    columns = [torch.tensor(column[:kept]) for column in (tokens, targets, positions, segments)]
     if (columns[1] == UNSCORED).all():  # such a row would cost time and teach nothing
         raise RowError(f"no word of an answer within {max_tokens} tokens")
-    return Example(*columns, cut=len(tokens) > len(columns[0]))
+    return Example(*columns, shown, cut=kept < len(tokens))
 
 
 def path_below(root: Path, name: str) -> Path:
@@ -138,14 +145,12 @@ def path_below(root: Path, name: str) -> Path:
     if not Path(real(path)).is_relative_to(real(root)):
         raise RowError(f"image {name!r} is not below {root}")
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would block whoever reads it
+        if stat.S_ISREG(path.stat().st_mode):  # a pipe would block whoever reads it
+            return path
     except OSError as error:
         if error.errno not in NO_FILE:
             raise
-        regular = False
-    if not regular:
-        raise RowError(f"image {name!r} does not exist below {root}")
-    return path
+    raise RowError(f"image {name!r} does not exist below {root}")
 
 
 def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]]:
@@ -211,14 +216,15 @@ class JsonlDataset(Dataset):
             raise RowError(str(error)) from None
 
     def example(self, index: int) -> tuple[Example, Tensor | None]:
-        """A row as (Example, pixels or None). ValueError says why it cannot be used."""
+        """A row as (Example, (N, 3, S, S) or None). ValueError says why it cannot be used."""
         row = self.row(index)
-        image = picture_of(row)
         example = encode_row(
             row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
-        if image is None:
-            return example, None
-        return example, self.transform(path_below(Path(self.root), image), frame_of(row))
+        images, size = [], frame_of(row)
+        for name in pictures_of(row)[: example.pictures]:
+            images.append(self.transform(path_below(Path(self.root), name), size))
+            size = None  # boxes are for the first picture
+        return example, torch.stack(images) if images else None
 
     def __getitem__(self, index: int) -> tuple[Example, Tensor | None, list[str]]:
         """A row, or the next that can be used; what was skipped, and why.
@@ -251,12 +257,13 @@ class Sampler:
 
     Epochs, each a permutation of all rows, stand end to end. `window` batches of that stream form a
     window. Its rows are sorted by length and cut into batches, so that a batch needs little
-    padding. Then the batches are shuffled. Each row comes once an epoch.
+    padding. Then the batches are shuffled. Each row comes once an epoch, and no batch has a row
+    twice, unless an epoch is shorter than two batches.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        # Not longer than an epoch: sorting would put a row that comes twice side by side.
+        # Not longer than an epoch: a row comes twice at most, where two epochs meet.
         self.window = max(1, min(window, len(lengths) // batch_size))
 
     def rows(self, step: int) -> list[int]:
@@ -269,8 +276,10 @@ class Sampler:
         rows = stream[first % total :][:size]
         rows = rows[np.argsort(self.lengths[rows], kind="stable")]  # stable: ties keep their order
         batches = rows.reshape(self.window, self.batch_size)
+        if len(epochs) > 1:  # dealt out, a row that comes twice goes to two batches
+            batches = np.sort(rows).reshape(self.batch_size, self.window).T
         order = permutation((self.seed, 1, number), self.window)  # else long rows come last
-        return batches[order[place]].tolist()
+        return sorted(batches[order[place]].tolist(), key=lambda row: self.lengths[row])
 
 
 @dataclass
@@ -279,7 +288,7 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64, P placeholders an image
     targets: Tensor  # (B, T) int64, shifted, UNSCORED where not scored
-    images: Tensor | None  # (N, 3, S, S) float
+    images: Tensor | None  # (N, 3, S, S) float, in the order of their placeholders
     positions: Tensor | None  # (B, T) int64, None: 0 to T - 1
     segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal text
     lengths: Tensor  # (B,) int64, without pads
@@ -298,25 +307,21 @@ class Batch:
         return replace(self, **there)
 
 
-def collate(items: list, pad_id: int, image_id: int, image_tokens: int) -> Batch:
-    """Batch of (Example, pixels or None, skipped). ValueError: placeholders do not match images."""
-    examples, pictures, skipped = zip(*items, strict=True)
-    images = [pixels for pixels in pictures if pixels is not None]
+def collate(items: list, pad_id: int) -> Batch:
+    """Batch of what a `JsonlDataset` holds."""
+    examples, images, skipped = zip(*items, strict=True)
+    images = [pixels for pixels in images if pixels is not None]  # (N, 3, S, S) of a row
 
     def pad(name: str, value: int) -> Tensor:  # (B, T)
         columns = [getattr(example, name) for example in examples]
         return pad_sequence(columns, batch_first=True, padding_value=value)
 
-    tokens, segments = pad("tokens", pad_id), pad("segments", -1)  # -1: no real token sees a pad
-    found = int((tokens == image_id).sum())
-    if found != len(images) * image_tokens:  # features would land on the wrong tokens
-        raise ValueError(f"{found} image placeholders for {len(images)} images "
-                         f"of {image_tokens} tokens")
+    segments = pad("segments", -1)  # no real token sees a pad
     has_segments = bool((segments > 1).any())  # else no mask is needed, which is faster
     return Batch(
-        tokens,
+        pad("tokens", pad_id),
         pad("targets", UNSCORED),
-        torch.stack(images) if images else None,  # (N, 3, S, S)
+        torch.cat(images) if images else None,
         pad("positions", 0) if has_segments else None,
         segments if has_segments else None,
         torch.tensor([len(example.tokens) for example in examples]),
@@ -333,12 +338,10 @@ def loader(
     Workers end with the iterator, and ignore SIGTERM. One that dies, or gives nothing for
     timeout_s (0: no limit), is a RuntimeError "DataLoader ...".
     """
-    tokenizer = dataset.tokenizer
     try:
         yield from DataLoader(
             dataset, batch_sampler=batches, num_workers=workers,
-            collate_fn=lambda items: collate(
-                items, tokenizer.pad_id, tokenizer.image_id, dataset.image_tokens),
+            collate_fn=lambda items: collate(items, dataset.tokenizer.pad_id),
             timeout=timeout_s if workers else 0,
             worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
             generator=torch.Generator(),  # else torch seeds workers from the global random state

@@ -1,15 +1,15 @@
 """Ask an IAA model: one question, or a chat that keeps its history. Answers appear as they come.
 
     python sample.py --image cat.jpg --prompt "What is this?"
-    python sample.py --image cat.jpg                            a chat; /help lists its commands
+    python sample.py --image cat.jpg --image dog.jpg            a chat; /help lists its commands
 
 From picture to answer: `Chat.ask` renders the conversation as token ids, `generate` fills the KV
 cache with the prompt and the picture, then decodes one token a pass, and `Stream` turns tokens into
 text. The workflow may change between turns: an adaptor sees the picture, "text" does not. Each turn
 reads the whole conversation anew, because a KV cache fits one workflow only.
 
-Boxes in an answer are fractions of the picture padded to a square. `Answer.boxes` and the drawing
-are in the picture's own pixels.
+Boxes in an answer are fractions of the picture padded to a square: of the last one, where several
+were shown. `Answer.boxes` and the drawing are in the picture's own pixels.
 
 Letters: B batch, T tokens, S tokens so far (of an image: its side), V vocabulary, N images, P image
 tokens.
@@ -31,17 +31,17 @@ from torch import Tensor
 
 from clip import open_image, preprocess
 from common.device import CHOICES, DTYPES, choose_device, choose_dtype
-from common.files import new_file, one_line
-from data import GROUNDING_PROMPT, TAG, Box, text_to_boxes
+from common.files import one_line
+from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 from llama import attention_mask
-from tokenization.templates import render
+from tokenization.templates import IMAGE, TAG, render
 from tokenization.tokenizer import Stream, Tokenizer
 
 DRAWN_PX = 448  # a smaller picture is enlarged, so that lines do not cover it
-HELP = """/image PATH      look at another picture; what was said about the one before is forgotten
+HELP = """/image PATH      add a picture to the next question: where <image> is in it, else ahead
 /workflow NAME   change the workflow, keep the history
-/reset           forget the history, keep the picture
+/reset           forget the history and its pictures
 /quit            leave (as Ctrl-D does; Ctrl-C stops an answer)
 /help            this list"""
 
@@ -81,7 +81,7 @@ def generate(
     temperature: float = 0.0,  # 0 = greedy
     top_p: float = 1.0,
     seed: int = 0,  # row r draws from its own stream, seeded with seed + r
-    on_token: Callable[[int, int], bool | None] | None = None,  # gets (row, token); True ends it
+    on_token: Callable[[int, int], None] = lambda row, token: None,  # called as tokens come
 ) -> list[list[int]]:
     """The new tokens of each prompt, as if it were alone in the batch.
 
@@ -116,12 +116,11 @@ def generate(
         chosen = sample_token(logits, temperature, top_p, generators)  # (B,)
         for row in sorted(running):  # a copy: rows that end leave the set within the loop
             token = int(chosen[row])
-            ended = token in stop
-            if not ended:
-                answers[row].append(token)
-                ended = on_token is not None and on_token(row, token)
-            if ended:
+            if token in stop:
                 running.discard(row)
+            else:
+                answers[row].append(token)
+                on_token(row, token)
         if not running:
             break
         tokens = chosen[:, None].to(device)  # also of ended rows: a batch keeps its shape
@@ -146,7 +145,11 @@ class Answer:
 
 @dataclass
 class Chat:
-    """A conversation with a model: its history, its picture and its workflow may change."""
+    """A conversation with a model: its history, its pictures and its workflow may change.
+
+    `turns` and `images` are as in a row of data.py: a TAG stands in a question for each picture, in
+    their order. Pictures that no turn has yet belong to the next question.
+    """
 
     model: IAA
     tokenizer: Tokenizer
@@ -154,8 +157,8 @@ class Chat:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    chosen: str | None = None  # workflow; None: by the picture
-    image: Image.Image | None = None
+    chosen: str | None = None  # workflow; None: by the pictures
+    images: list[Image.Image] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)  # ("user", text), ...
 
     @classmethod
@@ -166,7 +169,7 @@ class Chat:
         device: str | None = None,
         quantize: str | None = None,  # "int8"
         workflows: list[str] | None = None,  # whose adaptors are loaded; None: all
-        **sampling,
+        **settings,  # of the chat
     ) -> "Chat":
         """Open the model that train.py left in `folder`. Raises ValueError, FileNotFoundError."""
         from speed.packing import pack  # imported here: it uses private operators
@@ -179,39 +182,47 @@ class Chat:
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
         pack(model, quantize == "int8")  # else repacked for the CPU
-        return cls(model, Tokenizer.load(tokenizer), **sampling)
+        return cls(model, Tokenizer.load(tokenizer), **settings)
 
     @property
     def workflow(self) -> str:
         """The next answer's workflow: the chosen one, else "mm" with a picture, "text" without."""
-        return self.chosen or (TEXT if self.image is None else "mm")
+        return self.chosen or ("mm" if self.images else TEXT)
+
+    def question(self, text: str) -> tuple[str, str]:
+        """The turn ("user", text) with a TAG for each picture that no turn has yet.
+
+        Without a TAG in `text` they open it. ValueError: as many tags as pictures, or none.
+        """
+        asked = sum(said.count(TAG) for role, said in self.turns if role == "user")
+        new, tags = len(self.images) - asked, text.count(TAG)
+        shown = 0 if self.workflow == TEXT else new  # the frozen LLM cannot see
+        if tags not in (0, shown):
+            raise ValueError(f"{tags} times {TAG} in a question about {shown} pictures: leave it "
+                             "out; --image, or /image in a chat, shows a picture")
+        return "user", text if tags else IMAGE * new + text
 
     def prompt(self, text: str) -> tuple[list[int], Tensor | None]:
-        """The conversation with `text` as its last question: its ids, and its picture's pixels.
+        """The conversation with `text` as its last question: its ids, and its pictures' pixels.
 
-        The template is the one that the adaptor was trained with. Pixels are (1, 3, S, S), None for
-        the workflow "text": the frozen LLM cannot see. ValueError: more tags than pictures.
+        The template is the one that the adaptor was trained with. Pixels are (N, 3, S, S), None
+        without pictures and for the workflow "text". ValueError as `question`.
         """
         adaptor, clip = self.model.adaptor(self.workflow), self.model.clip.config
         form = {"template": None, "system": None} if adaptor is None else adaptor.prompt
-        pixels = None
-        if adaptor is not None and self.image is not None:
-            pixels = preprocess(self.image, clip)[None].to(self.model.llama.device)
-        shown = 0 if pixels is None else 1
-        if text.count(TAG) > shown:
-            raise ValueError(f"{text.count(TAG)} times {TAG} in a question about {shown} pictures: "
-                             "leave it out; --image, or /image in a chat, shows a picture")
-        ids, _ = render(self.tokenizer, [*self.turns, ("user", text)], form["template"],
-                        form["system"], shown * clip.patches)
-        return ids, pixels
+        images = [] if adaptor is None else self.images
+        pixels = [preprocess(image, clip).to(self.model.llama.device) for image in images]
+        ids, _ = render(self.tokenizer, [*self.turns, self.question(text)], form["template"],
+                        form["system"], clip.patches if images else 0)
+        return ids, torch.stack(pixels) if pixels else None
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
         """Answer `text`, piece by piece to `on_text`. Both join the history if a token came.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
-        began, times, turns = time.perf_counter(), [], [*self.turns, ("user", text)]
-        ids, pixels = self.prompt(text)
+        began, times = time.perf_counter(), []
+        (ids, pixels), question = self.prompt(text), self.question(text)
         context = self.model.llama.config.context
         new = min(self.max_tokens, max(1, context - len(ids)))  # at least 1: `generate` then raises
         stream = Stream(self.tokenizer, on_text)
@@ -226,8 +237,9 @@ class Chat:
                      self.temperature, self.top_p, seed, on_token)
         finally:  # also after Ctrl-C in the middle of an answer
             if times:
-                self.turns = [*turns, ("assistant", stream.shown)]  # maybe a part of one
-        boxes = [] if pixels is None else boxes_on(self.image, stream.shown)
+                # Maybe a part of an answer. A new list, as `replace` gives a copy the old one.
+                self.turns = [*self.turns, question, ("assistant", stream.shown)]
+        boxes = [] if pixels is None else boxes_on(self.images[-1], stream.shown)
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
         first = (times or [time.perf_counter()])[0] - began
         return Answer(self.workflow, text, stream.shown, boxes, len(times), first, speed)
@@ -263,8 +275,7 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> No
     fields = {key: value for key, value in asdict(answer).items() if key != "boxes" or value}
     print(json.dumps(fields, ensure_ascii=False) if as_json else "", flush=True)
     if boxes and answer.boxes:
-        with new_file(boxes) as new:  # a failed write keeps the old file
-            draw_boxes(chat.image, answer.boxes).save(new)
+        draw_boxes(chat.images[-1], answer.boxes).save(boxes)
     elif boxes:
         print(f"no box in the answer: {boxes} not written", file=sys.stderr)
 
@@ -275,16 +286,15 @@ def command(chat: Chat, line: str) -> str:
     argument = argument.strip().strip("'\"")  # a path dragged into a terminal comes in quotes
     if name == "/image" and argument:
         image = open_image(os.path.expanduser(argument))  # here is no shell to expand "~"
-        chat.turns = [] if chat.image else chat.turns  # they were about another picture
-        chat.image = image
+        chat.images.append(image)
         return f"{argument}: {image.width} x {image.height} pixels; workflow {chat.workflow}"
     if name == "/workflow" and argument:
         chat.model.adaptor(argument)  # raises for an unknown name, before it is chosen
         chat.chosen = argument
         return f"workflow {argument}"
     if name == "/reset":
-        chat.turns = []
-        return "history forgotten"
+        chat.turns, chat.images = [], []
+        return "history and pictures forgotten"
     return HELP if line == "/help" else f"unknown: {line}\n{HELP}"
 
 
@@ -319,7 +329,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=f'Grounding takes a whole sentence: --prompt "{example}"')
     add = parser.add_argument
     add("--model", default="runs/demo", help="folder of a run of train.py [%(default)s]")
-    add("--image", help="picture to ask about")
+    add("--image", action="append", default=[], help="picture to ask about; may be repeated")
     add("--prompt", help="question; left out: a chat")
     add("--workflow", help="text, or an adaptor's name [mm with a picture, else text]")
     add("--max-tokens", type=int, default=512, help="of an answer [%(default)s]")
@@ -343,14 +353,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
-    image = None if args.image is None else open_image(args.image)  # before the slow model load
-    if args.boxes and args.prompt and image is None:
+    images = [open_image(path) for path in args.image]  # before the slow model load
+    if args.boxes and args.prompt and not images:
         raise ValueError("--boxes needs --image, the picture to draw on")
-    only = args.workflow or (TEXT if image is None else "mm")  # one question needs one adaptor
+    only = args.workflow or ("mm" if images else TEXT)  # one question needs one adaptor
     chat = Chat.load(args.model, args.dtype, args.device, args.quantize,
                      None if args.prompt is None else [only], max_tokens=args.max_tokens,
-                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    chat.image, chat.chosen = image, args.workflow
+                     temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                     chosen=args.workflow, images=images)
     chat.model.adaptor(chat.workflow)  # raises now where there is none of that name
     if args.prompt is None:
         converse(chat, args.boxes, args.json)

@@ -21,7 +21,7 @@ from sample import Chat, generate
 
 Record = dict  # a line of answers.jsonl: "key", "image", the question's facts, "prompt", "answer"
 Table = dict[str, dict[str, float | str]]  # name of a row -> name of a column -> value
-Prompt = tuple[list[int], torch.Tensor | None]  # token ids; pixels of a picture, (1, 3, S, S)
+Prompt = tuple[list[int], torch.Tensor | None]  # token ids; pixels of N pictures, (N, 3, S, S)
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def sample_questions(questions: list[Question], limit: int | None) -> list[Quest
     return [question for some in taken.values() for question in some]
 
 
-def picture_prompt(chat: Chat, question: Question, open_picture=open_image) -> Prompt:
-    """The question alone, with its picture. ValueError where `open_picture` cannot use that."""
+def picture_prompt(chat: Chat, question: Question) -> Prompt:
+    """The question alone, with its picture. ValueError where that cannot be used."""
     facts = question.facts
     size = (facts["width"], facts["height"]) if "box" in facts else None  # that the box is for
-    picture = open_picture(question.image, size)
-    return replace(chat, chosen=question.workflow, image=picture).prompt(question.text)
+    picture = open_image(question.image, size)
+    return replace(chat, chosen=question.workflow, images=[picture]).prompt(question.text)
 
 
 def answer_batch(chat: Chat, prompts: list[Prompt], workflow: str, max_tokens: int) -> list[str]:

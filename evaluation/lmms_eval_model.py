@@ -5,7 +5,7 @@ scorers, and downloads their data.
 """
 
 import argparse
-from functools import partial
+from dataclasses import replace
 
 import torch
 from lmms_eval.api.model import lmms
@@ -15,7 +15,7 @@ from PIL import Image
 
 from clip import to_rgb
 from data import TAG
-from evaluation.answers import ask, picture_prompt, task_question
+from evaluation.answers import Prompt, Question, ask, task_question
 from iaa import TEXT
 from sample import Chat
 
@@ -34,21 +34,25 @@ class PictureLM(lmms):
 
     def generate_until(self, requests: list) -> list[str]:
         """Greedy answers, cut ahead of the first of their stop texts. A request without a picture
-        is a text-only question; of several pictures the model sees the first."""
-        questions = [task_question(  # tags: MMMU has one for each picture, also those not shown
-            request.args[0].replace(TAG, ""), request.args[1],
-            self.chat.workflow if self.picture(request) else TEXT, request)
+        is a text-only question."""
+        questions = [task_question(
+            *request.args[:2], self.chat.workflow if self.pictures(request) else TEXT, request)
             for request in requests]
-        prompt = partial(picture_prompt, open_picture=self.picture)
-        answers = ask(self.chat, questions, self.batch, prompt)
+        answers = ask(self.chat, questions, self.batch, self.prompt)
         return [answer.strip() for answer in answers]
 
-    def picture(self, request, _=None) -> Image.Image | None:
-        """The first picture of a request, None where it has none."""
+    def prompt(self, chat: Chat, question: Question) -> Prompt:
+        """The question with its pictures: ahead of it, unless it has as many tags."""
+        pictures, text = self.pictures(question.image), question.text
+        if text.count(TAG) != len(pictures):  # MMMU may repeat a tag
+            text = text.replace(TAG, "")
+        return replace(chat, chosen=question.workflow, images=pictures).prompt(text)
+
+    def pictures(self, request) -> list[Image.Image]:
+        """The pictures of a request, in order."""
         _, _, doc_to_visual, number, task, split = request.args
         pictures = doc_to_visual(self.task_dict[task][split][number]) or ()
-        found = (picture for picture in pictures if isinstance(picture, Image.Image))
-        return next(map(to_rgb, found), None)
+        return [to_rgb(picture) for picture in pictures if isinstance(picture, Image.Image)]
 
     def loglikelihood(self, requests: list) -> list:
         """Not supported, nor are several rounds: raises ValueError."""

@@ -52,12 +52,10 @@ def main() -> None:
     add("command", choices=[*READERS, "easy-vqa"])
     add("inputs", nargs="*", type=Path, metavar="INPUT", help="published files or folders")
     add("out", type=Path, metavar="OUT", help="JSONL file to write")
-    add("--images", type=Path, metavar="ROOT", help="root of all pictures")
-    add("--check-images", action="store_true", help="open every picture below --images")
+    add("--images", type=Path, metavar="ROOT", help="root of all pictures: DocVQA's go there")
     add("--exclude-images", metavar="REFER", help="folder with refcoco/, refcoco+/, refcocog/: "
         "leave out each picture that they are evaluated on; or none")
     add("--split", default="train", help="of RefCOCO [train]")
-    add("--limit", type=int, metavar="N", help="stop after N rows")
     add("--max-malformed", type=float, default=0.01, metavar="SHARE",
         help="of rows not as published: more is an error [0.01]")
     args = parser.parse_intermixed_args()
@@ -67,13 +65,12 @@ def main() -> None:
         for what, count in easy_vqa(args.out).items():
             print(f"{what}: {count}")
         return
-    if args.images is None and (args.check_images or args.command == "docvqa-cmarkea"):
+    if args.images is None and args.command == "docvqa-cmarkea":
         raise ValueError("--images ROOT is missing: the folder that all pictures are below")
     own = {"docvqa-cmarkea": {"root": args.images}, "refcoco": {"split": args.split}}
     read, counts = partial(READERS[args.command], **own.get(args.command, {})), Counts()
     rows = chain.from_iterable(read(path, counts) for path in args.inputs)
-    convert(rows, counts, args.out, excluded_images(args),
-            args.images if args.check_images else None, args.limit, args.max_malformed)
+    convert(rows, counts, args.out, excluded_images(args), args.max_malformed)
 
 
 if __name__ == "__main__":

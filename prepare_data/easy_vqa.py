@@ -103,14 +103,14 @@ def picture_rows(split: str, number: int, path: Path, asked: list) -> dict[str, 
     if split == "train":
         asked = choose_to_teach(asked, number, colour, shape)
     asked = [(question, explain(question, answer, colour, shape)) for question, answer in asked]
-    name, answer = f"{split}/{number}.png", boxes_to_text([box], *image.size)
+    names, answer = [f"{split}/{number}.png"], boxes_to_text([box], *image.size)
     caption = ("Describe the picture.", f"A {colour} {shape} at {answer}.")
     grounding = (GROUNDING_PROMPT.format(f"{colour} {shape}"), answer)
     return {
-        "captions": make_row("easy-vqa", split, f"captions/{number}", name, [caption]),
-        "questions": make_row("easy-vqa", split, f"questions/{number}", name, asked,
+        "captions": make_row("easy-vqa", split, f"captions/{number}", names, [caption]),
+        "questions": make_row("easy-vqa", split, f"questions/{number}", names, asked,
                               independent=True),
-        "boxes": make_row("easy-vqa", split, f"boxes/{number}", name, [grounding], "grounding",
+        "boxes": make_row("easy-vqa", split, f"boxes/{number}", names, [grounding], "grounding",
                           width=image.width, height=image.height, boxes=[box]),
     }
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.files import read_json
-from data import ONE_LETTER, ONE_WORD, picture_of
+from data import ONE_WORD, pictures_of
 from prepare_data.rows import Counts, clean, make_row, read_list
 
+ONE_LETTER = "\nAnswer with the option's letter from the given choices directly."
 SUFFIXES = {b"\x89PN": "png", b"\xff\xd8\xff": "jpg", b"GIF": "gif", b"RIF": "webp"}
 
 
@@ -19,14 +20,14 @@ def llava(path: Path, counts: Counts, source: str, folder: str = "") -> Iterator
     """LLaVA's form: a list of {"id", "image" (or none), "conversations"}; pictures in `folder`."""
     for number, record in enumerate(read_list(path)):
         with counts.each():
-            turns, image = record["conversations"], picture_of(record)
+            turns, images = record["conversations"], pictures_of(record)
             if turns[0]["from"] == "gpt":  # an answer without a question: left out, as LLaVA does
                 turns = turns[1:]
             if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
                 raise ValueError("human and gpt do not take turns")
             texts = [turn["value"] for turn in turns]
             key = f"{record.get('id', record.get('idx'))}#{number}"  # some ids repeat
-            yield make_row(source, "train", key, image and folder + image,
+            yield make_row(source, "train", key, [folder + image for image in images],
                            zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -50,7 +51,7 @@ def docvqa_cmarkea(path: Path, counts: Counts, root: Path) -> Iterator[dict]:
             (folder / name).write_bytes(content)
             for number, pair in enumerate(record["qa"]["en"]):
                 yield make_row("docvqa_cmarkea", "train", f"{key}/{number}",
-                               f"docvqa/train/{name}", [(pair["question"], pair["answer"])])
+                               [f"docvqa/train/{name}"], [(pair["question"], pair["answer"])])
 
 
 def vsr(path: Path, counts: Counts) -> Iterator[dict]:
@@ -63,7 +64,7 @@ def vsr(path: Path, counts: Counts) -> Iterator[dict]:
                 caption, answer = clean(record["caption"]), {0: "No", 1: "Yes"}[record["label"]]
                 question = f"Is this statement about the picture true? {caption}{ONE_WORD}"
                 yield make_row("vsr", path.stem, f"{number:06}",
-                               f"coco/{folder}/{record['image']}", [(question, answer)])
+                               [f"coco/{folder}/{record['image']}"], [(question, answer)])
 
 
 def scienceqa(path: Path, counts: Counts) -> Iterator[dict]:
@@ -81,5 +82,5 @@ def scienceqa(path: Path, counts: Counts) -> Iterator[dict]:
             lines += [f"{letter}. {choice.strip()}"
                       for letter, choice in zip(letters, choices, strict=True)]
             pair = "\n".join(lines) + ONE_LETTER, letters[record["answer"]]
-            image = f"scienceqa/images/{split}/{key}/{image}" if image else None
-            yield make_row("scienceqa", split, key, image, [pair])
+            images = [f"scienceqa/images/{split}/{key}/{image}"] if image else []
+            yield make_row("scienceqa", split, key, images, [pair])

@@ -10,14 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 
-from clip import open_image
 from common.files import new_file
-from data import TAG, check_row, frame_of, path_below
-from tokenization.templates import IMAGE
+from data import check_row, pictures_of
+from tokenization.templates import IMAGE, TAG
 
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
 # What plain code raises over a record that is not as published; SyntaxError: of broken XML.
@@ -61,16 +59,17 @@ def clean(text: str) -> str:
 
 
 def make_row(
-    source: str, split: str, key, image: str | None, pairs: Iterable[tuple[str, str]],
+    source: str, split: str, key, images: list[str], pairs: Iterable[tuple[str, str]],
     workflow: str = "mm", **fields,
 ) -> dict:
-    """A row of questions and answers; the tag of an image opens the first, wherever it stood.
+    """A row of questions and answers. Tags stay where they are; without any, pictures come first.
 
     key: unique in its source and split. fields: those that not every row has.
     """
     texts = [text.strip() for pair in pairs for text in pair]
-    if image is not None:
-        texts[0] = IMAGE + texts[0].replace(TAG, "", 1).strip()
+    if not any(TAG in text for text in texts):
+        texts[0] = IMAGE * len(images) + texts[0]
+    image = images[0] if len(images) == 1 else images or None
     turns = [{"from": speaker, "value": text}
              for speaker, text in zip(cycle(("human", "gpt")), texts, strict=False)]
     return {"id": f"{source}/{split}/{key}", "image": image, "source": source, "split": split,
@@ -95,54 +94,25 @@ def read_list(path: Path, prefix: str = "item") -> Iterator:
             raise ValueError(f"{path}: not JSON, or not all of it ({reason})") from None
 
 
-@lru_cache(maxsize=1024)  # the rows of one picture follow each other
-def picture_size(root: Path, name: str) -> tuple[int, int]:
-    """(width, height) of a picture below `root`, decoded whole. ValueError where it cannot be."""
-    try:
-        return open_image(path_below(root, name)).size
-    except ValueError:  # one reason for all pictures, to count them
-        raise ValueError("the picture is missing, broken, or not below the root") from None
-
-
-def check_image(row: dict, excluded: Set[int], root: Path | None) -> None:
-    """Drop where a row's picture is excluded; ValueError where it leads out of the root.
-
-    excluded: numbers of COCO pictures. root: given, the picture is opened below it, and ValueError
-    also says that it cannot be, or is not of the size that its boxes are for.
-    """
-    name = row["image"]
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError("the image's path leaves the root of the pictures")
-    number = COCO_NAME.search(name)
-    if number and int(number[1]) in excluded:
-        raise Drop("its picture is one that grounding is evaluated on")
-    size = picture_size(root, name) if root else None
-    if size and frame_of(row) not in (None, size):
-        raise ValueError("the picture is not of the size that its boxes are for")
-
-
 def convert(
     rows: Iterable[dict],
     counts: Counts,  # those of the readers of `rows`
     out: Path,
-    excluded: Set[int] = frozenset(),
-    root: Path | None = None,  # None: pictures are not opened
-    limit: int | None = None,  # stop after so many rows
+    excluded: Set[int] = frozenset(),  # numbers of COCO pictures to leave out
     max_malformed: float = 0.01,  # share
 ) -> None:
     """Write rows to `out`, which appears when all is done, or not at all. Raises as `check`."""
-    if out.exists():
+    if out.exists():  # it may be an input: one of several, with OUT forgotten
         raise FileExistsError(f"{out} is there already; remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out) as new:
         with open(new, "wb") as file:
             for row in rows:
                 with counts.each():
-                    if row["image"] is not None:
-                        check_image(row, excluded, root)
-                    line = json.dumps(check_row(row), ensure_ascii=False).encode()
-                    file.write(line + b"\n")
+                    for name in pictures_of(check_row(row)):
+                        number = COCO_NAME.search(name)
+                        if number and int(number[1]) in excluded:
+                            raise Drop("its picture is one that grounding is evaluated on")
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     counts["written"] += 1
-                if counts["written"] == limit:
-                    break
         counts.check(max_malformed)

@@ -17,14 +17,19 @@ from PIL import Image, ImageFile
 import data
 from clip import open_image
 from data import UNSCORED, JsonlDataset, RowError, Sampler, encode_row
-from tokenization.templates import IMAGE, render
+from tokenization.templates import IMAGE
 
 CHATML = byte_tokenizer()
+START, END, P = 256, 257, [258, 258]  # ids of <|im_start|>, <|im_end|>, and a picture of two tokens
+COLOURS = {"a.png": 200, "b.png": 40, "c.png": 80, "d.png": 120, "e.png": 160}  # shades of red
+FIVE = [*COLOURS]
 
 
-def make_row(*texts: str, image: str | None = "a.png", **more) -> dict:
-    """A row whose speakers alternate; the first question gets <image> where there is one."""
-    texts = (IMAGE * (image is not None) + texts[0], *texts[1:])
+def make_row(*texts: str, image: str | list | None = "a.png", **more) -> dict:
+    """A row whose speakers alternate; without a tag, pictures open the first question."""
+    if not any("<image>" in text for text in texts):
+        texts = (IMAGE * (len(image) if isinstance(image, list) else image is not None) + texts[0],
+                 *texts[1:])
     said = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
     return {"id": "x/train/1", "image": image, "workflow": "mm", "conversations": said} | more
 
@@ -32,41 +37,58 @@ def make_row(*texts: str, image: str | None = "a.png", **more) -> dict:
 def pixels(path: Path, size: tuple[int, int] | None) -> torch.Tensor:
     """A picture by its first pixel; read as training reads it."""
     red, green, blue = open_image(path, size).getpixel((0, 0))
-    return torch.tensor([red, green, blue]).float()[:, None, None].expand(3, 4, 4) / 255
+    return torch.tensor([red, green, blue])[:, None, None].expand(3, 4, 4)
 
 
 def dataset_of(lines: list[str | bytes | dict], folder: Path, end: bytes = b"\n") -> JsonlDataset:
-    """A data set of these lines and one picture, which takes two tokens."""
+    """A data set of these lines and five pictures, each of which takes two tokens."""
     texts = [json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line
              for line in lines]
     texts = [text.encode() if isinstance(text, str) else text for text in texts]
     (folder / "rows.jsonl").write_bytes(end.join(texts))
-    Image.new("RGB", (3, 2), "red").save(folder / "a.png")
+    for name, red in COLOURS.items():
+        Image.new("RGB", (3, 2), (red, 0, 0)).save(folder / name)
     return JsonlDataset([folder / "rows.jsonl"], folder, CHATML, 2, pixels)
 
 
 def collated(items: list) -> data.Batch:
     """A batch of fetched rows."""
-    return data.collate(items, CHATML.pad_id, CHATML.image_id, 2)
+    return data.collate(items, CHATML.pad_id)
+
+
+def answers(example: data.Example) -> list[int]:
+    """The targets that are scored."""
+    return [token for token in example.targets.tolist() if token != UNSCORED]
 
 
 # Rows
 
 
-def test_targets_are_shifted_once():
-    """targets[t] is the token after tokens[t] where scored; never a placeholder."""
-    example = encode_row(make_row("Q", "yes no"), CHATML, image_tokens=2, system="")
-    turns = [("user", "Q"), ("assistant", "yes no")]
-    ids, scored = render(CHATML, turns, system="", image_tokens=2)
-    assert example.tokens.tolist() == ids[:-1] and ids.count(CHATML.image_id) == 2
-    following = zip(ids[1:], scored[1:], strict=True)
-    assert example.targets.tolist() == [t if counts else UNSCORED for t, counts in following]
-    wanted = [*b"yes no", CHATML.special("<|im_end|>")]
-    assert [t for t in example.targets.tolist() if t != UNSCORED] == wanted
+def test_tokens_and_targets_of_several_pictures():
+    """Literal ids; targets[t] is the token after tokens[t] in answers and their ends alone.
+
+    Pictures that open a question are followed by a line end, whatever white space was there. Behind
+    text a picture stands in it as it is written. "plain" has those of the first question alone.
+    """
+    row = make_row("<image> \r\n<image>Compare.", "Alike.", "And\n<image> here, <image>?", "No",
+                   image=FIVE[:4])
+    ids = [START, *b"user\n", *P, 10, *P, 10, *b"Compare.", END, 10, START, *b"assistant\n",
+           *b"Alike.", END, 10, START, *b"user\nAnd\n", *P, *b" here, ", *P, *b"?", END, 10,
+           START, *b"assistant\n", *b"No", END]
+    example = encode_row(row, CHATML, 2, system="")
+    assert example.tokens.tolist() == ids[:-1] and (example.pictures, example.cut) == (4, False)
+    assert answers(example) == [*b"Alike.", END, *b"No", END]
+    shifted = torch.tensor(ids[1:])
+    assert torch.equal(example.targets, shifted.where(example.targets != UNSCORED, UNSCORED))
     assert example.positions.tolist() == list(range(len(ids) - 1)) and example.segments.max() == 1
+    plain = encode_row(row, CHATML, 2, "plain")
+    assert (plain.tokens.tolist(), plain.pictures) == ([*P, *P, *b"Alike."], 2)
+    caption = make_row("<image>", "A cat.") | {"workflow": None}  # a question of the tag alone
+    tokens = encode_row(data.check_row(caption), CHATML, 2, system="").tokens.tolist()
+    assert tokens == [START, *b"user\n", *P, 10, END, 10, START, *b"assistant\nA cat."]
 
 
-@pytest.mark.parametrize("image", ["a.png", None])
+@pytest.mark.parametrize("image", ["a.png", FIVE[:2], None])
 def test_independent_questions_are_as_if_asked_alone(image):
     """Prefix + segment k has the tokens, targets, positions of a row with that question only."""
     pairs = [("What colour?", "red"), ("  12 shapes?", "no, 1"), ("Round?", "yes")]
@@ -80,24 +102,35 @@ def test_independent_questions_are_as_if_asked_alone(image):
         assert torch.equal(packed.tokens[seen], alone.tokens)
         assert torch.equal(packed.targets[seen], alone.targets)
         assert packed.positions[seen].tolist() == list(range(len(alone.tokens)))
+        assert packed.pictures == alone.pictures
     assert (packed.targets[packed.segments == 0] == UNSCORED).all()
     plain = encode_row(row, CHATML, 5, "plain")  # image, then a caption: there is no other question
-    caption = b"red\n" if image else b"ed\n"  # nothing stands before its first letter
-    assert bytes(plain.targets[plain.targets >= 0].tolist()) == caption
+    assert bytes(answers(plain)) == (b"red\n" if image else b"ed\n")  # nothing is ahead of the "r"
+    behind = {"from": "human", "value": "What colour?\n" + IMAGE * packed.pictures}
+    row["conversations"][0] = behind  # these come first for all, wherever their tags stand
+    assert torch.equal(encode_row(row, CHATML, 5, system="Be kind.").tokens, packed.tokens)
 
 
 @pytest.mark.parametrize("independent", [False, True])
-def test_long_rows_are_cut_at_the_end(independent):
-    """What fits is as in the whole row; a row left unscored is refused."""
-    row = make_row("Q", "one two three", "R", "four", independent=independent)
-    whole = encode_row(row, CHATML, 4)
-    length = len(whole.tokens) - 1
-    cut = encode_row(row, CHATML, 4, max_tokens=length)
-    assert cut.cut and not whole.cut and not encode_row(row, CHATML, 4, max_tokens=length + 1).cut
-    for name in ("tokens", "targets", "positions", "segments"):
-        assert torch.equal(getattr(cut, name), getattr(whole, name)[:-1])
-    with pytest.raises(RowError, match="no word of an answer within 20 tokens"):
-        encode_row(row, CHATML, 4, max_tokens=20)
+def test_long_rows_are_cut_at_the_end(tmp_path, independent):
+    """What fits is as in the whole row, but for a part of a picture; no answer left: refused."""
+    texts = ("one", "two <image>, <image>", "<image>\nthree") if not independent else (
+        IMAGE * 4 + "one", "two", "three")
+    row = make_row(texts[0], "A", texts[1], "B", texts[2], "C", independent=independent,
+                   image=FIVE[:4 if independent else 3])
+    dataset = dataset_of([row], tmp_path)
+    whole, first = dataset[0][0], dataset[0][0].targets.tolist().index(ord("A")) + 1
+    for length in range(first, len(whole.tokens) + 1):
+        dataset.max_tokens = length
+        example, images, _ = dataset[0]
+        kept, left_out = len(example.tokens), whole.tokens[:length].tolist().count(258) % 2
+        assert kept == length - left_out and example.cut == (kept < len(whole.tokens))
+        assert len([] if images is None else images) == example.pictures
+        assert example.tokens.tolist().count(258) == 2 * example.pictures
+        for name in ("tokens", "targets", "positions", "segments"):
+            assert torch.equal(getattr(example, name), getattr(whole, name)[:kept])
+    with pytest.raises(RowError, match=f"no word of an answer within {first - 1} tokens"):
+        encode_row(row, CHATML, 2, max_tokens=first - 1)
 
 
 # Files
@@ -117,17 +150,17 @@ def test_line_ends_and_unicode(tmp_path, end):
 def test_several_files_are_one_data_set(tmp_path):
     """Rows of all files in order, each named by its own file; missing and empty files at once."""
     rows = [make_row(f"Q{n}", "A", image=None) for n in range(5)]
+    del rows[0]["image"]  # as in LLaVA's own records without a picture
     names = [str(tmp_path / name) for name in ("one", "none", "two")]
     for name, part in zip(names, (rows[:2], [], [*rows[2:], {}]), strict=True):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in part))
     dataset = JsonlDataset(names, tmp_path, CHATML)
     assert [dataset.row(n) for n in range(5)] == rows and len(dataset) == len(dataset.lengths) == 6
-    assert dataset[5][2][0].startswith(f"{names[2]}:4: ")
+    assert dataset[0][1] is None and dataset[5][2][0].startswith(f"{names[2]}:4: ")
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         JsonlDataset([*names, tmp_path / "nowhere.jsonl"], tmp_path)
-    for content in ([], ["", "", ""]):
-        with pytest.raises(ValueError, match="no rows in .*rows.jsonl"):
-            dataset_of(content, tmp_path)
+    with pytest.raises(ValueError, match="no rows in .*rows.jsonl"):
+        dataset_of(["", "", ""], tmp_path)
 
 
 def test_fingerprint(tmp_path):
@@ -138,15 +171,12 @@ def test_fingerprint(tmp_path):
     wanted = f"20 bytes, sha256 {hashlib.sha256(blocks).hexdigest()}"
     assert data.fingerprint([path]) == {str(path): wanted}
     seen, content = set(), bytearray(1_000_000)  # within 16 MiB no byte is left out
-    for place in (None, 0, 65_535, 65_536, 333_333, 999_999):
-        if place is not None:
-            content[place] ^= 1
+    for place in (0, 65_535, 65_536, 333_333, 999_999):
         path.write_bytes(content)
         seen |= {*data.fingerprint([str(path)]).values()}
+        content[place] ^= 1
     path.write_bytes(content[:-1])
-    assert len(seen | {*data.fingerprint([path]).values()}) == 7
-    with pytest.raises(FileNotFoundError, match="none.jsonl"):
-        data.fingerprint([tmp_path / "none.jsonl"])
+    assert len(seen | {*data.fingerprint([path]).values()}) == 6
 
 
 def bad(*texts: str, **more) -> str:
@@ -155,6 +185,7 @@ def bad(*texts: str, **more) -> str:
 
 
 NO_ROW, TURNS = "not a row as in docs/data.md", "turns must be of human and gpt in turn"
+NO_PATH = "'image' must be a path, a list of paths, or null"
 BAD_ROWS = {
     "{": "Expecting property name",
     "[" * 100_000: "recursion",
@@ -164,89 +195,59 @@ BAD_ROWS = {
     bad(conversations=[3, 4]): NO_ROW,
     bad("Q"): TURNS,
     bad(conversations=[]): TURNS,
-    bad(conversations=[{"from": "gpt", "value": "x"}]): TURNS,
     bad("Q", " "): "a turn has no text",
-    json.dumps(make_row("Q", "A", image=None) | {"image": "a.png"}): "0 times '<image>'",
-    json.dumps(make_row("Q", "A") | {"image": None}): "1 times '<image>': it must be once in the",
-    bad("<image>\nQ", "A"): "2 times '<image>'",
-    bad("Q", "A <image>"): "2 times '<image>'",
-    bad("Q", "A <image>", image=None): "1 times '<image>'",
-    bad("Q", "A", "<image>\nR", "B"): "2 times '<image>'",
-    bad("Q", "A", "<image>\nR", "B", image=None): "1 times '<image>'",
+    json.dumps(make_row("Q", "A", image=None) | {"image": FIVE[:2]}):
+        "2 pictures, but '<image>' 0 times in questions and 0 in answers: it stands for each once",
+    json.dumps(make_row("Q", "A") | {"image": None}): "0 pictures, but '<image>' 1 times in quest",
+    bad("Q", "A <image>"): "1 pictures, but '<image>' 0 times in questions and 1 in answers",
+    bad("<image>", "A", "<image>\nR", "B"): "1 pictures, but '<image>' 2 times in questions",
+    bad("<image>", "<image>\nR", image=FIVE[:2]): "2 pictures, but '<image>' 1 times in questions",
     bad(image=None, images=["a.png"]): "a picture under 'images': it must be under 'image'",
-    bad(image=None, Image="a.png"): "a picture under 'Image'",
     bad(image=None, video="a.mp4"): "a picture under 'video'",
     bad(image=None, media=[{"url": "http://example.invalid/a.JPG"}]): "a picture under 'media'",
-    bad(image=7): "'image' must be a path, or null",
-    bad(image=["a.png"]): "'image' must be a path, or null",
-    bad(image=""): "'image' must be a path, or null",
+    bad(image=7): NO_PATH,
+    bad(image=[]): NO_PATH,
+    bad(image=["a.png", ""]): NO_PATH,
     bad(boxes=[[0, 0, 1, 1]], width=3): f"{NO_ROW}: KeyError('height')",
     bad(boxes=[[0, 0, 1, 1]], width=2, height=3): "upright it has 3 x 2 pixels, its boxes are for "
                                                   "2 x 3",
-    bad(image="b.png"): "'b.png' does not exist",
+    bad(image=["a.png", "z.png"]): "'z.png' does not exist",
     bad(image="../rows.jsonl"): "is not below",
-    bad(image="/etc/passwd"): "is not below",
     bad(image="link/passwd"): "is not below",
     bad(image="a\0.png"): "null byte",
     bad(image="."): "does not exist",
     bad(image="pipe"): "does not exist",
-    bad(image="x" * 5000): "rows.jsonl:34: image 'xxx",
+    bad(image="x" * 5000): "rows.jsonl:29: image 'xxx",
     bad(image="cut.png"): "cut.png: not a readable picture",
     bad(image="loop"): "does not exist",
     bad(image="rows.jsonl"): "rows.jsonl: not a readable picture",
+    bad(image="turned.jpg", boxes=[], width=60, height=40): "turned.jpg: upright it has 40 x 60",
 }
 
 
 def test_bad_rows_are_skipped_and_named(tmp_path):
     """Every kind of broken row gives way to the next good one, with file, line and reason."""
-    good = make_row("Q", "A")
-    dataset = dataset_of([*BAD_ROWS, good], tmp_path)
+    good = make_row("Q", "A", image=["turned.jpg", "a.png"], boxes=[[0, 0, 1, 1]], width=40,
+                    height=60)  # boxes are for the first picture, upright
+    dataset, exif = dataset_of([*BAD_ROWS, good], tmp_path), Image.Exif()
     os.symlink("/etc", tmp_path / "link")
     os.symlink("loop", tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     noise.save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
-    example, image, skipped = dataset.__getitem__(0)
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    example, images, skipped = dataset[0]
     for number, (said, reason) in enumerate(zip(skipped, BAD_ROWS.values(), strict=True), 1):
         assert f"rows.jsonl:{number}: " in said and reason in said and "\n" not in said
     assert torch.equal(example.tokens, encode_row(good, CHATML, 2).tokens)
-    assert image.shape == (3, 4, 4) and dataset.__getitem__(len(BAD_ROWS))[2] == []
+    assert images.shape == (2, 3, 4, 4) and dataset[len(BAD_ROWS)][2] == []
     mostly_bad = dataset_of(["{..."] * data.MAX_SKIPPED + [good], tmp_path)
     with pytest.raises(
             ValueError, match="none of 100 consecutive rows can be used: .*rows.jsonl:1: "):
-        mostly_bad.__getitem__(0)
-    assert len(mostly_bad.__getitem__(1)[2]) == 99
-
-
-def test_rows_with_the_tag_elsewhere_are_as_with_the_tag_in_front(tmp_path):
-    """The picture comes ahead of its question; none of the tag's letters reaches the tokenizer."""
-    texts = ["<image>\nWhat?", "<image> What?", "<image>\r\nWhat?", "What?\n<image>"]
-    dataset = dataset_of([make_row("-", "A cat.") | {"conversations": [
-        {"from": "human", "value": text}, {"from": "gpt", "value": "A cat."}]} for text in texts],
-        tmp_path)
-    tokens = [dataset[number][0].tokens.tolist() for number in range(4)]
-    asked = bytes(token for token in tokens[0] if token < 256).decode()
-    assert tokens == [tokens[0]] * 4 and "user\n\nWhat?\nassistant" in asked
-    caption = make_row("", "A cat.")  # its question is "<image>\n" alone
-    del caption["workflow"]
-    plain = encode_row(data.check_row(caption), CHATML, 2, "plain")
-    assert plain.tokens.tolist() == [258, 258, *b"A cat."]
-    text = make_row("Q", "A", image=None)
-    del text["image"]  # as in LLaVA's own records without a picture
-    assert dataset_of([text], tmp_path)[0][1:] == (None, [])
-
-
-def test_boxes_are_for_the_picture_as_it_is_opened(tmp_path):
-    """A row whose boxes are for the stored pixels of a turned picture is skipped, and this said."""
-    rows = [make_row("Q", "A", image="turned.jpg", boxes=[[0, 0, 1, 1]], width=width, height=height)
-            for width, height in ((60, 40), (40, 60))]
-    dataset, exif = dataset_of(rows, tmp_path), Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert dataset[1][2] == []
-    assert dataset[0][2] == [f"{tmp_path}/rows.jsonl:1: {tmp_path}/turned.jpg: upright it has "
-                             "40 x 60 pixels, its boxes are for 60 x 40"]
+        mostly_bad[0]
+    assert len(mostly_bad[1][2]) == 99
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -272,12 +273,17 @@ def test_only_a_broken_picture_is_skipped(tmp_path, monkeypatch, workers, fault,
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "window"), [
-    (96, 8, 3), (97, 8, 4), (10, 4, 16), (3, 8, 16)])
-def test_every_row_once_an_epoch(rows, batch_size, window):
-    """After k epochs' worth of windows each row has come k times, up to the epoch just entered."""
+    (96, 8, 3), (97, 8, 4), (21, 8, 16), (10, 4, 16), (3, 8, 16)])
+def test_every_row_once_an_epoch_and_a_batch(rows, batch_size, window):
+    """After k epochs' worth of windows each row has come k times, up to the epoch just entered.
+
+    No batch has a row twice, also where two epochs meet, unless there are too few rows.
+    """
     sampler, counts = Sampler(np.arange(rows) % 7, batch_size, seed=1, window=window), Counter()
     for step in range(rows * sampler.window):  # a whole number of windows and of epochs
-        counts.update(sampler.rows(step))
+        batch = sampler.rows(step)
+        assert len(set(batch)) == min(batch_size, rows)
+        counts.update(batch)
     assert set(counts) == set(range(rows)) and set(counts.values()) == {batch_size * sampler.window}
 
 
@@ -307,35 +313,37 @@ def test_rows_of_similar_length_go_together():
 
 
 def test_batch_of_mixed_rows(tmp_path):
-    """Right padding, seen by none; positions and segments only where a row has several questions.
+    """0, 1, 2 and 5 pictures, wherever they stand, cut and uncut: a row is as alone in a batch.
+
+    Padding is on the right and seen by none. Pictures come in the order of their placeholders.
     """
-    rows = [make_row("Q", "A"), make_row("Q", "A", "R", "B", independent=True),
-            make_row("Text?", "C", image=None)]
+    rows = [make_row("Text?", "C", image=None), make_row("What is this?\n<image>", "A"),
+            make_row("Q", "A", "R", "B", independent=True, image=FIVE[1:3]),
+            make_row("<image>Q <image>", "A", "<image> <image>", "B", "R, <image>", "C",
+                     image=FIVE[::-1])]
     dataset = dataset_of(rows, tmp_path)
-    items = [dataset[n] for n in range(3)]
+    items = [dataset[n] for n in range(4)]
+    dataset.max_tokens = len(items[3][0].tokens) - 20  # its fifth picture is left out
+    items.append(dataset[3])
     batch = collated(items)
-    assert batch.images.shape == (2, 3, 4, 4) and batch.skipped == []
+    assert [example.pictures for example, _, _ in items] == [0, 1, 2, 5, 4] and batch.cut == 1
+    shown = [COLOURS[name] for name in (*FIVE[:3], *FIVE[::-1], *FIVE[:0:-1])]
+    assert batch.images[:, 0, 0, 0].tolist() == shown and batch.images.shape == (12, 3, 4, 4)
+    assert (batch.tokens == 258).sum(1).tolist() == [0, 2, 4, 10, 8]
+    assert not (batch.targets == 258).any()
     assert batch.lengths.tolist() == [len(example.tokens) for example, _, _ in items]
     pads = {"tokens": CHATML.pad_id, "targets": UNSCORED, "positions": 0, "segments": -1}
     for line, (example, _, _) in enumerate(items):
         for name, pad in pads.items():
             found, wanted = getattr(batch, name)[line], getattr(example, name)
             assert torch.equal(found[: len(wanted)], wanted) and (found[len(wanted) :] == pad).all()
-    assert batch.segments.amax(1).tolist() == [1, 2, 1]
-    assert batch.scored == sum(int((e.targets != UNSCORED).sum()) for e, _, _ in items)
+    assert batch.segments.amax(1).tolist() == [1, 1, 2, 1, 1] and batch.skipped == []
+    assert batch.scored == sum(len(answers(example)) for example, _, _ in items)
     moved = vars(batch.to("meta")).values()
     assert [v.device.type for v in moved if isinstance(v, torch.Tensor)] == ["meta"] * 6
-    plain = collated([items[0], items[2]])
+    plain = collated(items[:2])  # causal text needs no mask
     assert plain.positions is None and plain.segments is None
-    assert collated([items[2]]).images is None
-
-
-def test_placeholders_must_match_images(tmp_path):
-    """Both numbers are named where placeholders and pictures differ."""
-    example, image, _ = dataset_of([make_row("Q", "A")], tmp_path)[0]
-    for pixels, tokens, said in ((image, 3, "1 images of 3"), (None, 2, "0 images of 2")):
-        with pytest.raises(ValueError, match=f"2 image placeholders for {said} tokens"):
-            data.collate([(example, pixels, [])], 0, CHATML.image_id, tokens)
+    assert collated(items[:1]).images is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -377,28 +385,21 @@ def test_loader(tmp_path, workers):
     ([(5, 5, 5, 9), (9, 9, 5, 12), (700, 5, 800, 9), (1, 1, 2, 2)], (640, 480), ""),
 ])
 def test_boxes_as_text(boxes, size, text):
-    """Worked values; what is empty, reversed or outside is dropped."""
+    """Worked values, what is empty, reversed or outside is dropped; back in pixels within 1 %."""
     assert data.boxes_to_text(boxes, *size) == text
+    for box, truth in zip(data.text_to_boxes(text, *size), boxes if text else (), strict=True):
+        inside = [min(max(v, 0), size[n % 2]) for n, v in enumerate(truth)]
+        assert box == pytest.approx(inside, abs=0.01 * max(size))
+    assert data.boxes_to_text(data.text_to_boxes(text, *size), *size) == text
 
 
 def test_text_as_boxes():
-    """Back in pixels, IoU 0.961 with the box it came from; compact and spaced, one and several."""
+    """In pixels, IoU 0.961 with the box it came from; compact and spaced, one and several."""
     (box,) = data.text_to_boxes("[0.16, 0.2, 0.47, 0.52]", 640, 480)
     assert box == pytest.approx((102.4, 48.0, 300.8, 252.8))
     assert data.iou(box, (100, 50, 300, 250)) == pytest.approx(0.961, abs=5e-4)
     several = "[0.78,0.33,1.0,0.86]; [ 0 , 0.1,0.5 ,1]. [0.1, 0.2, 0.3, 0.4]"
     assert len(data.text_to_boxes(several, 9, 9)) == 3
-
-
-@pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (500, 500), (427, 641)])
-def test_boxes_there_and_back(width, height):
-    """Landscape, portrait, square, odd: within a rounding step of the side, then the same text."""
-    first = [(0.2 * width, 0.1 * height, 0.7 * width, 0.9 * height), (0, 0, width, height)]
-    text = data.boxes_to_text(first, width, height)
-    boxes = data.text_to_boxes(text, width, height)
-    for box, truth in zip(boxes, first, strict=True):
-        assert max(abs(a - b) for a, b in zip(box, truth, strict=True)) <= 0.01 * max(width, height)
-    assert data.boxes_to_text(boxes, width, height) == text
 
 
 @pytest.mark.parametrize("text", [

@@ -21,7 +21,7 @@ from evaluation.text_retention import compare, windows
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama
 from sample import Chat, generate
-from tokenization.templates import render
+from tokenization.templates import IMAGE, render
 from tokenization.tokenizer import Tokenizer
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -57,8 +57,8 @@ def test_answers_of_a_batch_are_those_asked_alone(tmp_path, tiny_run):
     got = ask(chat, questions, 4)
     for question, said in zip(questions, got, strict=True):
         form = iaa.adaptors[question.workflow].prompt
-        ids, _ = render(tokenizer, [("user", question.text)], form["template"], form["system"],
-                        iaa.clip.config.patches)
+        ids, _ = render(tokenizer, [("user", IMAGE + question.text)], form["template"],
+                        form["system"], iaa.clip.config.patches)
         pixels = preprocess(Image.open(question.image), iaa.clip.config)[None]
         answer, = generate(iaa, [ids], pixels, question.workflow, question.max_tokens,
                            tokenizer.stop_ids)

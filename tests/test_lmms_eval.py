@@ -59,7 +59,7 @@ def test_a_task_of_our_own(tmp_path, tiny_run, capsys, monkeypatch):
             image.save(path)
         question = f"question {colour}?"
         workflow = "mm" if image else "text"
-        prompt = replace(chat, chosen=workflow, image=image).prompt(question)
+        prompt = replace(chat, chosen=workflow, images=[image] if image else []).prompt(question)
         answer, = answer_batch(chat, [prompt], workflow, 6)
         rows.append({"question": question, "picture": path if image else "",
                      "answer": answer.strip()})

@@ -10,10 +10,9 @@ from PIL import Image
 
 import sample
 from clip import open_image
-from common import device
 from iaa import load_iaa
 from sample import Chat, generate, sample_token
-from tokenization.tokenizer import Tokenizer
+from tokenization.templates import TEMPLATES
 
 IMAGE_ID, P = 258, 9  # of the tiny base
 SHOWN = [7, *[IMAGE_ID] * P, *b"what is it?"]  # a prompt with a picture
@@ -46,14 +45,35 @@ def picture(tmp_path):
     return tmp_path / "a picture.png"
 
 
-def open_chat(run, image=None, **options) -> Chat:
+@pytest.fixture
+def other(tmp_path):
+    """The path of another picture."""
+    Image.new("RGB", (100, 50), "white").save(tmp_path / "b.png")
+    return tmp_path / "b.png"
+
+
+def open_chat(run, *images, **options) -> Chat:
     """A chat in fp32."""
-    chat = Chat.load(run, "fp32", "cpu", **options)
-    chat.image = None if image is None else open_image(image)
-    return chat
+    return Chat.load(run, "fp32", "cpu", images=[open_image(image) for image in images], **options)
+
+
+def spelt(ids) -> str:
+    """The text of a prompt, # for each picture and no special tokens."""
+    text = bytes(ord("#") if token == IMAGE_ID else token for token in ids
+                 if token == IMAGE_ID or token < 256).decode()
+    return text.replace("#" * P, "#")
 
 
 # Generation
+
+
+class OnADevice(torch.Tensor):
+    """Logits that must be on the CPU before they are drawn from: a seed draws the same there."""
+
+    softmax = None
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
 
 
 def test_sample_token():
@@ -61,8 +81,9 @@ def test_sample_token():
     probs, generator = torch.tensor([[0.1, 0.5, 0.15, 0.25]]), torch.Generator().manual_seed(0)
 
     def shares(temperature, top_p):
-        drawn = sample_token(probs.log().expand(1000, 4), temperature, top_p, [generator] * 1000)
-        return drawn.bincount(minlength=4) / 1000
+        logits = probs.log().expand(1000, 4).as_subclass(OnADevice)
+        return sample_token(logits, temperature, top_p, [generator] * 1000).bincount(
+            minlength=4) / 1000
 
     assert sample_token(probs.log(), 0, 1.0, []).tolist() == [1]
     sharp = probs[0] ** 2 / (probs[0] ** 2).sum()
@@ -71,23 +92,6 @@ def test_sample_token():
         torch.testing.assert_close(shares(temperature, top_p), wanted, atol=0.05, rtol=0)
     for temperature, top_p in ((1.0, 0.4), (1.0, 1e-9), (1e-38, 1.0), (5e-324, 0.5)):
         assert shares(temperature, top_p)[1] == 1  # greedy, not 0 / 0
-
-
-def test_draws_do_not_depend_on_the_device():
-    """Whatever device logits come from, the CPU's generators draw from the CPU's probabilities."""
-
-    class Elsewhere(torch.Tensor):
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
-
-        def softmax(self, *_):
-            raise AssertionError("drawn on the device")
-
-    def draw(logits):
-        return sample_token(logits, 1.0, 0.9, [torch.Generator().manual_seed(n) for n in range(8)])
-
-    logits = torch.randn(8, 50)
-    assert torch.equal(draw(logits.as_subclass(Elsewhere)), draw(logits))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -116,15 +120,16 @@ def test_cached_greedy_equals_uncached(model, images, workflow):
     assert len(answer) == 12 and len(set(answer)) > 1
 
 
-def test_batch_equals_one_by_one(model, images):
-    """Ragged prompts, with and without pictures, answer as each alone; greedy and sampled."""
-    prompts = [SHOWN, [*b"hi"], [*[IMAGE_ID] * P, *b"where"]]
-    shown = [images[:1], None, images[1:]]
+def test_batch_equals_one_by_one(model):
+    """Ragged prompts with 1, 0, 2 and 5 pictures answer as each alone; greedy and sampled."""
+    place, images = [IMAGE_ID] * P, torch.randn(8, 3, 18, 18)
+    prompts = [SHOWN, [*b"hi"], [*place, *b"or", *place], [*b"where", *(place + [7]) * 5]]
+    shown = [images[:1], None, images[1:3], images[3:]]
     for options in ({}, {"temperature": 1.0, "top_p": 0.9}):
         alone = [generate(model, [prompt], pixels, "mm", 10, seed=7 + row, **options)[0]
                  for row, (prompt, pixels) in enumerate(zip(prompts, shown, strict=True))]
         assert generate(model, prompts, images, "mm", 10, seed=7, **options) == alone
-        assert len({tuple(answer) for answer in alone}) == 3
+        assert len({tuple(answer) for answer in alone}) == 4
     texts = [[*b"hello you"], [*b"hi"]]
     alone = [generate(model, [text], max_tokens=10)[0] for text in texts]
     assert generate(model, texts, max_tokens=10) == alone
@@ -140,8 +145,6 @@ def test_stop_tokens_and_callback(model):
     got = generate(model, prompts, stop=(stop,), **options,
                    on_token=lambda row, token: seen[row].append(token))
     assert got == wanted == seen and len(wanted[0]) <= 4 and free[0] != free[1]
-    ended = generate(model, prompts, on_token=lambda row, token: row == 1, **options)
-    assert ended == [free[0], free[1][:1]]  # the callback may end a row
 
 
 def test_what_cannot_be_generated(model, images):
@@ -212,21 +215,6 @@ def fails(capsys, run, *argv):
     return message
 
 
-@pytest.mark.parametrize(("said", "answer"), [
-    ("  \n Süß, 猫 und 🐱!  Zwei  Wörter. \n ", "Süß, 猫 und 🐱!  Zwei  Wörter."),
-    ([0x61, 0xE7, 0x62, 0xF0, 0x9F], "a\ufffdb"),  # broken inside; the end cuts a character
-    ("", ""),
-])
-def test_stream_pieces_add_up_and_split_no_character(run, script, said, answer):
-    """Characters of two to four bytes, a byte at a time; the joined pieces are the answer."""
-    script(said)
-    pieces = []
-    got = open_chat(run).ask("q", pieces.append)
-    assert "".join(pieces) == got.answer == answer and "" not in pieces
-    assert len(pieces) >= len(answer.replace(" ", "")) - 1
-    assert got.tokens == len(said.encode() if isinstance(said, str) else said)
-
-
 def test_same_seed_same_answer(run, picture, capsys):
     """A seed fixes every answer of a chat, another seed changes it; what is printed is `ask`'s."""
 
@@ -242,40 +230,47 @@ def test_same_seed_same_answer(run, picture, capsys):
     assert capsys.readouterr().out == answers(3)[0] + "\n"
 
 
-def test_workflow_changes_between_turns(run, picture, script, monkeypatch, capsys):
-    """Without a picture text, with one mm, else the chosen one; the history stays.
+def test_pictures_and_workflow_change_between_turns(run, picture, other, script, monkeypatch):
+    """Without a picture text, with one mm, else the chosen one. History and pictures stay.
 
-    Placeholders stand in the first turn under an adaptor, and leave it under text.
+    A picture stays with the question that it was added to, ahead of it or where its tag stands, and
+    is not in the prompt under text. After /reset there is neither history nor picture.
     """
-    calls = script("one", "two", "three", "four")
+    calls = script("one", "two <image>", "three", "four", "five")
     feed(monkeypatch, "first", f"/image {picture}", "second", "/workflow text", "third",
-         "/workflow grounding", "fourth")
+         f"/image '{other}'", "/workflow grounding", f"/image {picture}",
+         "See <image>, <image>", "/reset", "fifth")
     main(run)
-    assert [call["workflow"] for call in calls] == ["text", "mm", "text", "grounding"]
-    assert [call["ids"].count(IMAGE_ID) for call in calls] == [0, P, 0, P]
-    assert [call["images"] is None for call in calls] == [True, False, True, False]
-    text = Tokenizer.load(run / "llama").decode(calls[3]["ids"])
-    assert text == ("system\nBox.\nuser\n\nfirst\nassistant\none\nuser\nsecond\nassistant\ntwo\n"
-                    "user\nthird\nassistant\nthree\nuser\nfourth\nassistant\n")
-    assert calls[3]["ids"].index(IMAGE_ID) < calls[3]["ids"].index(ord("f"))
-    assert "grounding> four\n" in capsys.readouterr().out
+    assert [call["workflow"] for call in calls] == ["text", "mm", "text", *["grounding"] * 2]
+    shown = [0 if call["images"] is None else len(call["images"]) for call in calls]
+    assert shown == [0, 1, 0, 3, 0]
+    assert torch.equal(calls[3]["images"][0], calls[1]["images"][0])
+    assert torch.equal(calls[3]["images"][0], calls[3]["images"][2])
+    assert not torch.equal(*calls[3]["images"][:2])
+    history = ("user\nfirst\nassistant\none\nuser\n{}second\nassistant\ntwo\nuser\nthird\n"
+               "assistant\n")
+    assert [spelt(calls[n]["ids"]) for n in (2, 3, 4)] == [
+        f"system\n{TEMPLATES['chatml'].default_system}\n" + history.format(""),
+        "system\nBox.\n" + history.format("#\n") + "three\nuser\nSee #, #\nassistant\n",
+        "system\nBox.\nuser\nfifth\nassistant\n"]
 
 
 def test_chat_commands(run, picture, script, monkeypatch, capsys):
-    """/help, unknown commands, bad pictures and workflows go on; a new picture starts afresh."""
+    """/help, unknown commands, bad pictures and workflows go on; tags must fit the pictures."""
     calls = script("fine")
-    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png",
-         "/image ~nobody-of-that-name/a.png", f"/image '{picture}'", "look", f"/image {picture}",
-         "again", "/workflow sound", "/reset", "anew", "/quit", "never asked")
+    feed(monkeypatch, "", "/help", "/nonsense", "/image /nowhere.png", "/workflow sound",
+         "/image ~nobody-of-that-name/a.png", f"/image '{picture}'", "a <image> b <image>", "look",
+         "<image>?", "/workflow text", f"/image {picture}", "<image>?", "/quit", "never asked")
     main(run)
     said = capsys.readouterr()
     assert said.out.count(sample.HELP) == 2 and "unknown: /nonsense\n" in said.out
-    assert "/nowhere.png: no such file" in said.err
-    assert "~nobody-of-that-name/a.png: no such file" in said.err
-    assert "no adaptor named 'sound'; there are: text, mm, grounding" in said.err
-    assert "40 x 30 pixels; workflow mm" in said.out
-    asked = zip(calls, ("look", "again", "anew"), strict=True)
-    assert len({len(call["ids"]) - len(text) for call, text in asked}) == 1  # without a history
+    assert "40 x 30 pixels; workflow mm" in said.out and "mm> fine\n" in said.out
+    for line in ("/nowhere.png: no such file", "~nobody-of-that-name/a.png: no such file",
+                 "no adaptor named 'sound'; there are: text, mm, grounding",
+                 "2 times <image> in a question about 1 pictures: leave it out; --image"):
+        assert line in said.err
+    assert said.err.count("1 times <image> in a question about 0 pictures") == 2
+    assert len(calls) == 1
 
 
 def test_ctrl_c(run, script, monkeypatch, capsys):
@@ -284,29 +279,10 @@ def test_ctrl_c(run, script, monkeypatch, capsys):
     feed(monkeypatch, "one", "two", KeyboardInterrupt(), "never asked")
     main(run)
     assert "half an ans [stopped]" in capsys.readouterr().out
-    assert "half an ans" in Tokenizer.load(run / "llama").decode(calls[1]["ids"])
-    assert len(calls) == 2
+    assert "half an ans" in spelt(calls[1]["ids"]) and len(calls) == 2
     script([*b"half", KeyboardInterrupt])
     with pytest.raises(SystemExit, match="stopped"):
         main(run, "--prompt", "one")
-
-
-def test_a_tag_is_a_picture_and_no_text(run, picture, script, capsys):
-    """`<image>` is dropped where a picture stands for it, also in the history; else it is a line.
-    """
-    calls = script("one <image>", "two")
-    chat = open_chat(run, picture)
-    for text in ("<image>\nWhat?", "And <image> now?"):
-        chat.ask(text)
-    said = [chat.tokenizer.decode(call["ids"]) for call in calls]
-    assert said[0].endswith("user\n\nWhat?\nassistant\n") and "And  now?" in said[1]
-    assert "<image>" not in said[0] + said[1] and calls[1]["ids"].count(IMAGE_ID) == P
-    one = "1 times <image> in a question about 0 pictures: leave it out; --image"
-    assert one in fails(capsys, run, "--prompt", "What is <image>?")
-    shown = ("--image", picture, "--prompt")
-    assert one in fails(capsys, run, "--workflow", "text", *shown, "<image>?")
-    assert "2 times <image> in a question about 1 pictures" in fails(
-        capsys, run, *shown, "<image><image>")
 
 
 def test_prompt_longer_than_the_context(run, capsys, script):
@@ -327,39 +303,34 @@ def test_prompt_longer_than_the_context(run, capsys, script):
 
 
 def test_json(run, picture, script, capsys):
-    """One object on stdout; boxes, in pixels, only where the answer names them."""
-    script("It is [0.25, 0.25, 0.5, 0.5]", "It is [0.25, 0.25, 0.5, 0.5]", "")
+    """One object on stdout, the answer trimmed; boxes, in pixels, only where it names them."""
+    script("\n Süß [0.25, 0.25, 0.5, 0.5] 🐱 ", "[0.25, 0.25, 0.5, 0.5]", [0x61, 0xE7])
     argv = ["--image", picture, "--prompt", "wo? ü", "--json", "--workflow"]
     main(run, *argv, "grounding")
     got = json.loads(capsys.readouterr().out)
-    assert set(got) == set(sample.Answer.__dataclass_fields__)
-    assert (got["workflow"], got["prompt"], got["tokens"]) == ("grounding", "wo? ü", 28)
-    assert got["boxes"] == [[10, 5, 20, 15]]  # 40 x 30 on a square of 40: 5 pixels above
-    assert got["seconds_to_first_token"] >= 0 and got["tokens_per_s"] > 0
+    assert got.pop("seconds_to_first_token") >= 0 and got.pop("tokens_per_s") > 0
+    assert got == {"workflow": "grounding", "prompt": "wo? ü", "tokens": 36,
+                   "answer": "Süß [0.25, 0.25, 0.5, 0.5] 🐱",
+                   "boxes": [[10, 5, 20, 15]]}  # 40 x 30 on a square of 40: 5 pixels above
     main(run, *argv, "text")
     assert "boxes" not in json.loads(capsys.readouterr().out)  # text has not seen the picture
     main(run, *argv, "mm")
-    got = json.loads(capsys.readouterr().out)
-    assert (got["answer"], got["tokens"], got["tokens_per_s"]) == ("", 0, None)
+    assert json.loads(capsys.readouterr().out)["answer"] == "a"  # the end cut a character
 
 
 def test_the_choice_of_dtype_is_said(run, script, capsys, monkeypatch):
     """auto is the default; device, dtype and reason are one line on stderr."""
-    monkeypatch.setattr(device, "time_products", lambda: (9.0, 1.0))
-    device.fast_dtype.cache_clear()
+    monkeypatch.setattr(sample, "choose_dtype", lambda name, place: ("fp32", f"{name} {place}"))
     script("yes")
     sample.main(["--model", str(run), "--prompt", "q", "--device", "cpu"])
-    device.fast_dtype.cache_clear()
-    said = capsys.readouterr()
-    assert said.out == "yes\n" and said.err.startswith("computing in fp32 on cpu: on this CPU")
-    assert said.err.count("\n") == 1
+    assert capsys.readouterr() == ("yes\n", "computing in fp32 on cpu: auto cpu\n")
 
 
-def test_int8_answers(run, picture):
-    """`--quantize int8` stores matrices so, of the one adaptor that was asked for; it answers."""
-    chat = open_chat(run, picture, quantize="int8", workflows=["mm"], max_tokens=4)
+def test_quantize(run):
+    """int8 stores matrices so, of the one adaptor that was asked for."""
+    chat = open_chat(run, quantize="int8", workflows=["mm"])
     assert torch.int8 in {tensor.dtype for tensor in chat.model.state_dict().values()}
-    assert [*chat.model.adaptors] == ["mm"] and chat.ask("what?").tokens <= 4
+    assert [*chat.model.adaptors] == ["mm"]
 
 
 @pytest.mark.parametrize(("size", "box", "drawn"), [
@@ -368,40 +339,32 @@ def test_int8_answers(run, picture):
     ((50, 100), "[0.0, 0.5, 1.0, 1.0]", (0, 50, 50, 100)),  # reaches into the border: cut there
     ((600, 500), "[0.1, 0.2, 0.5, 0.6]", (60, 70, 300, 310)),  # large: not enlarged
 ])
-def test_boxes_are_drawn_where_they_are(run, tmp_path, script, size, box, drawn):
-    """The outline, found by its colour, spans the box, on the enlarged picture."""
+def test_boxes_are_drawn_where_they_are(run, tmp_path, picture, script, size, box, drawn):
+    """On the last of two pictures, upright and enlarged, the outline spans the box."""
     script(f"Here: {box}.")
-    path, out = tmp_path / "in.png", tmp_path / "out.png"
-    Image.new("RGB", size, "white").save(path)
-    main(run, "--image", path, "--prompt", "where?", "--boxes", out)
-    picture = Image.open(out)
-    scale = picture.width // size[0]
-    assert picture.size == (size[0] * scale, size[1] * scale) and max(picture.size) >= 448
-    assert picture.point(lambda v: 255 - v).getbbox() == tuple(v * scale for v in drawn)
+    path, out, exif = tmp_path / "in.png", tmp_path / "out.png", Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", size[::-1], "white").save(path, exif=exif)
+    main(run, "--image", picture, "--image", path, "--prompt", "where?", "--boxes", out)
+    image = Image.open(out)
+    scale = image.width // size[0]
+    assert image.size == (size[0] * scale, size[1] * scale) and max(image.size) >= 448
+    assert image.point(lambda v: 255 - v).getbbox() == tuple(v * scale for v in drawn)
     x, y = ((drawn[0] + drawn[2]) * scale // 2, (drawn[1] + drawn[3]) * scale // 2)
-    assert picture.getpixel((x, y)) == (255, 255, 255)  # an outline, not a patch
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+    assert image.getpixel((x, y)) == (255, 255, 255)  # an outline, not a patch
 
 
-def test_boxes_on_a_turned_picture_or_none(run, picture, tmp_path, script, capsys):
-    """A picture that its EXIF turns is drawn turned; without a box on it no file is written.
-
-    A file that cannot be written is one line.
-    """
-    script("[0.0, 0.0, 1.0, 1.0]")
-    exif, out = Image.Exif(), tmp_path / "out.png"
-    exif[0x0112] = 6
-    Image.new("RGB", (600, 500)).save(tmp_path / "in.jpg", exif=exif)
-    main(run, "--image", tmp_path / "in.jpg", "--prompt", "q", "--boxes", out)
-    assert Image.open(out).size == (500, 600)
-    out.unlink()
-    for wrong, message in (("b.xyz", "unknown file extension: .xyz"), ("no/b.png", "not written")):
-        with pytest.raises(SystemExit, match=message):
-            main(run, "--image", picture, "--prompt", "q", "--boxes", tmp_path / wrong)
+def test_no_box_no_file(run, picture, tmp_path, script, capsys):
+    """Without a box on the picture no file is written; one that cannot be written is a line."""
+    out, command = tmp_path / "out.png", ("--image", picture, "--prompt", "q", "--boxes")
     for said in ("I see none.", "[0.9, 0.1, 0.2, 0.3]", "[0.1, 0.0, 0.2, 0.12]"):
         script(said)
-        main(run, "--image", picture, "--prompt", "q", "--boxes", out)
+        main(run, *command, out)
         assert "no box in the answer" in capsys.readouterr().err and not out.exists()
+    script("[0.0, 0.0, 1.0, 1.0]")
+    for wrong, message in (("b.xyz", "unknown file extension: .xyz"), ("no/b.png", "no/b.png")):
+        with pytest.raises(SystemExit, match=message):
+            main(run, *command, tmp_path / wrong)
 
 
 def test_errors_are_one_line(run, picture, tmp_path, capsys):
@@ -428,9 +391,7 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
     ("iaa.json", ["image_token"], 10**9, "image_token = 1000000000: the LLM has tokens 0 to 259"),
     ("llama/config.json", ["config", "layers"], 10**6, "need 3328000000 bytes of weights at least"),
-    ("llama/config.json", ["config", "heads"], 2**62, "need 221360928884514620160 bytes of"),
     ("clip/config.json", ["config", "ffn"], 2**62, "bytes of weights at least, and model-*"),
-    ("clip/config.json", ["config", "mean"], 0.5, "mean = 0.5: expected tuple"),
     ("clip/config.json", ["config", "mean"], [0.5], "three numbers each"),
     ("llama/config.json", ["sha256"], None, "sha256 = None: expected str"),
     ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),

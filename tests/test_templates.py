@@ -11,6 +11,8 @@ from tokenization.templates import IMAGE, TEMPLATES, render
 from tokenization.tokenizer import Tokenizer
 
 TURNS = [("user", IMAGE + " Q 1? "), ("assistant", "A\n"), ("user", "Q2"), ("assistant", "B")]
+SEVERAL = [("user", " <image>\r\n<image>Q"), ("assistant", "A <image>"),
+           ("user", "R\n<image> and <image>."), ("assistant", "B")]  # pictures first, or in a text
 LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>")
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<image>")
 each = pytest.mark.parametrize("kind", ["chatml", "llama3", "vicuna"])
@@ -53,34 +55,44 @@ def shown(tokenizer: Tokenizer, ids: list[int], scored: list[bool]) -> str:
     return text + "}" * inside
 
 
-@pytest.mark.parametrize(("kind", "options", "wanted"), [
-    ("llama3", {"system": "S "},
+@pytest.mark.parametrize(("kind", "turns", "options", "wanted"), [
+    ("llama3", TURNS, {"system": "S "},
      "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
      "<|start_header_id|>user<|end_header_id|>\n\n##\nQ 1?<|eot_id|>"
      "<|start_header_id|>assistant<|end_header_id|>\n\n{A<|eot_id|>}"
      "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
      "<|start_header_id|>assistant<|end_header_id|>\n\n{B<|eot_id|>}"),
-    ("chatml", {"system": "S"},
+    ("chatml", TURNS, {"system": "S"},
      "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n##\nQ 1?<|im_end|>\n"
      "<|im_start|>assistant\n{A<|im_end|>}\n"
      "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n{B<|im_end|>}"),
-    ("vicuna", {"system": "S"},
+    ("vicuna", TURNS, {"system": "S"},
      "<s> S USER: ## \nQ 1? ASSISTANT:{ A</s>} USER: Q2 ASSISTANT:{ B</s>}"),
-    ("chatml", {"template": "plain"}, "##{A\n}"),
-    ("llama3", {"template": "plain"}, "<|begin_of_text|>##{A\n}"),
+    ("chatml", TURNS, {"template": "plain"}, "##{A\n}"),
+    ("llama3", TURNS, {"template": "plain"}, "<|begin_of_text|>##{A\n}"),
+    ("llama3", SEVERAL, {"system": ""},
+     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n##\n##\nQ<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n{A<|eot_id|>}"
+     "<|start_header_id|>user<|end_header_id|>\n\nR\n## and ##.<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n{B<|eot_id|>}"),
+    ("chatml", SEVERAL, {"system": "", "image_tokens": 0},
+     "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{A<|im_end|>}\n"
+     "<|im_start|>user\nR\n and .<|im_end|>\n<|im_start|>assistant\n{B<|im_end|>}"),
+    ("chatml", SEVERAL, {"template": "plain"}, "####{A\n}"),
 ])
-def test_letter_by_letter(tokenizers, kind, options, wanted):
+def test_letter_by_letter(tokenizers, kind, turns, options, wanted):
     """Each template, and what of it is scored (in braces): answers and their end tokens."""
-    rendered = render(tokenizers[kind], TURNS, image_tokens=2, **options)
+    rendered = render(tokenizers[kind], turns, **{"image_tokens": 2} | options)
     assert shown(tokenizers[kind], *rendered) == wanted
 
 
 def test_vicuna_is_tokenised_as_in_llava(tokenizers):
     """LLaVA cuts text at <image> and </s>; sentencepiece prefixes a space to each part."""
-    parts = ["S USER: ", "\nQ 1? ASSISTANT: A", "USER: Q2 ASSISTANT: B"]
-    first, second, third = (tokenizers["peer"].Encode(part) for part in parts)
-    ids, _ = render(tokenizers["vicuna"], TURNS, system="S", image_tokens=2)
-    assert ids == [1, *first, 0, 0, *second, 2, *third, 2]
+    parts = ("S USER: ", [0], "\n", [0], "\nQ ASSISTANT: A", [2], "USER: R\n", [0], " and ", [0],
+             ". ASSISTANT: B", [2])
+    wanted = [tokenizers["peer"].Encode(part) if isinstance(part, str) else part for part in parts]
+    ids, _ = render(tokenizers["vicuna"], SEVERAL, system="S", image_tokens=1)
+    assert ids == [1, *itertools.chain(*wanted)]
 
 
 @each

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tokenization.tokenizer import Tokenizer
 
-TAG = "<image>"  # stands for a picture in a text; its letters are never tokenised
-IMAGE = TAG + "\n"  # how our converters mark a row's picture, ahead of the first question
+TAG = "<image>"  # stands where a picture is in a question; its letters are never tokenised
+IMAGE = TAG + "\n"  # a picture ahead of a question
 CURIOUS_SYSTEM = (  # the official release of IAA, and Vicuna v1
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -30,8 +30,8 @@ class Template:
     end: str  # after an answer; scored
     between_turns: str = ""  # between an answer and the next `user`
     message_prefix: str = ""  # before each message
-    image_end: str = "\n"  # after an image's placeholders
-    drops_questions: bool = False  # only images and answers are kept
+    image_end: str = "\n"  # after the placeholders of an image ahead of a message's text
+    drops_questions: bool = False  # only the first question's images and its answer are kept
 
 
 TEMPLATES = {
@@ -74,24 +74,20 @@ def encode_template(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def prompt_start(
-    tokenizer: Tokenizer, template: str | None, system: str | None, image_tokens: int
-) -> list[int]:
-    """The ids before the first question: start token, system message, header, image.
+def encode_message(tokenizer: Tokenizer, form: Template, text: str, image_tokens: int) -> list[int]:
+    """The ids of a message without outer white space, a picture where each TAG stands.
 
-    Arguments are those of `render`.
+    `image_end` follows a picture that opens the message, as in the official release. Behind text a
+    picture stands in it as it is written, as in LLaVA.
     """
-    form = template_of(tokenizer, template)
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    system = (form.default_system if system is None else system).strip()
-    if system and not form.drops_questions:
-        before, after = form.system.split("{}")
-        ids += encode_template(tokenizer, before) + tokenizer.encode(form.message_prefix + system)
-        ids += encode_template(tokenizer, after)
-    ids += encode_template(tokenizer, form.user)
-    if image_tokens:
-        ids += tokenizer.encode(form.message_prefix) + [tokenizer.image_id] * image_tokens
-        ids += tokenizer.encode(form.image_end)
+    tags = re.match(rf"(\s*{TAG})*", text)[0]
+    picture, prefix, ids = [tokenizer.image_id] * image_tokens, form.message_prefix, []
+    if tags:
+        ids = (picture + tokenizer.encode(form.image_end)) * tags.count(TAG)
+        ids, prefix = tokenizer.encode(prefix) + ids, ""  # the prefix is there now
+    for number, piece in enumerate(text[len(tags) :].strip().split(TAG)):
+        ids += (picture if number else []) + tokenizer.encode(prefix + piece)
+        prefix = form.message_prefix  # LLaVA tokenises the text behind a picture alone
     return ids
 
 
@@ -100,23 +96,27 @@ def render(
     turns: list[tuple[str, str]],  # ("user", text), ("assistant", text), ... in turn
     template: str | None = None,  # a key of TEMPLATES, None: the tokenizer's own
     system: str | None = None,  # None: the template's own, "": none
-    image_tokens: int = 0,  # placeholders before the first question, wherever its TAG stands
+    image_tokens: int = 0,  # placeholders for each TAG of the user; 0: pictures are left out
 ) -> tuple[list[int], list[bool]]:
     """A conversation as (ids, which of them are scored); a prompt, if the user speaks last.
 
-    Messages are trimmed, and TAG is taken out. ValueError: unknown template or special token.
+    A TAG in an answer is left out. ValueError: unknown template or special token.
     """
     form = template_of(tokenizer, template)
-    ids = prompt_start(tokenizer, template, system, image_tokens)
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    system = (form.default_system if system is None else system).strip()
+    if system and not form.drops_questions:
+        before, after = form.system.split("{}")
+        ids += encode_template(tokenizer, before) + tokenizer.encode(form.message_prefix + system)
+        ids += encode_template(tokenizer, after)
     scored = [False] * len(ids)
     for turn, (role, text) in enumerate(turns[:2] if form.drops_questions else turns):
-        text, prefix = text.replace(TAG, ""), form.message_prefix
-        if role == "user" and turn:
-            ids += encode_template(tokenizer, form.between_turns + form.user)
-        elif role == "user" and image_tokens:
-            prefix = ""  # the image has brought it
-        if role == "assistant" or not form.drops_questions:
-            ids += tokenizer.encode(prefix + text.strip())
-            ids += encode_template(tokenizer, form.answer if role == "user" else form.end)
+        if role == "user":
+            ids += encode_template(tokenizer, (form.between_turns if turn else "") + form.user)
+            text = TAG * text.count(TAG) if form.drops_questions else text
+        if role == "assistant" or not image_tokens:
+            text = text.replace(TAG, "")
+        ids += encode_message(tokenizer, form, text, image_tokens)
+        ids += encode_template(tokenizer, form.answer if role == "user" else form.end)
         scored += [role == "assistant"] * (len(ids) - len(scored))
     return ids, scored
