@@ -5,50 +5,51 @@ scorers, and downloads their data.
 """
 
 import argparse
-from functools import partial
+from dataclasses import replace
 
 import torch
 from lmms_eval.api.model import lmms
-from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
+from lmms_eval.evaluator import simple_evaluate  # noqa: F401  (for __main__.py)
+from lmms_eval.tasks import TaskManager  # noqa: F401
 from PIL import Image
 
 from clip import to_rgb
 from data import TAG
-from evaluation.answers import ask, picture_prompt, task_question
+from evaluation.answers import GreedyModel, Prompt, Record
 from iaa import TEXT
 from sample import Chat
 
-TASKS = {}  # other names for tasks: there are none
 
+class PictureLM(GreedyModel, lmms):
+    """A model as lmms-eval calls it: answers to questions about pictures.
 
-class PictureLM(lmms):
-    """A model as lmms-eval calls it: answers to questions about pictures."""
+    A request without a picture is a text-only question. Of several pictures the model sees the
+    first.
+    """
 
     is_simple = True  # a request is a text and its pictures, not a list of messages
     device = torch.device("cpu")  # of the counts that lmms-eval sends between ranks, over gloo
 
-    def __init__(self, chat: Chat, batch: int):
-        super().__init__()
-        self.chat, self.batch = chat, batch
-
     def generate_until(self, requests: list) -> list[str]:
-        """Greedy answers, cut ahead of the first of their stop texts. A request without a picture
-        is a text-only question; of several pictures the model sees the first."""
-        questions = [task_question(  # tags: MMMU has one for each picture, also those not shown
-            request.args[0].replace(TAG, ""), request.args[1],
-            self.chat.workflow if self.picture(request) else TEXT, request)
-            for request in requests]
-        prompt = partial(picture_prompt, open_picture=self.picture)
-        answers = ask(self.chat, questions, self.batch, prompt)
-        return [answer.strip() for answer in answers]
+        """As of both harnesses, without outer white space."""
+        return [answer.strip() for answer in super().generate_until(requests)]
 
-    def picture(self, request, _=None) -> Image.Image | None:
+    def workflow_of(self, request) -> str:
+        """The chat's workflow, or "text" without a picture."""
+        return self.chat.workflow if self.picture(request) else TEXT
+
+    def picture(self, request) -> Image.Image | None:
         """The first picture of a request, None where it has none."""
         _, _, doc_to_visual, number, task, split = request.args
         pictures = doc_to_visual(self.task_dict[task][split][number]) or ()
         found = (picture for picture in pictures if isinstance(picture, Image.Image))
         return next(map(to_rgb, found), None)
+
+    def prompt(self, chat: Chat, question: Record) -> Prompt:
+        """The question with its picture."""
+        picture = self.picture(question["request"])
+        text = question["prompt"].replace(TAG, "")  # MMMU has one for each picture
+        return replace(chat, chosen=question["workflow"], image=picture).prompt(text)
 
     def loglikelihood(self, requests: list) -> list:
         """Not supported, nor are several rounds: raises ValueError."""
@@ -57,8 +58,6 @@ class PictureLM(lmms):
     generate_until_multi_round = loglikelihood
 
 
-def evaluate(chat: Chat, name: str, manager: TaskManager, args: argparse.Namespace) -> dict | None:
-    """What lmms-eval finds for a task or group; None on ranks but the first."""
-    return simple_evaluate(
-        model=PictureLM(chat, args.batch), tasks=[name], task_manager=manager, limit=args.limit,
-        bootstrap_iters=0, distributed_executor_backend="torchrun")
+def settings(chat: Chat, args: argparse.Namespace) -> dict:
+    """What `simple_evaluate` takes for this model."""
+    return {"model": PictureLM(chat, args.batch), "distributed_executor_backend": "torchrun"}
