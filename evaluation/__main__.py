@@ -16,122 +16,81 @@ import argparse
 import importlib
 import os
 from pathlib import Path
-from types import ModuleType
-
-import torch.distributed as dist
 
 from common.device import CHOICES, Ranks
-from common.files import one_line
-from evaluation import answers, easy_vqa, mme, refcoco, sheet, text_retention
-from evaluation.answers import Question, Record, Table
-from iaa import TEXT, Index
-from sample import Chat
+from common.files import new_file, one_line
+from evaluation import easy_vqa, mme, refcoco, text_retention
+from evaluation.answers import ask_on_all_ranks, load, report, sample_questions
+from iaa import TEXT
 
 BENCHMARKS = {"easy-vqa": easy_vqa, "refcoco": refcoco, "mme": mme}
+TABLE_3 = {  # the paper's name -> lm-eval's task and its number of examples
+    "mmlu": ("mmlu", 5),
+    "c-eval": ("ceval-valid", 5),
+    "bbh": ("bbh", None),  # three worked examples are part of the task
+    "humaneval": ("humaneval_instruct", 0),
+    "math": ("minerva_math", 4),
+}
 PATIENCE_S = 7200  # rank 0 waits so long for the slowest rank
 
 
-def load(args: argparse.Namespace, workflows: list[str] | None, **settings) -> Chat:
-    """The model with these workflows, None: all."""
-    return Chat.load(args.model, args.dtype, args.device, args.quantize, workflows, **settings)
-
-
-def answer(args: argparse.Namespace, questions: list[Question], ranks: Ranks) -> list[Record]:
-    """A record for each question that is answered; a rank asks its share.
-
-    Left out are questions that the model has no adaptor for, and those that `ask` skips.
-    """
-    there = Index.read(args.model).adaptors
-    asked = [question for question in questions if question.workflow in there]
-    workflows = dict.fromkeys(question.workflow for question in asked or questions)
-    chat = load(args, [*workflows])  # raises where there is none of them
-    parts = [answers.ask(chat, asked[ranks.rank :: ranks.world], args.batch)]
-    if ranks.world > 1:
-        parts, own = [None] * ranks.world, parts[0]
-        dist.all_gather_object(parts, own)
-    said = [None] * len(asked)
-    for rank, part in enumerate(parts):
-        said[rank :: ranks.world] = part
-    records = [
-        {"key": q.key, "image": q.image, **q.facts, "prompt": q.text, "answer": text.strip()}
-        for q, text in zip(asked, said, strict=True) if text is not None]
-    if not records:
-        raise ValueError(f"none of {len(asked)} questions could be asked")
-    return records
-
-
-def read_questions(args: argparse.Namespace, benchmark: ModuleType) -> list[Question]:
-    """Those of all the files or folders, or some of them by --limit."""
-    questions = [q for path in args.data for q in benchmark.read(Path(path), args.images)]
-    return answers.sample_questions(questions, args.limit)
-
-
 def run_benchmark(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Ask all questions on all ranks, then score them on rank 0."""
+    """Ask all questions on all ranks, then score the answers on rank 0."""
     benchmark = BENCHMARKS[args.what]
-    records = answer(args, read_questions(args, benchmark), ranks)
+    questions = [q for path in args.data for q in benchmark.read(Path(path), args.images)]
+    if args.limit:
+        questions = sample_questions(questions, args.limit)
+    records = ask_on_all_ranks(args, questions, ranks)
     if ranks.rank == 0:
-        table = benchmark.score(records)
-        answers.report(args.model / "eval" / args.what, args.what, records, table)
+        report(args.model / "eval" / args.what, args.what, records, benchmark.score(records))
 
 
 def run_sheet(args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask some held-out questions of the demo and draw them with their answers."""
-    path = args.model / "answers.png"
-    records = answer(args, sheet.choose(read_questions(args, easy_vqa)), ranks)
+    questions = easy_vqa.choose(easy_vqa.read(Path(args.data[0])))
+    records, path = ask_on_all_ranks(args, questions, ranks), args.model / "answers.png"
     if ranks.rank == 0:
-        sheet.draw(records, path)
+        with new_file(path) as new:
+            easy_vqa.draw(records).save(new)
         print(path)
-
-
-def run_text_retention(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Compare each workflow, without pictures, with the LLM loaded afresh."""
-    texts = [answers.read_text(Path(path)) for path in args.data]
-    only = [args.workflow] if args.workflow else None
-    chat, base = load(args, only), load(args, [TEXT])
-    table = text_retention.compare(chat.model, base.model, chat.tokenizer,
-                                   only or [TEXT, *chat.model.adaptors], texts, args.limit or 16,
-                                   args.batch)
-    answers.print_table("text", table, ".4g")
-    if TEXT in table:
-        row = table[TEXT]
-        print(f"text-only logits identical to the base model: {row['identical']} "
-              f"({row['tokens']} tokens)")
 
 
 def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
     """Score tasks through lm-eval or lmms-eval; a task's files and table come when it is done."""
-    harness = importlib.import_module(f"evaluation.{args.what}_eval_model")
+    module = importlib.import_module(f"evaluation.{args.what}_eval_model")
     if args.allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     elif any(name.startswith("humaneval") for name in args.data):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
-    manager = harness.TaskManager(include_path=args.include and str(args.include),
-                                  include_defaults=args.include is None)
-    for name in args.data:
-        if harness.TASKS.get(name, [name])[0] not in manager.all_tasks:
+    manager = module.TaskManager(include_path=args.include, include_defaults=args.include is None)
+    tasks = {name: TABLE_3.get(name, (name, None)) for name in args.data}
+    for name, (task, _) in tasks.items():
+        if task not in manager.all_tasks:
             raise ValueError(f"no task or group {name!r} in {args.include or args.what + '-eval'}")
     workflow = args.workflow or {"lm": TEXT, "lmms": "mm"}[args.what]
-    chat = load(args, [workflow], chosen=workflow)
-    for name in args.data:
-        found = harness.evaluate(chat, name, manager, args)
+    settings = module.settings(load(args, [workflow], workflow), args)
+    for name, (task, shots) in tasks.items():
+        found = module.simple_evaluate(tasks=[task], num_fewshot=shots, limit=args.limit,
+                                       task_manager=manager, bootstrap_iters=0, **settings)
         if ranks.rank == 0:
+            table = {task: {key.removesuffix(",none"): float(value) for key, value in row.items()
+                            if "," in key and "stderr" not in key  # "metric,filter"
+                            and isinstance(value, int | float)}
+                     for task, row in found["results"].items()}
             records = [record for some in found["samples"].values() for record in some]
-            answers.report(args.model / "eval" / args.what / name, f"{args.what}-eval", records,
-                           figures(found["results"]), ".4g")
+            report(args.model / "eval" / args.what / name, f"{args.what}-eval", records, table,
+                   ".4g")
 
 
-def figures(results: dict[str, dict]) -> Table:
-    """A harness's figures by "metric,filter", without what else it says. ",none" is cut off."""
-    return {task: {name.removesuffix(",none"): float(value) for name, value in row.items()
-                   if "," in name and "stderr" not in name and isinstance(value, int | float)}
-            for task, row in results.items()}
-
-
-COMMANDS = {"text-retention": run_text_retention, "sheet": run_sheet, "lm": run_harness,
-            "lmms": run_harness, **dict.fromkeys(BENCHMARKS, run_benchmark)}
-TAKEN_BY = {"images": ["refcoco"], "workflow": ["text-retention", "lm", "lmms"],
-            "include": ["lm", "lmms"], "allow_code_execution": ["lm"]}
+COMMANDS = {  # WHAT -> what runs it, and those of its options that not all take
+    "text-retention": (text_retention.run, ("base", "workflow")),
+    "easy-vqa": (run_benchmark, ()),
+    "sheet": (run_sheet, ()),
+    "refcoco": (run_benchmark, ("images",)),
+    "mme": (run_benchmark, ()),
+    "lm": (run_harness, ("workflow", "include", "allow_code_execution")),
+    "lmms": (run_harness, ("workflow", "include")),
+}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -149,19 +108,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
     add("--limit", type=int, help="questions of each workflow (by whole pictures) or task [all]; "
                                   "texts that text-retention continues [16]")
-    add("--images", type=Path, help="root of the pictures, for refcoco")
-    add("--workflow", help="for text-retention [all], lm [text], lmms [mm]")
-    add("--include", type=Path, metavar="FOLDER",
-        help="task files for lm and lmms, in place of the harness's")
-    add("--allow-code-execution", action="store_true",
-        help="lm humaneval runs what the model writes")
+    special = [add("--base", type=Path, help="text-retention: a converted Llama [the run's own]"),
+               add("--workflow", help="text-retention [all], lm [text], lmms [mm]"),
+               add("--images", type=Path, help="refcoco: root of the pictures"),
+               add("--include", metavar="FOLDER", help="lm, lmms: your task files, not its own"),
+               add("--allow-code-execution", action="store_true",
+                   help="lm humaneval: run what the model writes")]
     args = parser.parse_args(argv)
     if args.batch < 1 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--batch {args.batch}, --limit {args.limit}: must be 1 or more")
-    for option, commands in TAKEN_BY.items():
-        if getattr(args, option) and args.what not in commands:
-            raise ValueError(f"--{option.replace('_', '-')} is for {', '.join(commands)}, "
-                             f"not for {args.what}")
+    for option in special:
+        if getattr(args, option.dest) and option.dest not in COMMANDS[args.what][1]:
+            raise ValueError(f"{args.what} takes no {option.option_strings[0]}")
     return args
 
 
@@ -170,11 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; what a user can cause ends in one line on stderr and exit code 1."""
     args = arguments(argv)
     with Ranks(PATIENCE_S, "gloo") as ranks:
-        if ranks.world > 1 and (args.device or args.what in ("text-retention", "lm")):
-            raise ValueError("text-retention, lm and --device are for one process: no torchrun")
         if ranks.world > 1:
+            if args.device or args.what in ("text-retention", "lm"):
+                raise ValueError("text-retention, lm and --device are for one process: no torchrun")
             args.device = str(ranks.device)
-        COMMANDS[args.what](args, ranks)
+        COMMANDS[args.what][0](args, ranks)
 
 
 if __name__ == "__main__":

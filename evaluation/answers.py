@@ -5,36 +5,30 @@ A benchmark is a module (easy_vqa.py, refcoco.py, mme.py) with two functions:
 - `score(records)` turns the answers into a table.
 """
 
+import argparse
 import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from clip import open_image
+from common.device import Ranks
 from common.files import write_json, write_text
+from iaa import Index
 from sample import Chat, generate
 
-Record = dict  # a line of answers.jsonl: "key", "image", the question's facts, "prompt", "answer"
+# A question: "key" (unique in its benchmark), "workflow", "max_tokens" (of its answer), "image" (a
+# path), "prompt", and what its scorer must know. As a line of answers.jsonl it has an "answer" too.
+Record = dict
 Table = dict[str, dict[str, float | str]]  # name of a row -> name of a column -> value
 Prompt = tuple[list[int], torch.Tensor | None]  # token ids; pixels of N pictures, (N, 3, S, S)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about one picture."""
-
-    key: str  # unique in its benchmark
-    text: str
-    image: Path | None
-    max_tokens: int  # of its answer
-    workflow: str = "mm"
-    facts: dict = field(default_factory=dict)  # what the scorer must know, kept with the answer
-    until: Sequence[str] = ()  # texts that end the answer
 
 
 def read_text(path: Path) -> str:
@@ -50,8 +44,7 @@ def read_lines(path: Path, make: Callable[[dict, int], Iterable]) -> list:
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            if line.strip():
-                found += make(json.loads(line), number)
+            found += make(json.loads(line), number) if line.strip() else ()
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             told = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}:{number}: {told}") from None
@@ -60,95 +53,124 @@ def read_lines(path: Path, make: Callable[[dict, int], Iterable]) -> list:
     return found
 
 
-def sample_questions(questions: list[Question], limit: int | None) -> list[Question]:
-    """At least `limit` questions of each workflow, all of a picture or none; all without a limit.
+def sample_questions(questions: list[Record], limit: int) -> list[Record]:
+    """At least `limit` questions of each workflow, all of a picture or none.
 
     Whole pictures, because a benchmark may score the questions about a picture together. The choice
     is random, but always the same.
     """
-    if limit is None:
-        return questions
-    by_picture, taken = defaultdict(list), defaultdict(list)
+    pictures, taken = defaultdict(list), defaultdict(list)
     for question in questions:
-        by_picture[question.workflow, question.image].append(question)
-    pictures = list(by_picture)
-    random.Random(0).shuffle(pictures)
-    for workflow, image in pictures:
+        pictures[question["workflow"], question["image"]].append(question)
+    shuffled = list(pictures.items())
+    random.Random(0).shuffle(shuffled)
+    for (workflow, _), about in shuffled:
         if len(taken[workflow]) < limit:
-            taken[workflow] += by_picture[workflow, image]
+            taken[workflow] += about
     return [question for some in taken.values() for question in some]
 
 
-def picture_prompt(chat: Chat, question: Question) -> Prompt:
+def load(args: argparse.Namespace, workflows: list[str] | None, chosen: str | None = None) -> Chat:
+    """The command line's model with these workflows, None: all."""
+    return Chat.load(args.model, args.dtype, args.device, args.quantize, workflows, chosen=chosen)
+
+
+def picture_prompt(chat: Chat, question: Record) -> Prompt:
     """The question alone, with its picture. ValueError where that cannot be used."""
-    facts = question.facts
-    size = (facts["width"], facts["height"]) if "box" in facts else None  # that the box is for
-    picture = open_image(question.image, size)
-    return replace(chat, chosen=question.workflow, images=[picture]).prompt(question.text)
-
-
-def answer_batch(chat: Chat, prompts: list[Prompt], workflow: str, max_tokens: int) -> list[str]:
-    """A greedy answer to each prompt, as if it were the only one."""
-    shown = [pixels for _, pixels in prompts if pixels is not None]
-    answers = generate(
-        chat.model, [ids for ids, _ in prompts], torch.cat(shown) if shown else None, workflow,
-        max_tokens, chat.tokenizer.stop_ids)
-    return [chat.tokenizer.decode(ids) for ids in answers]
+    size = (question["width"], question["height"]) if "box" in question else None
+    picture = open_image(question["image"], size)  # size: that the box is for
+    chat = replace(chat, chosen=question["workflow"], images=[picture])
+    return chat.prompt(question["prompt"])
 
 
 def ask(
-    chat: Chat, questions: list[Question], batch: int,
-    make_prompt: Callable[[Chat, Question], Prompt] = picture_prompt,
-) -> list[str | None]:
-    """The answer to each question, in their order; stderr shows how many there are so far.
+    chat: Chat, questions: list[Record], batch: int,
+    make_prompt: Callable[[Chat, Record], Prompt] = picture_prompt,
+) -> dict[int, str]:
+    """The greedy answer to each question, by its place, as if it were the only one.
 
-    Where `make_prompt` raises ValueError the answer is None, and stderr says why. A batch holds
-    questions of similar length: little of it is padding. Long ones come first: what needs too much
-    memory fails at once.
+    Where `make_prompt` raises ValueError there is none, and stderr says why. A batch has questions
+    of similar length: little of it is padding. Long ones come first: what needs too much memory
+    fails at once.
     """
-    answers, done, groups = [None] * len(questions), 0, defaultdict(list)
-    for number, question in enumerate(questions):
-        groups[question.workflow, question.max_tokens].append(number)
-    for (workflow, max_tokens), numbers in groups.items():
-        numbers.sort(key=lambda n: -len(questions[n].text))
-        for first in range(0, len(numbers), batch):
+    answers = {}
+
+    def kind(n: int) -> tuple[str, int]:  # what the questions of a batch have in common
+        return questions[n]["workflow"], questions[n]["max_tokens"]
+
+    order = sorted(range(len(questions)), key=lambda n: (kind(n), -len(questions[n]["prompt"])))
+    for (workflow, max_tokens), numbers in groupby(order, kind):
+        while some := list(islice(numbers, batch)):
             prompts = {}
-            for n in numbers[first : first + batch]:
+            for n in some:
                 try:
                     prompts[n] = make_prompt(chat, questions[n])
                 except ValueError as error:
-                    print(f"\rskipped {questions[n].key}: {error}", file=sys.stderr)
+                    print(f"\rskipped {questions[n]['key']}: {error}", file=sys.stderr)
             if not prompts:
                 continue
-            said = answer_batch(chat, list(prompts.values()), workflow, max_tokens)
-            for n, answer in zip(prompts, said, strict=True):
-                for stop in filter(None, questions[n].until):
-                    answer = answer.split(stop)[0]
-                answers[n] = answer
-            done += len(prompts)
-            print(f"\r{done} of {len(questions)} questions answered", end="", file=sys.stderr,
-                  flush=True)
+            rows, pixels = zip(*prompts.values(), strict=True)
+            pixels = [each for each in pixels if each is not None]
+            said = generate(chat.model, list(rows), torch.cat(pixels) if pixels else None, workflow,
+                            max_tokens, chat.tokenizer.stop_ids)
+            answers |= zip(prompts, map(chat.tokenizer.decode, said), strict=True)
+            print(f"\r{len(answers)} of {len(questions)} questions answered", end="",
+                  file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return answers
 
 
-def task_question(text: str, settings: dict, workflow: str, image=None) -> Question:
-    """The question of a request of lm-eval or lmms-eval. ValueError where it wants sampling.
+class GreedyModel:
+    """What the model classes for lm-eval and lmms-eval share. They add `prompt`, for `ask`."""
 
-    image: what the `make_prompt` of `ask` opens.
+    def __init__(self, chat: Chat, batch: int):
+        super().__init__()
+        self.chat, self.batch = chat, batch
+
+    def workflow_of(self, request) -> str:
+        """The workflow that answers a request."""
+        return self.chat.workflow
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers, cut ahead of the first of their stop texts. ValueError for sampling."""
+        questions = []
+        for request in requests:
+            text, settings = request.args[:2]
+            if settings.get("do_sample") and settings.get("temperature", 1) != 0:
+                raise ValueError("a task wants sampling: only greedy answers are supported")
+            length = settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256
+            questions.append({"workflow": self.workflow_of(request), "max_tokens": length,
+                              "prompt": text, "request": request})
+        answers = ask(self.chat, questions, self.batch, self.prompt)
+        for n, request in enumerate(requests):
+            until = request.args[1].get("until") or []
+            for stop in filter(None, [until] if isinstance(until, str) else until):
+                answers[n] = answers[n].split(stop)[0]
+        return [answers[n] for n in range(len(requests))]
+
+
+def ask_on_all_ranks(
+    args: argparse.Namespace, questions: list[Record], ranks: Ranks
+) -> list[Record]:
+    """The questions with their answers; a rank asks its share, every rank gets all.
+
+    Left out are questions that the model has no adaptor for, and those that `ask` skips.
     """
-    if settings.get("do_sample") and settings.get("temperature", 1) != 0:
-        raise ValueError("a task wants sampling: only greedy answers are supported")
-    until = settings.get("until") or []
-    length = settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256
-    return Question("", text, image, length, workflow,
-                    until=[until] if isinstance(until, str) else until)
-
-
-def percent(flags: Iterable[bool]) -> float:
-    """The share of true ones, 0 to 100; of one flag at least."""
-    flags = list(flags)
-    return 100 * sum(flags) / len(flags)
+    there = Index.read(args.model).adaptors
+    asked = [question for question in questions if question["workflow"] in there]
+    chat = load(args, list({question["workflow"] for question in asked}))
+    first, end = (len(asked) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+    share = asked[first:end]
+    said = ask(chat, share, args.batch)
+    parts = [[share[n] | {"answer": said[n].strip()} for n in sorted(said)]]
+    if ranks.world > 1:
+        own, parts = parts[0], [None] * ranks.world
+        dist.all_gather_object(parts, own)
+    records = [record for part in parts for record in part]
+    if not records:
+        raise ValueError(f"none of {len(questions)} questions could be asked: no picture can be "
+                         f"read, or none of the model's adaptors {[*there]} is for them")
+    return records
 
 
 def report(folder: Path, title: str, records: list[Record], table: Table, form: str = ".1f"):
@@ -163,10 +185,10 @@ def report(folder: Path, title: str, records: list[Record], table: Table, form: 
 def print_table(title: str, table: Table, form: str = ".1f") -> None:
     """Print rows by name; columns in the order in which they first come; floats in `form`."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    first = max(len(name) for name in (title, *table))
+    first = max(map(len, (title, *table)))
     print(f"\n{title:<{first}}" + "".join(f"  {column:>8}" for column in columns))
     for name, row in table.items():
-        cells = [f"{value:{form}}" if isinstance(value, float) else str(value)
-                 for value in (row.get(column, "") for column in columns)]
-        print(f"{name:<{first}}" + "".join(f"  {cell:>{max(8, len(column))}}"
-                                           for cell, column in zip(cells, columns, strict=True)))
+        cells = [f"{row[c]:{form}}" if isinstance(row.get(c), float) else str(row.get(c, ""))
+                 for c in columns]
+        print(f"{name:<{first}}" + "".join(f"  {cell:>{max(8, len(c))}}"
+                                           for cell, c in zip(cells, columns, strict=True)))

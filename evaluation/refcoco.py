@@ -8,15 +8,15 @@ import ast
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 from data import GROUNDING_PROMPT, TAG, check_row, iou, padded_square, path_below
-from evaluation.answers import Question, Record, Table, percent, read_lines
+from evaluation.answers import Record, Table, read_lines
 
-MAX_TOKENS = 128  # of an answer
 OFFICIAL_NAME = re.compile(r"REC_(refcoco[+g]?)_[a-z]+_(val|testA|testB|test)")
 
 
-def read(data: Path, images: Path | None) -> list[Question]:
+def read(data: Path, images: Path | None) -> list[Record]:
     """The expressions of a JSONL file, or of all in a folder; images: the root of the pictures."""
     if images is None:
         raise ValueError("refcoco: --images FOLDER is needed, the root of the pictures")
@@ -27,7 +27,7 @@ def read(data: Path, images: Path | None) -> list[Question]:
         path, lambda row, number, path=path: [make_question(row, path.stem, number, images)])]
 
 
-def make_question(row: dict, stem: str, number: int, images: Path) -> Question:
+def make_question(row: dict, stem: str, number: int, images: Path) -> Record:
     """A row of either form, of line `number` in the file named `stem`.
 
     The official prompt has no full stop at its end, though training rows may have one.
@@ -46,8 +46,9 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Question:
     x1, y1, x2, y2 = box
     if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1) or max(box) <= 1:
         raise ValueError(f"box {box} is not x1, y1, x2, y2 in pixels of {width} x {height}")
-    facts = {"set": f"{name} {split}".strip(), "box": box, "width": width, "height": height}
-    return Question(key, text, path_below(images, picture), MAX_TOKENS, "grounding", facts)
+    return {"key": key, "workflow": "grounding", "max_tokens": 128,
+            "image": path_below(images, picture), "prompt": text, "set": f"{name} {split}".strip(),
+            "box": box, "width": width, "height": height}
 
 
 def official_hit(record: Record) -> bool:
@@ -74,4 +75,5 @@ def score(records: list[Record]) -> Table:
     hits = defaultdict(list)
     for record in records:
         hits[record["set"]].append(official_hit(record))
-    return {name: {"official": percent(flags), "asked": len(flags)} for name, flags in hits.items()}
+    return {name: {"official": 100 * fmean(flags), "asked": len(flags)}
+            for name, flags in hits.items()}

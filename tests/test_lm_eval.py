@@ -54,7 +54,7 @@ def test_likelihoods(lm):
         context = list(before.encode()) or [lm.eot_token_id]
         ids = torch.tensor([context + list(after.encode())])
         with torch.no_grad():
-            log_probs = lm.model.logits(lm.model(ids))[0].log_softmax(-1)
+            log_probs = lm.chat.model.logits(lm.chat.model(ids))[0].log_softmax(-1)
         places = range(len(context) - 1, ids.shape[1] - 1)
         expected = sum(log_probs[i, ids[0, i + 1]].item() for i in places)
         assert total == pytest.approx(expected, abs=1e-4)
@@ -72,10 +72,10 @@ def test_answers_are_cut(lm):
         return lm.generate_until(requests("generate_until", *((text, settings) for text in texts)))
 
     free = asked([])
-    assert free == [lm.words.decode(generate(lm.model, [list(text.encode())], max_tokens=12,
+    assert free == [lm.words.decode(generate(lm.chat.model, [list(text.encode())], max_tokens=12,
                                              stop=lm.words.stop_ids)[0]) for text in texts]
     stop = free[0][1]
-    assert asked([stop]) == [text.split(stop)[0] for text in free]
+    assert asked(stop) == asked([stop]) == [text.split(stop)[0] for text in free]
     with pytest.raises(ValueError, match="greedy"):
         lm.generate_until(requests("generate_until", ("x", {"do_sample": True, "temperature": 1})))
 
@@ -92,18 +92,14 @@ def test_the_chat_form_is_the_models_own(lm):
     assert lm.tok_encode(text) == ids + list(b"See")
 
 
-def share_of_right_answers(lm, rows) -> float:
-    """How often the likelier choice is the right one, by the model alone."""
-    found = []
-    for row in rows:
-        prompt = lm.apply_chat_template([
-            {"role": "system", "content": "You are a helpful AI assistant named SmolLM, "
-                                          "trained by Hugging Face"},
-            {"role": "user", "content": row["question"]}])
-        pairs = [(prompt, choice) for choice in row["choices"]]
-        scores = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-        found.append(max((0, 1), key=lambda i: scores[i][0]) == row["answer"])
-    return sum(found) / len(found)
+def is_right(lm, row) -> bool:
+    """Whether the likelier choice is the right one, by the model alone."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    prompt = lm.apply_chat_template([{"role": "system", "content": system},
+                                     {"role": "user", "content": row["question"]}])
+    pairs = [(prompt, choice) for choice in row["choices"]]
+    scores = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    return (scores[1][0] > scores[0][0]) == row["answer"]
 
 
 def test_the_command(lm, tmp_path, capsys):
@@ -111,6 +107,7 @@ def test_the_command(lm, tmp_path, capsys):
     rows = {"sums": [{"question": f"{i} + 1?", "choices": [str(i + 1), "no"], "answer": i % 2}
                      for i in range(6)]}
     rows["more"] = [row | {"answer": 0} for row in rows["sums"][:2]]
+    right = {name: [is_right(lm, row) for row in lines] for name, lines in rows.items()}
     for name, lines in rows.items():
         data = tmp_path / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -124,8 +121,8 @@ def test_the_command(lm, tmp_path, capsys):
     assert len(answers) == 6 and {"doc", "resps"} <= json.loads(answers[0]).keys()
     scores = {name: json.loads((saved / name / "scores.json").read_text())[name]["acc"]
               for name in ("sums", "both")}
-    assert scores == pytest.approx({"sums": share_of_right_answers(lm, rows["sums"]),
-                                    "both": share_of_right_answers(lm, sum(rows.values(), []))})
+    assert scores == pytest.approx({"sums": sum(right["sums"]) / 6,
+                                    "both": sum(right["sums"] + right["more"]) / 8})
     for tasks, message in ((["sums", "nothing"], "no task or group 'nothing'"),
                            (["humaneval"], "--allow-code-execution")):  # before anything is asked
         with pytest.raises(SystemExit, match=message):

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from evaluation import __main__ as evaluation
-from evaluation.answers import answer_batch
 from sample import Chat
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: requirements/lmms-eval.txt")
@@ -59,10 +58,10 @@ def test_a_task_of_our_own(tmp_path, tiny_run, capsys, monkeypatch):
             image.save(path)
         question = f"question {colour}?"
         workflow = "mm" if image else "text"
-        prompt = replace(chat, chosen=workflow, images=[image] if image else []).prompt(question)
-        answer, = answer_batch(chat, [prompt], workflow, 6)
+        alone = replace(chat, chosen=workflow, images=[image] if image else [], max_tokens=6)
+        alone = alone.ask(question)
         rows.append({"question": question, "picture": path if image else "",
-                     "answer": answer.strip()})
+                     "answer": alone.answer})
     rows[2]["answer"] = "something else"
     data = tmp_path / "shapes.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
