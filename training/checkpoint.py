@@ -1,13 +1,22 @@
-"""Checkpoints of a stage: each rank writes a shard, then rank 0 writes a manifest.
+"""Who saves what when, and how a run resumes.
+
+While a stage runs, every `save_every` steps and at SIGTERM, its ranks save a checkpoint:
 
     step-000100/rank-0-of-2.safetensors    "weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": slices
     step-000100/rank-1-of-2.safetensors    of flattened tensors; rank 1's follow rank 0's
     step-000100/state.json                 the manifest: step, updates, settings, checksums
 
-A checkpoint is complete once its manifest is there. A folder without one was left by a killed run,
-and is removed. A rank that resumes reads the slices that it needs from all shards, so the number of
-ranks and the ZeRO stage may change in between. On several machines `out` must be a shared folder.
-Checksums are CRC-32. To save or resume, the ranks together read every shard once for them.
+Each rank writes the shard that it owns: fp32 masters and AdamW's moments. Rank 0 then writes the
+manifest, which makes the checkpoint complete. The newest two are kept. Nothing is saved of the data
+and of random states: both follow from the seed and the step. At the stage's end rank 0 writes the
+finished `adaptor/` (train.py), and the checkpoints go.
+
+The same command resumes: finished stages are passed over, the stage with checkpoints goes on from
+the newest intact one. Before, its settings are compared with those of now. A rank reads the slices
+that it needs from all shards, so the number of ranks and the ZeRO stage may change in between. The
+log is cut back to that step, the sampler starts at it. A folder without a manifest was left by a
+killed run, and is removed. On several machines `out` must be a shared folder. Checksums are CRC-32.
+To save or resume, the ranks together read every shard once for them.
 """
 
 import json
@@ -59,11 +68,6 @@ def checksums(shards: list[Path], ranks: Ranks) -> list[int]:
     return [int(ranks.sum(crc)) for crc in mine]
 
 
-def seal(manifest: dict) -> int:
-    """The CRC-32 of a manifest's values, as they are and as JSON gives them back."""
-    return zlib.crc32(json.dumps(manifest).encode())
-
-
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """A master weight and its two moments; before the first update it has none."""
     values = optimizer.state.get(master, {})
@@ -98,7 +102,9 @@ def save_state(
         counts = [int(values["step"]) for values in optimizer.state.values()]
         manifest = {"step": step, "updates": max(counts, default=0), "shards": written,
                     "settings": settings}
-        write_json(new / MANIFEST, manifest | {"crc32": seal(manifest)})
+        # `json.dumps` writes the same of what `read_json` gives back.
+        manifest["crc32"] = zlib.crc32(json.dumps(manifest).encode())
+        write_json(new / MANIFEST, manifest)
         remove_checkpoints(list_checkpoints(folder)[:-2])
 
 
@@ -125,8 +131,10 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
 def read_manifest(folder: Path, ranks: Ranks) -> dict:
     """A checkpoint's manifest. Raises ValueError, on all ranks, where a byte is not as written."""
     path = folder / MANIFEST
-    manifest = read_json(path, "settings", step=int, updates=int, shards=list[int], crc32=int)
-    if manifest.pop("crc32") != seal(manifest) or manifest["step"] != int(folder.name[5:]):
+    manifest = read_json(path, settings=dict, step=int, updates=int, shards=list[int], crc32=int)
+    crc32 = manifest.pop("crc32")
+    if crc32 != zlib.crc32(json.dumps(manifest).encode()) or manifest["step"] != int(
+            folder.name[5:]):
         raise ValueError(f"{path} is not as it was written")
     shards = shard_paths(folder, len(manifest["shards"]))
     pairs = zip(shards, manifest["shards"], checksums(shards, ranks), strict=True)
