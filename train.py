@@ -32,21 +32,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip import Clip, ClipConfig, open_image, preprocess
+from clip import Clip, open_image, preprocess
 from common import files
 from common.device import DTYPES, Ranks, choose_dtype
-from data import Batch, JsonlDataset, Sampler, fingerprint, loader
+from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
-from llama import Llama, LlamaConfig, set_recompute
+from llama import Llama, set_recompute
 from tokenization.tokenizer import Tokenizer
 from training import checkpoint
+from training.checkpoint import adaptor_folder, settings_of, source_folder
 from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
 SIGTERM = threading.Event()  # set by that signal: finish the step, save, leave
 MAX_BAD_STEPS = 10  # steps in a row that are not finite; then the run stops
-SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its stages depend on
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
@@ -192,19 +192,21 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
     return batches
 
 
-def next_batches(stream: Iterator[Batch], number: int, ranks: Ranks) -> list[Batch]:
+def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
     """The next micro-batches. ChildProcessError where a loader died, or gave none in time."""
+    # Without workers this process decodes, where an alarm would look like a broken picture.
+    limit_s = run.config.timeout_s if run.config.workers else 0
 
     def give_up(*_) -> None:
-        raise RuntimeError(f"the data loader gave no batch in {ranks.timeout_s} s")
+        raise RuntimeError(f"the data loader gave no batch in {limit_s} s")
 
     signal.signal(signal.SIGALRM, give_up)
     # A limit of torch's own would not cover a worker that freezes while it hands over a batch.
-    signal.alarm(ranks.timeout_s)
+    signal.alarm(limit_s)  # 0: none
     try:
         return [next(stream) for _ in range(number)]
     except RuntimeError as error:
-        raise ChildProcessError(f"{ranks.where_stopped}: {error}") from None
+        raise ChildProcessError(f"{run.ranks.where_stopped}: {error}") from None
     finally:
         signal.alarm(0)
         # Torch's handler would raise wherever this process is when a worker dies: next time here.
@@ -239,7 +241,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     for step in range(first, stage.steps):
         ranks.progress = f"stage {stage.name}, step {step + 1}"
         asked = time.perf_counter()
-        batches = next_batches(stream, mine, ranks)
+        batches = next_batches(run, stream, mine)
         wait = time.perf_counter() - asked  # where it is long, raise `workers`
         mean, norm, finite = train_step(state, batches + missing, optimizer, stage, step, ranks)
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
@@ -249,10 +251,11 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
             raise ValueError(f"{ranks.progress}: {bad_in_a_row} steps in a row were not finite; "
                              f"they changed nothing, what is saved in {folder} is intact")
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
-        if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
+        last = step + 1 == stage.steps
+        if held_out and (last or (step + 1) % stage.eval_every == 0):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
-        if step + 1 == stage.steps:
+        if last:
             break
         leave = ranks.sum(SIGTERM.is_set()) > 0  # all ranks in the same step
         # Not among steps that are skipped: their checkpoints would push out the last good ones.
@@ -270,36 +273,6 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
                  f"{log.flops / 1e15:.4f} PFLOP in all")
 
 
-def adaptor_folder(config: Config, stage: str) -> Path:
-    """Where the adaptor of a stage is, once it is finished."""
-    return Path(config.out, stage, "adaptor")
-
-
-def source_folder(config: Config, stage: StageConfig) -> Path | None:
-    """The adaptor that the stage starts from; None: the frozen model."""
-    names = ["none", *(s.name for s in config.stage)]
-    source = stage.start or names[names.index(stage.name) - 1]
-    return None if source == "none" else adaptor_folder(config, source)
-
-
-def settings_of(config: Config, stage: StageConfig) -> dict:
-    """What the stage's result depends on. "beginning": those of the stage it starts from."""
-    sizes, llama = files.read_frozen(LlamaConfig, config.llm)
-    _, clip = files.read_frozen(ClipConfig, config.vision)
-    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
-             **{checkpoint.DATA_FILE + path: how for path, how in fingerprint(
-                 path for path in stage.data if Path(path).is_file()).items()},
-             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
-             "base model": {"llama": llama, "clip": clip}}
-    source = source_folder(config, stage)
-    before = [s for s in config.stage if adaptor_folder(config, s.name) == source]
-    if source is not None and source.is_dir():  # as it was trained, whatever is configured now
-        found["beginning"] = files.read_json(source / "config.json", settings=dict)["settings"]
-    elif before:
-        found["beginning"] = settings_of(config, before[0])  # that stage is still to run
-    return found
-
-
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
     """FLOPs of each unfinished stage. Raises where a stage will not find what it needs.
 
@@ -310,7 +283,7 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
         folder, source = adaptor_folder(config, stage.name), source_folder(config, stage)
         ready.append(folder)
         if folder.is_dir():
-            was = files.read_json(folder / "config.json", settings=dict)["settings"]
+            was = checkpoint.finished_settings(folder)
             checkpoint.check_settings(folder.parent, was, settings_of(config, stage))
             continue
         for path in (*stage.data, *stage.held_out):
@@ -354,9 +327,9 @@ def write_index(config: Config) -> None:
 
 def train(config: Config, only: str | None) -> None:
     """Run the named stage, or all stages that are not finished."""
-    if only is not None and only not in [s.name for s in config.stage]:
-        raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
     stages = [stage for stage in config.stage if only in (None, stage.name)]
+    if not stages:
+        raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
     with Ranks(config.timeout_s) as ranks:
         config = with_dtype(config, ranks)
         flops = check_run(config, stages)
@@ -373,8 +346,7 @@ def train(config: Config, only: str | None) -> None:
                 run_stage(open_run(config, ranks, stage), stage, sum(flops.values()))
                 gc.collect()  # frees the model: its hooks form a cycle with it
             else:
-                ranks.print0(f"stage {stage.name}: finished before (remove {folder} to train it "
-                             "again)")
+                ranks.print0(f"stage {stage.name}: finished before (remove {folder} to redo it)")
             if ranks.rank == 0:  # for a finished one too: a kill may have come between
                 write_index(config)
                 # They are far larger than the adaptor.

@@ -22,6 +22,7 @@ To save or resume, the ranks together read every shard once for them.
 import json
 import zlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
 
@@ -31,12 +32,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip import ClipConfig
 from common.device import Ranks
-from common.files import flush, read_json, write_json, writing
+from common.files import flush, read_frozen, read_json, write_json, writing
+from data import fingerprint
+from llama import LlamaConfig
+from training.config import Config, StageConfig, adaptor_config
 from training.zero import DataParallel, ZeroSharded
 
 MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that a stage depends on
 DATA_FILE = "data file "  # how the settings begin that tell a data file's fingerprint
 # Settings that may change when a stage is resumed: the result is the same, up to rounding.
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
@@ -108,6 +114,40 @@ def save_state(
         remove_checkpoints(list_checkpoints(folder)[:-2])
 
 
+def adaptor_folder(config: Config, stage: str) -> Path:
+    """Where the adaptor of a stage is, once it is finished."""
+    return Path(config.out, stage, "adaptor")
+
+
+def source_folder(config: Config, stage: StageConfig) -> Path | None:
+    """The adaptor that the stage starts from; None: the frozen model."""
+    names = ["none", *(s.name for s in config.stage)]
+    source = stage.start or names[names.index(stage.name) - 1]
+    return None if source == "none" else adaptor_folder(config, source)
+
+
+def finished_settings(folder: Path) -> dict:
+    """The `settings_of` with which the adaptor in `folder` was trained."""
+    return read_json(folder / "config.json", settings=dict)["settings"]
+
+
+def settings_of(config: Config, stage: StageConfig) -> dict:
+    """What the stage's result depends on. "beginning": those of the stage it starts from."""
+    sizes, llama = read_frozen(LlamaConfig, config.llm)
+    data = fingerprint(path for path in stage.data if Path(path).is_file())
+    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
+             **{DATA_FILE + path: how for path, how in data.items()},
+             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
+             "base model": {"llama": llama, "clip": read_frozen(ClipConfig, config.vision)[1]}}
+    source = source_folder(config, stage)
+    before = [s for s in config.stage if adaptor_folder(config, s.name) == source]
+    if source is not None and source.is_dir():  # as it was trained, whatever is configured now
+        found["beginning"] = finished_settings(source)
+    elif before:
+        found["beginning"] = settings_of(config, before[0])  # that stage is still to run
+    return found
+
+
 def check_settings(folder: Path, was: dict, now: dict) -> None:
     """Raise ValueError naming the settings, `FREE` aside, that differ from those of `folder`.
 
@@ -115,7 +155,7 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
     """
 
     def differing(was, now) -> list[str]:
-        # Older folders do not tell of their data files.
+        # A data file of a finished stage may be gone; older folders do not tell of them.
         one_sided = {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
         keys = sorted({*was, *now} - {*FREE} - one_sided)
         pairs = {key: (was.get(key), now.get(key)) for key in keys}
