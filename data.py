@@ -331,27 +331,26 @@ def collate(items: list, pad_id: int) -> Batch:
 
 
 def loader(
-    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0, timeout_s: float = 0
+    dataset: JsonlDataset, batches: Iterable[list[int]], workers: int = 0
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Workers end with the iterator, and ignore SIGTERM. One that dies, or gives nothing for
-    timeout_s (0: no limit), is a RuntimeError "DataLoader ...".
+    Workers end with the iterator, and ignore SIGTERM. One that dies is a RuntimeError.
     """
     try:
         yield from DataLoader(
             dataset, batch_sampler=batches, num_workers=workers,
             collate_fn=lambda items: collate(items, dataset.tokenizer.pad_id),
-            timeout=timeout_s if workers else 0,
             worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
             generator=torch.Generator(),  # else torch seeds workers from the global random state
             multiprocessing_context="fork" if workers else None)  # the lambda cannot be pickled
     except (EOFError, ConnectionError):  # a worker died as it handed over a batch
         raise RuntimeError("DataLoader worker exited unexpectedly") from None
-    except (ValueError, OSError, RuntimeError) as error:  # keep the end of a worker's traceback
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         error.__traceback__ = None  # it holds torch's iterator in a cycle: no worker would end
-        kind = type(error)
-        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
+        kind = type(error)  # of its text, keep the end of a worker's traceback
+        text = str(error).rpartition(f"{kind.__name__}: ")[2].strip()
+        raise kind(text.rpartition("\n")[2]) from None
 
 
 # ---------------------------------------------------------------------------------- boxes

@@ -31,23 +31,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from clip import Clip, ClipConfig, open_image, preprocess
+from clip import Clip, open_image, preprocess
 from common import files
 from common.device import DTYPES, Ranks, choose_dtype
-from data import Batch, JsonlDataset, Sampler, fingerprint, loader
+from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
-from llama import Llama, LlamaConfig, set_recompute
+from llama import Llama, set_recompute
 from tokenization.tokenizer import Tokenizer
 from training import checkpoint
+from training.checkpoint import adaptor_folder, settings_of, source_folder
 from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Log, count, stage_flops
 from training.zero import DataParallel, ZeroSharded, build_state
 
 SIGTERM = threading.Event()  # set by that signal: finish the step, save, leave
 MAX_BAD_STEPS = 10  # steps in a row that are not finite; then the run stops
-SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its stages depend on
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
@@ -148,6 +147,12 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     adaptor.init_from_frozen(llama)  # what was trained before then replaces copies
     folder = source_folder(run.config, stage)
     if folder is not None:
+        was = read_adaptor_config(folder, run.model.base)["adaptor"]
+        for key in ("insertion", "structure"):  # the shapes alone would fit other places, too
+            if was.insertion and getattr(was, key) != getattr(settings, key):
+                raise ValueError(f"{folder} has {key} = {getattr(was, key)!r}, stage {stage.name} "
+                                 f"has {getattr(settings, key)!r}")
+        # A projector alone leaves the layers as the copies that they are.
         load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
     # "plain" has no question in it. Such an adaptor is asked in the LLM's own template.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
@@ -187,9 +192,30 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
     return batches
 
 
+def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
+    """The next micro-batches. ChildProcessError where a loader died, or gave none in time."""
+    # Without workers this process decodes, where an alarm would look like a broken picture.
+    limit_s = run.config.timeout_s if run.config.workers else 0
+
+    def give_up(*_) -> None:
+        raise RuntimeError(f"the data loader gave no batch in {limit_s} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    # A limit of torch's own would not cover a worker that freezes while it hands over a batch.
+    signal.alarm(limit_s)  # 0: none
+    try:
+        return [next(stream) for _ in range(number)]
+    except RuntimeError as error:
+        raise ChildProcessError(f"{run.ranks.where_stopped}: {error}") from None
+    finally:
+        signal.alarm(0)
+        # Torch's handler would raise wherever this process is when a worker dies: next time here.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     """Train one stage to its end and save its adaptor. later: FLOPs of later stages."""
-    ranks, config = run.ranks, run.config
+    ranks, config, began = run.ranks, run.config, time.perf_counter()
     folder = Path(config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
@@ -205,8 +231,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
     sampler = Sampler(dataset.lengths, stage.batch, config.seed)
-    stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers,
-                    config.timeout_s)
+    stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers)
     per_step = stage.batch // stage.micro_batch
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
     missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all ranks run as many
@@ -216,7 +241,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     for step in range(first, stage.steps):
         ranks.progress = f"stage {stage.name}, step {step + 1}"
         asked = time.perf_counter()
-        batches = [next(stream) for _ in range(mine)]
+        batches = next_batches(run, stream, mine)
         wait = time.perf_counter() - asked  # where it is long, raise `workers`
         mean, norm, finite = train_step(state, batches + missing, optimizer, stage, step, ranks)
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
@@ -226,10 +251,11 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
             raise ValueError(f"{ranks.progress}: {bad_in_a_row} steps in a row were not finite; "
                              f"they changed nothing, what is saved in {folder} is intact")
         values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
-        if held_out and ((step + 1) % stage.eval_every == 0 or step + 1 == stage.steps):
+        last = step + 1 == stage.steps
+        if held_out and (last or (step + 1) % stage.eval_every == 0):
             values["held_out"] = held_out_loss(state, held_out)
         log.step(step, values, batches, wait)
-        if step + 1 == stage.steps:
+        if last:
             break
         leave = ranks.sum(SIGTERM.is_set()) > 0  # all ranks in the same step
         # Not among steps that are skipped: their checkpoints would push out the last good ones.
@@ -243,93 +269,46 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
             with files.new_folder(adaptor_folder(config, stage.name)) as new:
                 adaptor.save(new, run.model.base, settings, run.model.llama.stored_dtype)
     ranks.barrier()  # the next stage reads what rank 0 has written
-    ranks.print0(f"stage {stage.name}: {log.flops / 1e15:.4f} PFLOP in all")
-
-
-def adaptor_folder(config: Config, stage: str) -> Path:
-    """Where the adaptor of a stage is, once it is finished."""
-    return Path(config.out, stage, "adaptor")
-
-
-def source_folder(config: Config, stage: StageConfig) -> Path | None:
-    """The adaptor that the stage starts from; None: the frozen model."""
-    names = ["none", *(s.name for s in config.stage)]
-    source = stage.start or names[names.index(stage.name) - 1]
-    return None if source == "none" else adaptor_folder(config, source)
-
-
-def finished_settings(folder: Path) -> dict:
-    """The `settings_of` with which the adaptor in `folder` was trained."""
-    return files.read_json(folder / "config.json", "settings")["settings"]
-
-
-def settings_of(config: Config, stage: StageConfig) -> dict:
-    """What the stage's result depends on. "beginning": those of the stage it starts from."""
-    sizes, llama = files.read_frozen(LlamaConfig, config.llm)
-    _, clip = files.read_frozen(ClipConfig, config.vision)
-    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
-             **{checkpoint.DATA_FILE + path: how for path, how in fingerprint(
-                 path for path in stage.data if Path(path).is_file()).items()},
-             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
-             "base model": {"llama": llama, "clip": clip}}
-    source = source_folder(config, stage)
-    before = next((s for s in config.stage if adaptor_folder(config, s.name) == source), None)
-    if source is not None and source.is_dir():
-        found["beginning"] = finished_settings(source)
-    elif before is not None:
-        found["beginning"] = settings_of(config, before)  # that stage is still to run
-    return found
+    ranks.print0(f"stage {stage.name}: done in {(time.perf_counter() - began) / 60:.1f} min, "
+                 f"{log.flops / 1e15:.4f} PFLOP in all")
 
 
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
-    """FLOPs of each unfinished stage. Raises where a stage will not find what it needs."""
+    """FLOPs of each unfinished stage. Raises where a stage will not find what it needs.
+
+    Of a finished stage, settings and those data files that are still there must be the same.
+    """
     flops, ready = {}, []
     for stage in stages:
         folder, source = adaptor_folder(config, stage.name), source_folder(config, stage)
-        finished = folder.is_dir()
-        for path in stage.data if finished else (*stage.data, *stage.held_out):
+        ready.append(folder)
+        if folder.is_dir():
+            was = checkpoint.finished_settings(folder)
+            checkpoint.check_settings(folder.parent, was, settings_of(config, stage))
+            continue
+        for path in (*stage.data, *stage.held_out):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such data file")
-        now = settings_of(config, stage)
-        ready.append(folder)
-        if finished:  # with the same settings?
-            checkpoint.check_settings(folder.parent, finished_settings(folder), now)
-            continue
-        if source is not None and source.is_dir():
-            check_source(source, stage, now)
-        elif source not in (None, *ready):
+        if source not in (None, *ready) and not source.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
                              f"which is not finished in {config.out}")
         flops[stage.name] = stage_flops(config, stage)  # raises for layers, templates that misfit
     return flops
 
 
-def check_source(folder: Path, stage: StageConfig, now: dict) -> None:
-    """Raise ValueError where the finished adaptor in `folder` is not what `stage` can start from.
-
-    now: the stage's `settings_of`.
-    """
-    was = read_adaptor_config(folder, now["base model"])["adaptor"]
-    same = "insertion", "structure"  # the shapes alone would fit others, too
-    if was.insertion and any(getattr(was, k) != now["adaptor's configuration"][k] for k in same):
-        raise ValueError(f"{folder} has structure {was.structure} after layers "
-                         f"{list(was.insertion)}, stage {stage.name} another")
-
-
 def with_dtype(config: Config, ranks: Ranks) -> Config:
     """The configuration with its dtype chosen: "auto" is the run's own, else the faster one."""
-    path, names = Path(config.out, "config.json"), list(DTYPES)
-    chosen = 0
-    if ranks.rank == 0:  # rank 0 times the products and chooses
-        name, why = choose_dtype(config.dtype, ranks.device)
-        begun = files.read_json(path).get("dtype") if path.is_file() else None
-        if config.dtype == "auto" and begun in DTYPES and begun != name:
-            print(f"warning: {config.out} was begun in {begun} and goes on in it, though {name} "
-                  f"is faster here ({why})", file=sys.stderr, flush=True)
-            name, why = begun, "the run was begun in it"
-        print(f"computing in {name} on {ranks.device.type}: {why}", flush=True)
-        chosen = names.index(name)
-    return replace(config, dtype=names[int(ranks.sum(chosen))])  # all ranks take it: others add 0
+    name, why = choose_dtype(config.dtype, ranks.device)
+    path = Path(config.out, "config.json")
+    begun = files.read_json(path).get("dtype") if path.is_file() else None
+    if config.dtype == "auto" and begun in DTYPES and begun != name:
+        ranks.print0(f"warning: {config.out} was begun in {begun} and goes on in it, though {name} "
+                     f"is faster here ({why})")
+        name, why = begun, "the run was begun in it"  # another dtype would end with other bits
+    if ranks.sum(name == "fp32"):  # where ranks have timed otherwise, all take the one that runs
+        name = "fp32"
+    ranks.print0(f"computing in {name} on {ranks.device.type}: {why}")
+    return replace(config, dtype=name)
 
 
 def write_index(config: Config) -> None:
@@ -348,9 +327,9 @@ def write_index(config: Config) -> None:
 
 def train(config: Config, only: str | None) -> None:
     """Run the named stage, or all stages that are not finished."""
-    if only is not None and only not in [s.name for s in config.stage]:
-        raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
     stages = [stage for stage in config.stage if only in (None, stage.name)]
+    if not stages:
+        raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
     with Ranks(config.timeout_s) as ranks:
         config = with_dtype(config, ranks)
         flops = check_run(config, stages)
@@ -361,22 +340,19 @@ def train(config: Config, only: str | None) -> None:
             files.write_json(Path(config.out, "config.json"), asdict(config))
         ranks.barrier()  # every rank has read the folders
         for stage in stages:
-            began = time.perf_counter()
             folder = Path(config.out, stage.name)
-            took = f"finished before (remove {folder} to train it again)"
             if stage.name in flops:
                 del flops[stage.name]
                 run_stage(open_run(config, ranks, stage), stage, sum(flops.values()))
                 gc.collect()  # frees the model: its hooks form a cycle with it
-                took = f"done in {(time.perf_counter() - began) / 60:.1f} min"
+            else:
+                ranks.print0(f"stage {stage.name}: finished before (remove {folder} to redo it)")
             if ranks.rank == 0:  # for a finished one too: a kill may have come between
                 write_index(config)
                 # They are far larger than the adaptor.
                 checkpoint.remove_checkpoints(checkpoint.list_checkpoints(folder))
-            ranks.print0(f"stage {stage.name}: {took}")
 
 
-@record
 @files.one_line("train.py", "the same command goes on from the last checkpoint")
 def main() -> None:
     """Command line."""

@@ -11,15 +11,13 @@ which rank is lost. Each rank tells the others through torch's store, once a sec
 
 import contextlib
 import functools
-import itertools
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 
 import torch
 import torch.distributed as dist
@@ -38,9 +36,7 @@ def choose_device(name: str | None = None) -> torch.device:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        return device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         first = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({first})") from None
@@ -81,42 +77,25 @@ def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
         raise ValueError(f"dtype {name!r}: one of {', '.join(CHOICES)}")
     if name == "auto":
         return fast_dtype(device)
-    works = [known for known, dtype in DTYPES.items() if can_compute(dtype, device)]
-    if name not in works:
-        raise ValueError(f"the device {device} cannot compute in {name}: "
-                         f"choose {' or '.join(works)}")
+    try:
+        a = torch.ones(2, 2, dtype=DTYPES[name], device=device)
+        a @ a
+    except (RuntimeError, TypeError):  # every device has fp32, an old Mac no bf16
+        raise ValueError(f"the device {device} cannot compute in {name}: choose fp32") from None
     return name, "as asked"
 
 
-def can_compute(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a matrix product in `dtype` runs on `device`."""
-    try:
-        a = torch.ones(2, 2, dtype=dtype, device=device)
-        return bool((a @ a).sum() == 8)
-    except (RuntimeError, TypeError):
-        return False
-
-
 def within(seconds: float, function: Callable):
-    """function(), in a thread. TimeoutError after `seconds`: some waits on a store have no limit.
-    """
-    result = Future()
-
-    def call() -> None:
-        try:
-            result.set_result(function())
-        except Exception as error:  # for the caller, whose thread raises it
-            result.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return result.result(seconds)
+    """function(), in a thread. Raises multiprocessing.TimeoutError after `seconds`."""
+    with ThreadPool(1) as pool:  # at its end it does not wait for the thread
+        return pool.apply_async(function).get(seconds)
 
 
 class Ranks:
     """A context that joins the group and leaves it. Attributes: rank, world, device, progress.
 
     timeout_s: how long a collective waits for the other ranks. backend: "" for that of the device.
-    Raises ValueError where there are more processes than GPUs.
+    Raises ValueError where there are more processes than GPUs, ConnectionError for a lost rank.
     """
 
     def __init__(self, timeout_s: float, backend: str = ""):
@@ -131,6 +110,11 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self.backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
 
+    @property
+    def where_stopped(self) -> str:
+        """The beginning of the line that a rank ends with."""
+        return f"rank {self.rank} of {self.world} stopped in {self.progress}"
+
     def join(self) -> None:
         """Join the group. The store keeps what ranks tell each other beside the collectives."""
         limit = timedelta(seconds=self.timeout_s)
@@ -143,8 +127,8 @@ class Ranks:
     def beat(self) -> None:
         """In a thread: tell the others once a second that this rank lives, also as it computes."""
         with contextlib.suppress(RuntimeError):  # the rank that keeps the store has left
-            for number in itertools.count(1):
-                self.store.set(f"beat {self.rank}", str(number))
+            while True:
+                self.store.set(f"beat {self.rank}", str(time.monotonic()))
                 time.sleep(1)
 
     def find_lost(self) -> str:
@@ -159,38 +143,31 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         if self.world > 1:
-            try:
+            try:  # a store whose machine is frozen is awaited without limit
                 within(self.timeout_s + SILENT_S, self.join)
-            except (RuntimeError, TimeoutError) as error:
+            except (RuntimeError, multiprocessing.TimeoutError) as error:
                 raise ConnectionError(f"rank {self.rank} of {self.world}: the ranks did not find "
                                       f"each other in {self.timeout_s} s ({error})") from error
             threading.Thread(target=self.beat, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is None:
-            if self.world > 1:
-                dist.destroy_process_group()
-            return
-        # torch's handler would raise in this process, wherever it is, as its loaders end.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for loader in multiprocessing.active_children():
+        for loader in multiprocessing.active_children():  # Python would wait for a frozen one
             loader.kill()
-        if self.world > 1:
-            with contextlib.suppress(RuntimeError):  # no store any more
-                self.store.set(f"left {self.rank}", "")
-        # A failed collective is a RuntimeError, and so is a data loader that died.
-        reason, lost = str(error).split("\n")[0], ""
-        loader = reason.startswith("DataLoader")
-        if not isinstance(error, RuntimeError) or self.world == 1 and not loader:
+        if self.world == 1:
             return
-        if not loader:
+        if error is None:
+            dist.destroy_process_group()
+            return
+        with contextlib.suppress(RuntimeError):  # no store any more
+            self.store.set(f"left {self.rank}", "")
+        if isinstance(error, RuntimeError):  # a collective failed
             try:
                 lost = within(3 * SILENT_S, self.find_lost)
-            except (RuntimeError, TimeoutError):
+            except (RuntimeError, multiprocessing.TimeoutError):
                 lost = "no sign of life from rank 0, or from its machine, which keeps the store; "
-        raise ConnectionError(f"rank {self.rank} of {self.world} stopped in {self.progress}: "
-                              f"{lost}{reason}") from error
+            reason = str(error).split("\n")[0]
+            raise ConnectionError(f"{self.where_stopped}: {lost}{reason}") from error
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks."""

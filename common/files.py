@@ -29,8 +29,9 @@ def one_line(program: str, after_stop: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"{program}: {error}".replace("\n", " "))  # libraries write several lines
+    except (ValueError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+        text = str(error) or "out of memory"  # a MemoryError may say nothing
+        sys.exit(f"{program}: {text}".replace("\n", " "))  # libraries write several lines
     except ModuleNotFoundError as error:
         sys.exit(f"{program}: {error}; the files in requirements/ say which packages it needs")
     except KeyboardInterrupt:
@@ -95,11 +96,10 @@ def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, *keys: str, **kinds) -> dict:
-    """The JSON object in a file. Raises FileNotFoundError, or ValueError naming the fault.
+def read_json(path: Path, **kinds) -> dict:
+    """The JSON object in a file. The names of `kinds` must be in it, with values of those types.
 
-    keys must be there. So must the names of `kinds`, each with a value of that type
-    (`parse_value`).
+    Raises FileNotFoundError, or ValueError naming the fault. kinds: as `parse_value` takes them.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -109,10 +109,11 @@ def read_json(path: Path, *keys: str, **kinds) -> dict:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected")
-    for key in (*keys, *kinds):
+    for key, kind in kinds.items():
         if key not in value:
             raise ValueError(f"{path}: {key!r} is missing")
-    return value | {key: parse_value(f"{path}: {key}", value[key], kinds[key]) for key in kinds}
+        value[key] = parse_value(f"{path}: {key}", value[key], kind)
+    return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -152,7 +153,7 @@ def read_frozen(kind: type, folder: str | Path) -> tuple:
     Raises FileNotFoundError, or ValueError naming the file.
     """
     path, wanted = Path(folder, "config.json"), kind.__name__.removesuffix("Config").lower()
-    meta = read_json(path, "config", kind=str, sha256=str)
+    meta = read_json(path, config=dict, kind=str, sha256=str)
     if meta["kind"] != wanted:
         raise ValueError(f"{path}: a model of kind {meta['kind']!r}, not {wanted!r}")
     config = parse_value(f"{path}: config", meta["config"], kind)
@@ -218,12 +219,12 @@ def parse_value(where: str, value, kind):
         origin, inner = typing.get_origin(option) or option, typing.get_args(option)
         if is_dataclass(option) and isinstance(value, dict):
             return parse_dataclass(option, value, where)
+        if type(value) is option:  # not isinstance: True is an int
+            return value
         if origin is dict and isinstance(value, dict):
             return {key: parse_value(f"{where}.{key}", v, inner[1]) for key, v in value.items()}
         if origin in (list, tuple) and isinstance(value, list | tuple):
             return origin(parse_value(f"{where}[{n}]", v, inner[0]) for n, v in enumerate(value))
-        if type(value) is option:  # not isinstance: True is an int
-            return value
         if option is float and type(value) is int:
             return float(value)
     wanted = kind.__name__ if isinstance(kind, type) else kind

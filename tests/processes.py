@@ -29,7 +29,7 @@ def work(rank: int, world: int, port: int, results, function: Callable, argument
     torch.set_num_threads(1)
     try:
         results.put((rank, function(*arguments)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         results.put((rank, error))
 
 

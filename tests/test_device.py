@@ -1,10 +1,13 @@
 """common/device.py: the device and the dtype that every command chooses, and what it refuses."""
 
+import time
+from multiprocessing import TimeoutError
+
 import pytest
 import torch
 
 from common import device
-from common.device import Ranks, can_compute, choose_device, choose_dtype
+from common.device import Ranks, choose_device, choose_dtype, within
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -17,40 +20,30 @@ def fresh():
     device.fast_dtype.cache_clear()
 
 
-@pytest.mark.parametrize(("seconds", "name", "why"), [
-    ((1.0, 3.0), "bf16", "takes 0.33 times as long"), ((200.0, 1.0), "fp32", "takes 2e+02 times")])
-def test_a_cpu_is_timed(monkeypatch, seconds, name, why):
-    """auto takes the dtype of the faster product, timed once; a name is taken at its word."""
+@pytest.mark.parametrize(("place", "seconds", "capability", "name", "why"), [
+    (CPU, (1.0, 3.0), None, "bf16", "takes 0.33 times as long as in fp32"),
+    (CPU, (200.0, 1.0), None, "fp32", "takes 2e+02 times as long as in fp32"),
+    (GPU, None, (7, 5), "fp32", "compute capability is 7.5, bf16 is fast from 8.0 on"),
+    (GPU, None, (8, 0), "bf16", "compute capability is 8.0, bf16 is fast from 8.0 on"),
+    (torch.device("mps"), None, None, "fp32", "bf16 was never tried on mps")])
+def test_the_faster_dtype(monkeypatch, place, seconds, capability, name, why):
+    """A CPU is timed, once; a GPU tells. A name is taken at its word."""
     timed = []
     monkeypatch.setattr(device, "time_products", lambda: timed.append(1) or seconds)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
     for _ in range(2):
-        chosen, reason = choose_dtype("auto", CPU)
+        chosen, reason = choose_dtype("auto", place)
         assert chosen == name and why in reason
-    assert len(timed) == 1
+    assert len(timed) == (place == CPU)
     assert [choose_dtype(asked, CPU)[0] for asked in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
-def test_products_are_timed():
-    """Both dtypes run here, in a time that nobody notices."""
-    bf16, fp32 = device.time_products()
-    assert 0 < bf16 < 60 and 0 < fp32 < 60
-
-
-@pytest.mark.parametrize(("capability", "name"), [((7, 5), "fp32"), ((8, 0), "bf16")])
-def test_a_gpu_is_asked(monkeypatch, capability, name):
-    """bf16 from compute capability 8.0 on; fp32 on other devices, where bf16 was never tried."""
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    chosen, why = choose_dtype("auto", GPU)
-    assert chosen == name and "compute capability is {}.{}".format(*capability) in why
-    assert choose_dtype("auto", torch.device("mps")) == ("fp32", "bf16 was never tried on mps")
-
-
 def test_what_a_device_cannot_do_is_one_line(monkeypatch):
-    """An unknown dtype or device, and a dtype that the device lacks: with those that it has."""
+    """An unknown dtype or device, and a dtype that the device lacks: with what is right."""
+    assert all(0 < seconds < 60 for seconds in device.time_products())  # both run here
     with pytest.raises(ValueError, match="^dtype 'fp16': one of auto, bf16, fp32$"):
         choose_dtype("fp16", CPU)
-    assert can_compute(torch.bfloat16, CPU) and not can_compute(torch.bits8, CPU)
-    monkeypatch.setattr(device, "can_compute", lambda dtype, device: dtype is torch.float32)
+    monkeypatch.setitem(device.DTYPES, "bf16", torch.bits8)  # no device computes in it
     with pytest.raises(ValueError, match="^the device cpu cannot compute in bf16: choose fp32$"):
         choose_dtype("bf16", CPU)
     for name in ("gpu", "cuda:99"):
@@ -62,23 +55,33 @@ def test_what_a_device_cannot_do_is_one_line(monkeypatch):
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [
     (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_the_first_device_that_there_is(monkeypatch, cuda, mps, chosen):
-    """cuda, else mps, else cpu; a name overrides."""
+    """cuda, else mps, else cpu; a name overrides. NCCL on a GPU, unless gloo is named."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
     assert choose_device().type == chosen and choose_device("cpu") == CPU
-
-
-def test_backends(monkeypatch):
-    """NCCL on a GPU; gloo where it is named, and its sums then stay on the processor."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    assert Ranks(60).backend == "nccl"
-    ranks, seen = Ranks(60, "gloo"), []
-    assert (ranks.backend, ranks.device.type) == ("gloo", "cuda")
+    ranks = Ranks(60)
+    assert (ranks.backend, ranks.device.type) == (("nccl", "cuda") if cuda else ("gloo", "cpu"))
+    if cuda:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(ValueError, match="process 2 on a machine with 1 GPUs"):
+            Ranks(60)
+
+
+def test_sums_of_gloo_stay_on_the_processor(monkeypatch):
+    """Also where the rank computes on a GPU: gloo sums there only."""
+    seen, ranks = [], Ranks(60, "gloo")
+    ranks.world, ranks.device = 2, GPU
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t: seen.append(t.device.type))
-    ranks.world = 2
     assert ranks.sum(1.5) == 1.5 and seen == ["cpu"]
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="process 2 on a machine with 1 GPUs"):
-        Ranks(60)
+
+
+def test_a_wait_without_limit_is_given_one():
+    """A function that hangs is given up; results and errors of others pass."""
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError):
+        within(0.1, lambda: time.sleep(5))
+    assert time.perf_counter() - start < 2 and within(9, lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        within(9, lambda: 1 / 0)

@@ -1,18 +1,28 @@
-"""Checkpoints of a stage: each rank writes a shard, then rank 0 writes a manifest.
+"""Who saves what when, and how a run resumes.
+
+While a stage runs, every `save_every` steps and at SIGTERM, its ranks save a checkpoint:
 
     step-000100/rank-0-of-2.safetensors    "weight.NAME", "exp_avg.NAME", "exp_avg_sq.NAME": slices
     step-000100/rank-1-of-2.safetensors    of flattened tensors; rank 1's follow rank 0's
     step-000100/state.json                 the manifest: step, updates, settings, checksums
 
-A checkpoint is complete once its manifest is there. A folder without one was left by a killed run,
-and is removed. A rank that resumes reads the slices that it needs from all shards, so the number of
-ranks and the ZeRO stage may change in between. On several machines `out` must be a shared folder.
-Checksums are CRC-32. To save or resume, the ranks together read every shard once for them.
+Each rank writes the shard that it owns: fp32 masters and AdamW's moments. Rank 0 then writes the
+manifest, which makes the checkpoint complete. The newest two are kept. Nothing is saved of the data
+and of random states: both follow from the seed and the step. At the stage's end rank 0 writes the
+finished `adaptor/` (train.py), and the checkpoints go.
+
+The same command resumes: finished stages are passed over, the stage with checkpoints goes on from
+the newest intact one. Before, its settings are compared with those of now. A rank reads the slices
+that it needs from all shards, so the number of ranks and the ZeRO stage may change in between. The
+log is cut back to that step, the sampler starts at it. A folder without a manifest was left by a
+killed run, and is removed. On several machines `out` must be a shared folder. Checksums are CRC-32.
+To save or resume, the ranks together read every shard once for them.
 """
 
 import json
 import zlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
 
@@ -22,12 +32,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip import ClipConfig
 from common.device import Ranks
-from common.files import flush, read_json, write_json, writing
+from common.files import flush, read_frozen, read_json, write_json, writing
+from data import fingerprint
+from llama import LlamaConfig
+from training.config import Config, StageConfig, adaptor_config
 from training.zero import DataParallel, ZeroSharded
 
 MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of the run that a stage depends on
 DATA_FILE = "data file "  # how the settings begin that tell a data file's fingerprint
 # Settings that may change when a stage is resumed: the result is the same, up to rounding.
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
@@ -57,11 +72,6 @@ def checksums(shards: list[Path], ranks: Ranks) -> list[int]:
             if number % ranks.world == ranks.rank and path.is_file() and path.stat().st_size else 0
             for number, path in enumerate(shards)]
     return [int(ranks.sum(crc)) for crc in mine]
-
-
-def seal(manifest: dict) -> int:
-    """The CRC-32 of a manifest's values, as they are and as JSON gives them back."""
-    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -98,8 +108,44 @@ def save_state(
         counts = [int(values["step"]) for values in optimizer.state.values()]
         manifest = {"step": step, "updates": max(counts, default=0), "shards": written,
                     "settings": settings}
-        write_json(new / MANIFEST, manifest | {"crc32": seal(manifest)})
+        # `json.dumps` writes the same of what `read_json` gives back.
+        manifest["crc32"] = zlib.crc32(json.dumps(manifest).encode())
+        write_json(new / MANIFEST, manifest)
         remove_checkpoints(list_checkpoints(folder)[:-2])
+
+
+def adaptor_folder(config: Config, stage: str) -> Path:
+    """Where the adaptor of a stage is, once it is finished."""
+    return Path(config.out, stage, "adaptor")
+
+
+def source_folder(config: Config, stage: StageConfig) -> Path | None:
+    """The adaptor that the stage starts from; None: the frozen model."""
+    names = ["none", *(s.name for s in config.stage)]
+    source = stage.start or names[names.index(stage.name) - 1]
+    return None if source == "none" else adaptor_folder(config, source)
+
+
+def finished_settings(folder: Path) -> dict:
+    """The `settings_of` with which the adaptor in `folder` was trained."""
+    return read_json(folder / "config.json", settings=dict)["settings"]
+
+
+def settings_of(config: Config, stage: StageConfig) -> dict:
+    """What the stage's result depends on. "beginning": those of the stage it starts from."""
+    sizes, llama = read_frozen(LlamaConfig, config.llm)
+    data = fingerprint(path for path in stage.data if Path(path).is_file())
+    found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
+             **{DATA_FILE + path: how for path, how in data.items()},
+             "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
+             "base model": {"llama": llama, "clip": read_frozen(ClipConfig, config.vision)[1]}}
+    source = source_folder(config, stage)
+    before = [s for s in config.stage if adaptor_folder(config, s.name) == source]
+    if source is not None and source.is_dir():  # as it was trained, whatever is configured now
+        found["beginning"] = finished_settings(source)
+    elif before:
+        found["beginning"] = settings_of(config, before[0])  # that stage is still to run
+    return found
 
 
 def check_settings(folder: Path, was: dict, now: dict) -> None:
@@ -109,7 +155,7 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
     """
 
     def differing(was, now) -> list[str]:
-        # Older folders do not tell of their data files.
+        # A data file of a finished stage may be gone; older folders do not tell of them.
         one_sided = {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
         keys = sorted({*was, *now} - {*FREE} - one_sided)
         pairs = {key: (was.get(key), now.get(key)) for key in keys}
@@ -125,8 +171,10 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
 def read_manifest(folder: Path, ranks: Ranks) -> dict:
     """A checkpoint's manifest. Raises ValueError, on all ranks, where a byte is not as written."""
     path = folder / MANIFEST
-    manifest = read_json(path, "settings", step=int, updates=int, shards=list[int], crc32=int)
-    if manifest.pop("crc32") != seal(manifest) or manifest["step"] != int(folder.name[5:]):
+    manifest = read_json(path, settings=dict, step=int, updates=int, shards=list[int], crc32=int)
+    crc32 = manifest.pop("crc32")
+    if crc32 != zlib.crc32(json.dumps(manifest).encode()) or manifest["step"] != int(
+            folder.name[5:]):
         raise ValueError(f"{path} is not as it was written")
     shards = shard_paths(folder, len(manifest["shards"]))
     pairs = zip(shards, manifest["shards"], checksums(shards, ranks), strict=True)

@@ -85,7 +85,7 @@ def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: 
 def memory_and_traffic(
     model: IAA, config: Config, stage: StageConfig, row: Row, world: int
 ) -> tuple[dict[str, int], int]:
-    """Bytes on a rank, by kind, and bytes that it sends in a step: the tables of zero.py.
+    """Bytes on a rank, by kind, and bytes that it sends in a step, as in docs/distributed.md.
 
     The gradient's norm and the number of tokens, a number each, are not in what is sent.
     """

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw loss and learning rate: RUN/curves.png.")
     parser.add_argument("run", type=Path, help="folder of the run: `out` of its configuration")
     run = parser.parse_args(argv).run
-    names = [stage["name"] for stage in read_json(run / "config.json", "stage")["stage"]]
+    names = [stage["name"] for stage in read_json(run / "config.json", stage=list)["stage"]]
     logs = {name: read_log(run / name / "log.jsonl") for name in names}
     stages = {name: rows for name, rows in logs.items() if rows}
     if not stages:

@@ -5,36 +5,22 @@ weight, AdamW's two moments, a gradient. Data-parallel ranks each hold all of it
 1910.02054) each of N ranks holds one N-th, its *shard*, and gathers the rest when a pass needs it.
 What is gathered together is a *unit*: a decoder layer, an embedding, a head, the vision tower.
 
-What a rank holds, in bytes, for P trained and F frozen weights. A weight takes c bytes in the
-compute dtype (2 in bf16, 4 in fp32), a gradient that is sent takes r (c, or 4 with `reduce_fp32`):
+Bytes on a rank, for P trained and F frozen weights of c bytes each in the compute dtype:
 
     stage                     weights   master   moments   gradients        frozen
     0  torch's DDP                 -        4P        8P   4P + 4P buckets  cF
-    1  optimizer in shards        cP      4P/N      8P/N   4P/N (or 4P*)    cF
+    1  optimizer in shards        cP      4P/N      8P/N   4P/N (or 4P)     cF
     2  gradients too              cP      4P/N      8P/N   4P/N             cF
     3  weights too                 -      4P/N      8P/N   4P/N             cF/N (or cF)
 
-Stage 0 computes with the masters. (*) With several micro-batches, stage 1 sums whole gradients in
-fp32 before it sends them. While a pass runs, stages 1 to 3 also hold the gradients of two units
-(one being filled, one being sent). Stage 3 also holds the weights of two units (one in use, one
-prefetched).
-
-What a rank sends in a step of A micro-batches, each term times (N - 1)/N:
-
-    0   8P                     all_reduce of gradients = reduce_scatter and all_gather
-    1   rP + cP                reduce_scatter of gradients, all_gather of updated weights
-    2   A rP + cP              the same, with a reduce_scatter for each micro-batch
-    3   A (rP + 2cP + 2cF)     all_gather for the forward and again for the backward pass
-
-The term 2cF counts only where frozen weights are sharded. The backward pass does not gather
-embeddings and the vision tower again; plan.py counts exactly.
+docs/distributed.md explains the table, has another for what is sent, and draws the timetable.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
 what a rank runs depends on its rows: without a picture it runs no projector. So no module starts a
 collective of its own. The timetable is a list of stops: a part of the model that runs, forward or
 backward, with its collectives. It follows from the model alone. Hooks on the modules call
 `advance_to(n)`, which runs all collectives up to stop n, also for parts that this rank does not
-use. docs/distributed.md draws it.
+use.
 """
 
 from collections.abc import Iterator
