@@ -36,9 +36,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from clip import Clip, ClipConfig, open_image, preprocess
 from common import files
 from common.device import DTYPES, Ranks, choose_dtype
+from common.int8 import Int8Linear
 from data import Batch, JsonlDataset, Sampler, fingerprint, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
-from llama import Llama, LlamaConfig, set_recompute
+from llama import Llama, LlamaConfig, exchange_matrices, set_recompute
 from tokenization.tokenizer import Tokenizer
 from training import checkpoint
 from training.config import Config, StageConfig, adaptor_config, read_config
@@ -47,7 +48,7 @@ from training.zero import DataParallel, ZeroSharded, build_state
 
 SIGTERM = threading.Event()  # set by that signal: finish the step, save, leave
 MAX_BAD_STEPS = 10  # steps in a row that are not finite; then the run stops
-SHARED = ("seed", "system", "max_tokens", "dtype")  # settings of a run that its stages depend on
+SHARED = ("seed", "system", "max_tokens", "dtype", "frozen_dtype")  # a stage depends on them
 
 
 def lr_at(step: int, stage: StageConfig) -> float:
@@ -194,6 +195,8 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
+    if config.frozen_dtype == "int8":  # behind the adaptor's copies: those are of what was frozen
+        exchange_matrices(run.model.llama, Int8Linear)
     set_recompute(run.model, config.recompute)  # activation checkpointing
     state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
                         stage.zero, ranks.world, ranks.device, config.shard_frozen,
@@ -211,7 +214,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
     missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all ranks run as many
     held_out = held_out_batches(run, stage)
-    log = Log(run.model, config.out, stage, ranks, first, later)
+    log = Log(run.model, config, stage, ranks, first, later)
     bad_in_a_row = 0
     for step in range(first, stage.steps):
         ranks.progress = f"stage {stage.name}, step {step + 1}"
