@@ -129,7 +129,7 @@ class Log:
     ):
         self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
         self.path = Path(config.out, stage.name, "log.jsonl")
-        self.printed, self.skipped, self.cut = 0.0, 0, 0
+        self.first, self.printed, self.skipped, self.cut = first, 0.0, 0, 0
         kept = [row for row in read_log(self.path) if row["step"] < first]
         self.flops = sum(row["flops"] for row in kept)
         if ranks.rank == 0:
@@ -142,7 +142,7 @@ class Log:
                 # purge_step: events of steps that run again are not shown.
                 self.events = SummaryWriter(self.path.parent, purge_step=first)
         self.clock = time.perf_counter()
-        self.began = self.clock, self.flops, first  # the time left goes by the rate since then
+        self.began = self.clock, self.flops, first  # the rate is that since then
 
     def step(self, step: int, values: dict, batches: list[Batch], wait_s: float) -> None:
         """Note a step. Tokens and FLOPs of all ranks are estimated from this rank's share."""
@@ -173,6 +173,9 @@ class Log:
                     self.events.add_scalar(key, row[key], step)
                 self.events.flush()  # a kill then loses no step that is behind a checkpoint
             self.show(step, row)
+        if step == self.first and step + 1 < self.stage.steps:
+            # The first step is a slow one: the time that is left goes by the others.
+            self.began = self.clock, self.flops, step + 1
 
     def show(self, step: int, row: dict) -> None:
         """The progress line: rewritten on a terminal, elsewhere printed every PRINT_S seconds."""
