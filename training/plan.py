@@ -13,7 +13,7 @@ what was measured. Bytes that autograd keeps of a decoder layer, for each token 
     attention              3c(H + K)E     q, k, v as a view of all three, output
     feed-forward           3cF            gate and up, silu(gate)
     where it is trained    4cD + cF more  inputs of its weights
-    with `recompute`       cD instead     its input; one layer at a time has all of the above
+    with `recompute`       cD instead     its input; one layer has the above, after the logits went
 
 At ZeRO-0 a trained layer also keeps a copy of its weights in the compute dtype. Of int8 weights one
 matrix at a time is dequantised. "in all" adds up everything. With one micro-batch a step a rank
@@ -80,11 +80,13 @@ def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: 
             layers.append(tokens * layer_activations(sizes, c, part.trained) + copy)
         else:
             rest += copy
-    kept = c * width * tokens * len(layers) + max(layers) if config.recompute else sum(layers)
+    logits = LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
+    kept = sum(layers) + logits
+    if config.recompute:  # a layer is computed again once the logits are gone
+        kept = c * width * tokens * len(layers) + max(*layers, logits)
     dequantised = c * max((b.numel() for b in model.llama.buffers()), default=0)  # of int8 weights
     projector = c * micro * model.clip.config.patches * (model.clip.config.width + 2 * width)
-    logits = LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
-    return kept + rest + dequantised + projector + logits
+    return kept + rest + dequantised + projector
 
 
 def memory_and_traffic(
