@@ -93,7 +93,8 @@ def peak(settings: dict) -> int:
 
 @pytest.mark.parametrize("settings", [
     {}, {"dtype": "bf16"}, {"dtype": "bf16", "recompute": True}, {"structure": "a"},
-    {"dtype": "bf16", "frozen_dtype": "int8"}, {"trains": "projector"}, OWN_LLM], ids=str)
+    {"dtype": "bf16", "recompute": True, "frozen_dtype": "int8"}, {"trains": "projector"}, OWN_LLM],
+    ids=str)
 def test_memory_of_a_step_is_as_planned(settings):
     """With two micro-batches the fullest moment of a step within 15 %; with one, never more."""
     for batch in (8, 4):
