@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from clip import Clip, open_image, preprocess
 from common import files
 from common.device import DTYPES, Ranks, choose_dtype
+from common.int8 import Int8Linear
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
-from llama import Llama, set_recompute
+from llama import Llama, exchange_matrices, set_recompute
 from tokenization.tokenizer import Tokenizer
 from training import checkpoint
 from training.checkpoint import adaptor_folder, settings_of, source_folder
@@ -220,6 +221,8 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     run.model.adaptors[stage.adaptor] = adaptor
+    if config.frozen_dtype == "int8":  # behind the adaptor's copies: those are of what was frozen
+        exchange_matrices(run.model.llama, Int8Linear)
     set_recompute(run.model, config.recompute)  # activation checkpointing
     state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
                         stage.zero, ranks.world, ranks.device, config.shard_frozen,
@@ -236,7 +239,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
     missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all ranks run as many
     held_out = held_out_batches(run, stage)
-    log = Log(run.model, config.out, stage, ranks, first, later)
+    log = Log(run.model, config, stage, ranks, first, later)
     bad_in_a_row = 0
     for step in range(first, stage.steps):
         ranks.progress = f"stage {stage.name}, step {step + 1}"

@@ -5,28 +5,13 @@
 - The LLM and the adaptors are packed alike, so the text workflow keeps the bits of the packed LLM
   alone. Another kernel rounds otherwise than the plain one, as another batch size does.
 - The operators are private to torch. A model that is not packed gives the same answers.
-
-Letters: B batch, T tokens.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import Linear, Llama
-
-FEW = 8  # tokens up to which the int8 kernel beats a product with dequantised weights
-
-
-def onednn_computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN multiplies matrices of `dtype` on `device` with the processor's own speed."""
-    there = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return there and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., inputs) times a weight (outputs, inputs), packed or not, in one dtype."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+from common.int8 import Int8Linear, onednn_computes, onednn_linear
+from llama import exchange_matrices
 
 
 class PackedLinear(nn.Module):
@@ -42,35 +27,6 @@ class PackedLinear(nn.Module):
         return onednn_linear(x, self.weight)
 
 
-class Int8Linear(nn.Module):
-    """A `Linear` without bias as int8 weights with a scale for each output.
-
-    Activations are not quantised: in int8 too they raised perplexity by 2.0 %, weights alone do
-    by 0.3 % (SmolLM2-135M).
-    """
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        values = weight.detach().float()
-        scale = (values.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # (outputs,)
-        values = (values / scale.float()[:, None]).round().clamp(-127, 127)
-        self.register_buffer("weight", values.to(torch.int8))
-        self.register_buffer("scale", scale)
-        aligned = weight.shape[0] % 16 == weight.shape[1] % 32 == 0  # else the kernel reads beyond
-        self.has_kernel = aligned and weight.device.type == "cpu"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs), in x's dtype."""
-        rows = x.flatten(0, -2)  # (B T, inputs)
-        if self.has_kernel and len(rows) <= FEW:
-            # It is vectorised for bf16 activations alone, on processors without bf16 too.
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
-        else:
-            linear = onednn_linear if onednn_computes(x.dtype, x.device) else F.linear
-            y = linear(rows, self.weight.to(x.dtype)).mul_(self.scale.to(x.dtype))
-        return y.unflatten(0, x.shape[:-1])
-
-
 def pack(model: nn.Module, int8: bool = False) -> None:
     """Exchange every matrix of the Llamas and adaptors in `model`, a tied head's too, for good.
 
@@ -79,10 +35,4 @@ def pack(model: nn.Module, int8: bool = False) -> None:
     weight = next(model.parameters())
     if not int8 and not onednn_computes(weight.dtype, weight.device):
         return
-    stored = Int8Linear if int8 else PackedLinear
-    for module in list(model.modules()):
-        if isinstance(module, Llama) and module.head is None:
-            module.head = stored(module.embedding.weight)
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear) and child.bias is None:
-                setattr(module, name, stored(child.weight))
+    exchange_matrices(model, Int8Linear if int8 else PackedLinear)

@@ -52,25 +52,18 @@ def test_a_file_goes_over_its_base(write):
     assert [(s.name, s.steps, s.batch, s.lr, s.warmup) for s in config.stage] == [
         ("one", 11, 16, 1e-3, 0.1), ("two", 5, 128, 2e-5, 0.1)]
     assert (config.system, config.dtype) == ("", "auto")  # auto where nothing is said
-
-
-@pytest.mark.parametrize(("stages", "names"), [
-    ('["two"]', ["two"]), ('["two", "one"]', ["one", "two"])])
-def test_stages_names_those_that_run(write, stages, names):
-    """The others are left out; the order is the file's."""
-    config = read_config(write("top", f'base = "base.toml"\nstages = {stages}\n'), [])
-    assert [s.name for s in config.stage] == names
+    assert [s.name for s in read_config(path, ['stages=["two"]']).stage] == ["two"]
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ('base = "nope.toml"', "nope.toml"),
+    ('base = "top.toml"', "another file is expected"),
     ("base = ", "top.toml: not TOML"),
     ('base = "base.toml"\n[[stage]]\nname = "three"', "no stage 'three'; there are: one, two"),
     ('base = "base.toml"\n[[stage]]\nsteps = 3', "no stage None"),
-    ('base = "base.toml"\nstage = [3]', "write [[stage]], with two brackets"),
+    ("stage = 5", "write [[stage]], with two brackets"),
     ('base = "base.toml"\n[stage]\nname = "one"', "write [[stage]], with two brackets"),
     ('base = "base.toml"\nstages = ["three"]', "stages = ['three']: one or more of one, two"),
-    ('base = "base.toml"\nstages = []', "stages = []: one or more of one, two"),
     ('base = "base.toml"\nstages = "one"', "stages = 'one': expected list[str] | None"),
     ('base = "base.toml"\nstructur = "a"', "unknown key 'structur'"),
 ])
@@ -83,26 +76,21 @@ def test_errors_of_a_file_are_one_line(write, text, message):
 
 @pytest.mark.parametrize("setting, message", [
     ("stpes=3", "unknown key 'stpes'; known: "),
-    ("two.stpes=3", "unknown key 'stpes' in stage[1]; known: "),
     ("two.steps='many'", "stage[1].steps = 'many': expected int"),
     ("two.steps=0", "stage two: steps = 0: must be 1 or more"),
     ("two.lr=nan", "stage two: lr = nan: must be 0 or more"),
     ("two.trains=all", "trains = 'all': \"projector\" or \"adaptor\""),
     ("two.micro_batch=3", "batch = 128 is not a multiple of micro_batch = 3"),
     ("two.data=[]", "data = []: at least one JSONL file"),
-    ("two.clip_norm=0", "clip_norm = 0.0: must be above 0"),
     ("two.warmup=3", "warmup = 3.0: a share of the steps, 1 at most"),
-    ("two.zero=4", "zero = 4: 0, 1, 2 or 3"),
+    ("frozen_dtype=int4", "frozen_dtype = 'int4': leave it out, or \"int8\""),
+    ("tracker=wandb", "tracker = 'wandb': leave it out, or \"tensorboard\""),
     ("two.adaptor=text", "an adaptor cannot be named 'text'"),
     ("two.name=one", "two stages have the same name: ['one', 'one']"),
     ("two.name=a-b", "name = 'a-b': letters, digits and _"),
-    ("two.start=tow", "start = 'tow'"),
     ("one.start=two", 'start = \'two\': "", "none" or a stage before it'),
     ("dtype=fp8", "dtype = 'fp8': one of auto, bf16, fp32"),
-    ("max_tokens=0", "max_tokens = 0: must be 1 or more"),
-    ("workers=-1", "workers = -1: must be 0 or more"),
     (f"timeout_s={2**62}", "timeout_s = 4611686018427387904: must be 1 or more, below 2^31"),
-    ("two.lr=inf", "stage two: lr = inf: must be 0 or more, below 2^31"),
     ("three.steps=3", "no stage 'three'; there are: one, two"),
     ("steps", "write key=value"),
 ])
@@ -172,16 +160,3 @@ def test_the_head_says_where_data_comes_from():
     text = (CONFIGS / "iaa8.toml").read_text()
     listed = re.findall(r"^#   ([\w-]+\.jsonl) +[\w-]+  ", text, re.M)
     assert sorted(f"data/{name}" for name in listed) == sorted(used)
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ('base = "run.toml"', "another file is expected"),
-    ("base = 5", "another file is expected"),
-    ("stage = 5", "with two brackets"),
-])
-def test_broken_files_are_one_line(tmp_path, text, message):
-    """A file that is its own base, or whose stages are none, is named."""
-    path = tmp_path / "run.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"run.toml: .*{message}"):
-        read_config(str(path), [])

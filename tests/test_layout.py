@@ -69,7 +69,7 @@ def test_imports_go_downwards(path):
 
 
 def test_training_and_asking_take_few_files():
-    """train.py and sample.py together pull in at most 14 of our files."""
+    """train.py and sample.py together pull in at most 15 of our files."""
     todo, seen = [ROOT / "train.py", ROOT / "sample.py"], set()
     while todo:
         path = todo.pop()
@@ -79,7 +79,7 @@ def test_training_and_asking_take_few_files():
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 inner = [ROOT / (name.replace(".", "/") + ".py") for name in names]
                 todo += [path for path in inner if path.is_file() and path not in seen]
-    assert len(seen) <= 14, sorted(str(path.relative_to(ROOT)) for path in seen)
+    assert len(seen) <= 15, sorted(str(path.relative_to(ROOT)) for path in seen)
 
 
 @each_file

@@ -31,6 +31,8 @@ RULES = (  # keys of a stage or of the run, what is accepted, and the test
     ("trains", '"projector" or "adaptor"', ("projector", "adaptor").__contains__),
     ("zero", "0, 1, 2 or 3", range(4).__contains__),
     ("dtype", f"one of {', '.join(CHOICES)}", CHOICES.__contains__),
+    ("frozen_dtype", 'leave it out, or "int8"', (None, "int8").__contains__),
+    ("tracker", 'leave it out, or "tensorboard"', (None, "tensorboard").__contains__),
 )
 
 
@@ -95,12 +97,14 @@ class Config:
     system: str | None = None  # system message; left out: the template's own, "": none
     max_tokens: int = 2048  # longer rows are cut
     dtype: str = "auto"  # the faster of bf16 and fp32 on the machine, or one of them by name
+    frozen_dtype: str | None = None  # "int8": a byte a weight of the frozen LLM; else in dtype
     recompute: bool = False  # activation checkpointing
     shard_frozen: bool = True  # ZeRO-3 also shares out the frozen models; false: each rank has them
     reduce_fp32: bool = False  # ZeRO sends gradients in fp32, not in dtype
     timeout_s: int = 600  # without an answer from another rank; then all stop
     seed: int = 0
     workers: int = 1  # processes that load data
+    tracker: str | None = None  # "tensorboard": it shows the log's numbers, too
 
     def __post_init__(self):
         check_rules(self, "")
@@ -116,6 +120,9 @@ class Config:
                 raise ValueError(f"stages = {self.stages}: one or more of {', '.join(names)}")
             kept = [s for s in self.stage if s.name in self.stages]
             object.__setattr__(self, "stage", kept)  # past `frozen`
+        if self.frozen_dtype and self.shard_frozen and any(s.zero == 3 for s in self.stage):
+            raise ValueError("frozen_dtype = 'int8': zero = 3 cannot shard int8 weights: "
+                             "set shard_frozen = false, or zero = 2")
 
 
 def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:

@@ -31,31 +31,29 @@ def count(weights) -> int:
     return sum(w.numel() for w in set(weights))
 
 
-def step_flops(
-    model: IAA, workflow: str, rows: int, tokens: int, scored: int, recompute: bool = False
-) -> int:
+def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int) -> int:
     """FLOPs of the forward and backward pass over `rows` rows of `tokens` tokens each.
 
     The one definition for log, plan and benchmark. A weight of the decoder layers and gates takes 2
     FLOPs a token forward and 2 for the activations' gradient, a trained one 2 more for its own.
     The LM head takes the same for each of the `scored` positions of all rows. Attention takes
     4 H E forward and 10 H E backward (it scores again) a layer and pair of tokens of a row, masked
-    pairs too. recompute: layers run forward once more, without their last product. The vision
-    tower, the projector and the loss are left out.
+    pairs too. The vision tower, the projector, the loss and layers that `recompute` runs once more
+    are left out.
     """
     adaptor = model.adaptors[workflow]
     llm = model.llm(adaptor)
     sizes, layers = llm.config, len(llm.layers) + len(adaptor.layers)
-    layer = count(llm.layers[0].parameters())
+    attention = sizes.heads * sizes.head_size
+    # By the sizes, not by counting: int8 weights are no parameters.
+    layer = sizes.width * (2 * attention + 2 * sizes.kv_heads * sizes.head_size + 3 * sizes.ffn + 2)
     inserted = layer * len(adaptor.layers) + count(adaptor.gates.parameters())
     matrices = layer * len(llm.layers) + inserted
     trained = inserted if adaptor.llm is None else matrices
-    again = matrices - layers * sizes.ffn * sizes.width if recompute else 0
-    products = rows * tokens * (4 * matrices + 2 * trained + 2 * again)
     head_trained = adaptor.head is not None or adaptor.llm is not None
     head = scored * sizes.vocab_size * sizes.width * (6 if head_trained else 4)
-    pairs = rows * tokens**2 * layers
-    return products + head + pairs * sizes.heads * sizes.head_size * (18 if recompute else 14)
+    return (rows * tokens * (4 * matrices + 2 * trained) + head
+            + 14 * attention * rows * tokens**2 * layers)
 
 
 def stage_flops(config: Config, stage: StageConfig) -> int:
@@ -112,13 +110,10 @@ def read_log(path: Path) -> list[dict]:
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            damaged = not all(isinstance(row[key], int | float) for key in LOGGED)
+            rows.append(json.loads(line))
+            sum(rows[-1][key] for key in LOGGED)  # all there, and numbers
         except (ValueError, TypeError, LookupError):
-            damaged = True
-        if damaged:
-            raise ValueError(f"{path}:{number}: a damaged line; mend it or remove it")
-        rows.append(row)
+            raise ValueError(f"{path}:{number}: a damaged line; mend it or remove it") from None
     return rows
 
 
@@ -126,19 +121,26 @@ class Log:
     """A stage's `log.jsonl`, a line a step, and its progress on the screen.
 
     later: FLOPs of the stages after this one. Of a resumed stage, lines of steps that run again are
-    cut from the file.
+    cut from the file. With a `tracker`, events for TensorBoard stand beside it.
     """
 
     def __init__(
-        self, model: IAA, out: str, stage: StageConfig, ranks: Ranks, first: int, later: float
+        self, model: IAA, config: Config, stage: StageConfig, ranks: Ranks, first: int, later: float
     ):
         self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
-        self.path = Path(out, stage.name, "log.jsonl")
+        self.path = Path(config.out, stage.name, "log.jsonl")
         self.first, self.printed, self.skipped, self.cut = first, 0.0, 0, 0
         kept = [row for row in read_log(self.path) if row["step"] < first]
         self.flops = sum(row["flops"] for row in kept)
         if ranks.rank == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.events = None
+        if config.tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter  # optional: all ranks stop without it
+
+            if ranks.rank == 0:
+                # purge_step: events of steps that run again are not shown.
+                self.events = SummaryWriter(self.path.parent, purge_step=first)
         self.clock = time.perf_counter()
         self.began = self.clock, self.flops, first  # the rate is that since then
 
@@ -166,6 +168,10 @@ class Log:
         if self.ranks.rank == 0:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.events is not None:
+                for key in row.keys() - {"step"}:
+                    self.events.add_scalar(key, row[key], step)
+                self.events.flush()  # a kill then loses no step that is behind a checkpoint
             self.show(step, row)
         if step == self.first and step + 1 < self.stage.steps:
             # The first step is a slow one: the time that is left goes by the others.

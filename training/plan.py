@@ -1,6 +1,6 @@
 """What a run holds, sends and computes, known before anything is rented or downloaded.
 
-    python -m training.plan --config F [--set KEY=VALUE] [--world 8] [--memory-gb 80] [--tflops 125]
+    python -m training.plan --config F [--set KEY=VALUE] [--world 8] [--memory-gb 80] [--tflops 100]
 
 The model is built on the meta device: weights have shapes and no values. Sizes come from the
 folders in the configuration or, where they are not there yet, from the name of a size at the end of
@@ -13,10 +13,11 @@ what was measured. Bytes that autograd keeps of a decoder layer, for each token 
     attention              3c(H + K)E     q, k, v as a view of all three, output
     feed-forward           3cF            gate and up, silu(gate)
     where it is trained    4cD + cF more  inputs of its weights
-    with `recompute`       cD instead     its input; one layer at a time has all of the above
+    with `recompute`       cD instead     its input; one layer has the above, after the logits went
 
-"in all" adds up everything. With one micro-batch a step a rank holds less: its gradients come while
-its activations go.
+At ZeRO-0 a trained layer also keeps a copy of its weights in the compute dtype. Of int8 weights one
+matrix at a time is dequantised. "in all" adds up everything. With one micro-batch a step a rank
+holds less: its gradients come while its activations go.
 
 Letters: as in llama.py; c bytes of a weight that computes, r of a gradient that is sent.
 """
@@ -31,14 +32,16 @@ import clip
 import llama
 from clip import ClipConfig
 from common.files import one_line, read_frozen
+from common.int8 import Int8Linear
 from iaa import IAA, LOSS_ROWS
-from llama import DecoderLayer, LlamaConfig
+from llama import DecoderLayer, LlamaConfig, exchange_matrices
 from training.config import Config, StageConfig, read_config
 from training.log import Row, average_row, count, meta_model, step_flops
 from training.zero import model_parts, timetable
 
 MASTER = 4  # bytes of an fp32 number
 LOGIT = 3 * MASTER  # bytes of a logit when its gradient is made: itself, its log-probability, that
+SPARE = 0.1  # share of the memory that a plan must leave: the context of a GPU, fragmentation
 VARIANTS = ((0, True), (1, True), (2, True), (3, True), (3, False))  # ZeRO stage, shard_frozen
 
 
@@ -51,12 +54,12 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
     if Path(folder).is_dir():
         return read_frozen(config, folder)[0]
     path = folder.lower().replace("/", "-")
-    fitting = [name for name in module.SIZES if path.endswith(name.lower().replace("/", "-"))]
-    if not fitting:
-        key = "llm" if kind == "llama" else "vision"
-        raise ValueError(f"{folder}: no such folder; to plan without it, name a size: "
-                         f"--set {key}=NAME, one of {', '.join(module.SIZES)}")
-    return module.SIZES[max(fitting, key=len)]
+    for name, sizes in module.SIZES.items():
+        if path.endswith(name.lower().replace("/", "-")):
+            return sizes
+    key = "llm" if kind == "llama" else "vision"
+    raise ValueError(f"{folder}: no such folder; to plan without it, name a size: "
+                     f"--set {key}=NAME, one of {', '.join(module.SIZES)}")
 
 
 def layer_activations(sizes: LlamaConfig, c: int, trained: bool) -> int:
@@ -69,17 +72,21 @@ def layer_activations(sizes: LlamaConfig, c: int, trained: bool) -> int:
 def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: Row) -> int:
     """Bytes that come and go with a micro-batch: what autograd keeps, and the logits."""
     sizes, c, micro = model.llama.config, model.llama.dtype.itemsize, stage.micro_batch
-    width, patches = sizes.width, model.clip.config.patches
-    layers, copies = [], 0  # layers: bytes for each token
+    width, tokens, layers, rest = sizes.width, micro * row.tokens, [], 0  # layers: bytes of each
     for part in model_parts(model, stage.adaptor):
+        cast = part.trained and part.read_in_backward and zero == 0 and c < MASTER
+        copy = c * count(part.weights) if cast else 0  # of the masters, in the compute dtype
         if isinstance(part.module, DecoderLayer):
-            layers.append(layer_activations(sizes, c, part.trained))
-        if part.trained and part.read_in_backward and zero == 0 and c < MASTER:
-            copies += c * count(part.weights)  # of the masters, in the compute dtype
-    kept = c * width * len(layers) + max(layers) if config.recompute else sum(layers)
-    projector = c * micro * patches * (model.clip.config.width + 2 * width)
+            layers.append(tokens * layer_activations(sizes, c, part.trained) + copy)
+        else:
+            rest += copy
     logits = LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
-    return micro * row.tokens * kept + projector + copies + logits
+    kept = sum(layers) + logits
+    if config.recompute:  # a layer is computed again once the logits are gone
+        kept = c * width * tokens * len(layers) + max(*layers, logits)
+    dequantised = c * max((b.numel() for b in model.llama.buffers()), default=0)  # of int8 weights
+    projector = c * micro * model.clip.config.patches * (model.clip.config.width + 2 * width)
+    return kept + rest + dequantised + projector
 
 
 def memory_and_traffic(
@@ -97,6 +104,7 @@ def memory_and_traffic(
     trained = sum(size[unit] for unit in units if unit.trained)
     in_shards = sum(size[unit] for unit in units if not unit.trained)
     frozen = in_shards // world or count([*model.llama.parameters(), *model.clip.parameters()])
+    int8 = sum(buffer.nbytes for buffer in model.llama.buffers())  # never in shards
     shard, buckets = trained // world, trained if world > 1 else 0  # DDP sends from its buckets
     before = [None, *(stop.unit for stop in stops)]  # what a stop finds gathered already
     gathers = [size[stop.unit] if stop.gather and stop.unit is not unit else 0
@@ -110,7 +118,7 @@ def memory_and_traffic(
     # Of gradients, one unit is sent while another is filled.
     reducing = 2 * r * max(size[unit] for unit in units if unit.trained) if zero else 0
     held = {
-        "frozen weights": c * frozen, "trained weights": c * copies,
+        "frozen weights": c * frozen + int8, "trained weights": c * copies,
         "fp32 masters": MASTER * masters, "moments": 2 * MASTER * masters,
         "gradients": MASTER * gradients,
         "activations": activations(model, config, stage, zero, row),
@@ -126,8 +134,11 @@ def table(
     long = Row(longest, math.ceil(longest * row.scored / row.tokens))
     columns = []
     for zero, shard in VARIANTS if world > 1 else VARIANTS[:1]:
+        if zero == 3 and shard and config.frozen_dtype:
+            continue  # `Config` refuses it
         own = zero == stage.zero and (zero < 3 or shard == config.shard_frozen) or world == 1
-        at = model, replace(config, shard_frozen=shard), replace(stage, zero=zero)
+        run = replace(config, shard_frozen=shard) if zero == 3 else config
+        at = model, run, replace(stage, zero=zero)
         held, sent = memory_and_traffic(*at, row, world)
         most = sum(memory_and_traffic(*at, long, world)[0].values())
         figures = {**held, "in all": sum(held.values()), f"in all, rows of {longest}": most,
@@ -135,11 +146,9 @@ def table(
         columns.append({
             "GB on a rank": (f"ZeRO-{zero}" if shard else "3, frozen whole") + "*" * own,
             **{name: f"{value / 1e9:,.2f}" for name, value in figures.items()},
-            f"fits {memory_gb:g} GB": "yes" if most <= memory_gb * 1e9 else "no"})
-    widths = [max(map(len, column.values())) + 2 for column in columns]
-    return [f"  {name:25}" + "".join(
-        f"{column[name]:>{width}}" for column, width in zip(columns, widths, strict=True))
-        for name in columns[0]]
+            f"fits {memory_gb:g} GB": "yes" if most <= (1 - SPARE) * memory_gb * 1e9 else "no"})
+    return [f"  {name:25}" + "".join(f"{column[name]:>18}" for column in columns)
+            for name in columns[0]]
 
 
 def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
@@ -151,8 +160,9 @@ def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
         row = average_row(config, stage, model)
         frozen_llm, tower, trained = (count(part.parameters()) for part in (
             model.llama, model.clip, model.adaptors[stage.adaptor]))
-        flops = step_flops(model, stage.adaptor, stage.batch, row.tokens,
-                           stage.batch * row.scored, config.recompute)
+        flops = step_flops(model, stage.adaptor, stage.batch, row.tokens, stage.batch * row.scored)
+        if config.frozen_dtype == "int8":
+            exchange_matrices(model.llama, Int8Linear)
         most = math.ceil(stage.batch / stage.micro_batch / world)  # micro-batches of a rank
         share = most * stage.micro_batch / stage.batch  # of the rank that has most: all wait for it
         took = stage.steps * share * flops / (tflops * 1e12) / 3600
@@ -177,8 +187,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="override a key, as for train.py")
     parser.add_argument("--world", type=int, default=8, help="ranks [%(default)s]")
     parser.add_argument("--memory-gb", type=float, default=80, help="of a rank [%(default)s]")
-    parser.add_argument("--tflops", type=float, default=125, help="TFLOP/s that a rank reaches "
-                        "[%(default)s: 40 %% of an A100's peak in bf16]")
+    parser.add_argument("--tflops", type=float, default=100, help="TFLOP/s of a rank, as log.jsonl "
+                        "counts them [%(default)s: a third of an A100's peak in bf16]")
     args = parser.parse_args(argv)
     if min(args.world, args.memory_gb, args.tflops) <= 0:
         parser.error("--world, --memory-gb, --tflops: above 0")

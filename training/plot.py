@@ -22,10 +22,8 @@ def smooth(losses: list[float]) -> list[float]:
 
 def draw(stages: dict[str, list[dict]], title: str, path: Path) -> None:
     """Write the picture of the stages' rows, whole or not at all."""
-    try:
-        from matplotlib import figure, ticker
-    except ImportError:
-        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
+    from matplotlib import figure  # optional, hence not at the top
+
     picture = figure.Figure(figsize=(10, 6), layout="constrained")
     top, bottom = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     start = 0
@@ -43,9 +41,6 @@ def draw(stages: dict[str, list[dict]], title: str, path: Path) -> None:
     picture.legend(loc="outside upper right", ncols=4, frameon=False)
     picture.suptitle(title, x=0.01, ha="left", fontsize=11)
     top.set(ylabel="loss (log scale)", yscale="log", xlim=(0, start))
-    top.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    top.yaxis.set_major_formatter("{x:g}")
-    top.yaxis.set_minor_formatter(ticker.NullFormatter())
     bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     with new_file(path) as new:
         picture.savefig(new, dpi=130)
