@@ -53,7 +53,7 @@ Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 def make_part(table: list[tables.Row], model_class: type, config, *more) -> Part:
     """Match table and model; more: what the class takes beside its config. Raises ValueError."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without storage: a part may be larger than memory
         model = model_class(config, *more)
     layers = len((getattr(model, "llm", None) or model).layers)
     rows = {row.target: row for line in table for row in tables.expand(line, layers)}
@@ -170,7 +170,7 @@ def open_llava(source: readers.Source, config: dict, folder: Path, options: dict
     parts = {"clip": make_part(table, Clip, clip)}
     table, projector = tables.llava_tables(source)
     parts["llama"] = llama_part(source, table, llama)
-    if base is not None:
+    if base is not None:  # the rows of LLaVA's LLM move from the frozen part to the adaptor
         del parts["llama"]
         own, llama = llama, files.read_frozen(LlamaConfig, base)[0]
         tokenizer = Tokenizer.load(base)
@@ -182,7 +182,8 @@ def open_llava(source: readers.Source, config: dict, folder: Path, options: dict
         projector = projector + tables.within("llm.", "", table)
     adaptor = AdaptorConfig(own_embedding=False, own_head=False, own_llm=base is not None)
     parts["mm"] = make_part(projector, Adaptor, adaptor, llama, clip.width)
-    # LLaVA-1.5 was trained with Vicuna's system message, LLaVA-Llama3 with none.
+    # LLaVA-1.5 was trained with Vicuna's system message, LLaVA-Llama3 with none. Neither file
+    # says so.
     system = None if theirs.template == "vicuna" else ""
     parts["mm"].model.prompt = {"template": theirs.template, "system": system}
     return source, parts, tokenizer
@@ -243,6 +244,7 @@ def convert(source: Path, out: Path, dtype: str | None = None, **options) -> Non
     if not (source.is_dir() or source.is_file()):  # a pipe would block
         raise FileNotFoundError(f"{source}: no such file or folder")
     named = {"llama": options.get("base"), "clip": options.get("clip")}  # in place of the source's
+    # An error in the settings names their file, one in the tensors the source.
     settings = [source / name for name in ("config.json", "params.json")]
     with readers.reading(source):
         with readers.reading(next(filter(Path.is_file, settings), source)):
@@ -261,7 +263,7 @@ def convert(source: Path, out: Path, dtype: str | None = None, **options) -> Non
             base[name] = files.read_frozen(kind, folder)[1]
             # Relative, so that the folders can be moved together.
             paths[name] = os.path.relpath(folder.resolve(), out.resolve())
-    with files.new_folder(out) as new:
+    with files.new_folder(out) as new:  # removed if anything below fails
         adaptors = [name for name in parts if name not in paths]
         for name, part in parts.items():  # adaptors last: they keep the SHA-256 of the others
             # Llama 3 is published in bf16, so nothing is lost; a tower is small enough for fp32.

@@ -234,7 +234,6 @@ def test_gguf_of_vicuna(tmp_path, llama, tokenizer_model):
     ({}, {"add_rope_scaling_type": Mock(value="yarn")}, "rope.scaling.type = 'yarn' is not supp"),
     ({}, {"add_uint16": ("split.count", 3), "add_uint32": ("split.no", 1)}, "part 2 of 3: join"),
     ({}, {"add_tokenizer_model": "llama"}, "'llama' .* convert the Hugging Face folder instead"),
-    ({"rope_freqs.weight": torch.full((8,), 2.0)}, {}, "another scaling than that of Llama 3.1"),
     ({"rope_freqs.weight": torch.full((3,), 8.0)}, {}, "another scaling than that of Llama 3.1")])
 def test_settings_of_gguf_that_are_refused(tmp_path, llama, tensors, fields, message):
     save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA) | tensors, "F16", fields)
@@ -542,7 +541,7 @@ def hostile(folder: Path) -> dict[str, Path]:
             new.writestr(entry.filename, old.read(entry))
     header = b"GGUF" + np.array([3], "<u4").tobytes()
     array = b"\1\0\0\0\0\0\0\0a" + np.array([9, 0], "<u4").tobytes()  # "a": an array of bytes
-    counts = {"tensors": [2**40, 0], "fields": [0, 2**40], "array": [0, 1, 2**40]}
+    counts = {"tensors": [2**40, 0], "array": [0, 1, 2**40]}
     for name, values in counts.items():
         parts = [np.array([value], "<u8").tobytes() for value in values]
         content = header + b"".join(parts[:2]) + array * (name == "array") + b"".join(parts[2:])
@@ -553,8 +552,7 @@ def hostile(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(("name", "message"), [
     ("view", "tensors of 4000000000 bytes in a file of "), ("pickle", "cannot be read"),
     ("code", "TorchScript, which is code"), ("packed", "not made by torch.save: compressed"),
-    ("tensors", "claim more than it holds"), ("fields", "claim more than it holds"),
-    ("array", "claim more than it holds")])
+    ("tensors", "claim more than it holds"), ("array", "claim more than it holds")])
 def test_cost_is_bounded_by_the_file(tmp_path, name, message):
     """Files of less than 10 kB: one line, in memory that the file's length bounds."""
     (tmp_path / "all").mkdir()
@@ -583,7 +581,6 @@ PICTURES = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 1.0], "do_no
     ("num_attention_heads", {}, {}, "config.json: no file says the tower's heads: --heads is need"),
     ("hidden_act", {}, {}, "config.json: no file says the tower's activation: --activation is nee"),
     ("", {"crop_size": 24}, {}, r"positions should be \[37, 128\], they make \[10, 128\]"),
-    ("", {"size": {"shortest_edge": 24}}, {}, r"positions should be \[37, 128\], they make"),
     ("", {"num_hidden_layers": 3}, {}, "vision_model.encoder.layers.2.layer_norm1.bias is missing"),
     ("", {"do_normalize": False}, {}, "preprocessor_config.json: do_normalize = False is not sup"),
     ("", {"image_mean": "x"}, {}, "config.json: mean = 'x': expected tuple"),
@@ -593,7 +590,9 @@ def test_facts_of_a_tower(tmp_path, capsys, tower, without, pictures, options, w
     """
     config = {name: value for name, value in HF_VISION.items() if name != without}
     folder = save_hf(tmp_path / "in", rename_tower(tower), config, None)
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    file, pictures = ("processor_config.json", {"image_processor": pictures}) if options else (
+        "preprocessor_config.json", pictures)  # of transformers 5, and before
+    (folder / file).write_text(json.dumps(pictures))
     if wanted.startswith("heads"):
         convert(folder, tmp_path / "out", **options)
         assert capsys.readouterr().out.splitlines()[:4] == wanted.split("; ")
@@ -602,21 +601,15 @@ def test_facts_of_a_tower(tmp_path, capsys, tower, without, pictures, options, w
 
 
 def test_check(tmp_path, tower, monkeypatch, capsys):
-    """--check computes the SHA-256 anew: a changed bit of a weight or a size is one line."""
+    """--check computes the SHA-256 anew: a changed size is one line."""
     convert(save_hf(tmp_path / "in", rename_tower(tower), HF_VISION, None), tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(tmp_path / "out"), "--check"])
     convert_weights.main()
     assert "as it was converted, by its SHA-256" in capsys.readouterr().out
-    weights, = (tmp_path / "out").glob("*.safetensors")
-    settings, content = tmp_path / "out" / "config.json", bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    for path, changed in ((weights, bytes(content)), (
-            settings, settings.read_bytes().replace(b'"norm_eps": 1e-05', b'"norm_eps": 1e-06'))):
-        whole = path.read_bytes()
-        path.write_bytes(changed)
-        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256"):
-            convert_weights.main()
-        path.write_bytes(whole)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 1e-06'))
+    with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256"):
+        convert_weights.main()
 
 
 def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
