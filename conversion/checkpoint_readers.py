@@ -7,13 +7,14 @@ files are opened with `weights_only=True`. A setting that our models cannot comp
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import isqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,14 +43,28 @@ GGUF_KEYS = {"width": "embedding_length", "layers": "block_count", "heads": "att
              "kv_heads": "attention.head_count_kv", "head_size": "attention.key_length",
              "ffn": "feed_forward_length", "context": "context_length",
              "rope_theta": "rope.freq_base"}
+CLIP_OPTIONS = ("heads", "activation", "image_px", "feature_layer")  # of the command line
+# Of transformers: the nested configs of a LLaVA leave out what equals them.
+CLIP_DEFAULTS = {"heads": 12, "activation": "quick_gelu"}
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048,
+}
 
 
-Source = dict[str, Callable[[], Tensor]]  # name -> function that reads it, in its stored dtype
+class Stored(NamedTuple):
+    """A foreign tensor: its file, for messages, and what reads it in its stored dtype."""
+
+    path: Path
+    read: Callable[[], Tensor]
 
 
-def in_memory(tensors: dict[str, Tensor]) -> Source:
+Source = dict[str, Stored]
+
+
+def in_memory(path: Path, tensors: dict[str, Tensor]) -> Source:
     """Tensors that are mapped or in memory already."""
-    return {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}
+    return {name: Stored(path, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -61,8 +76,8 @@ def reading(what: Path | str) -> Iterator[None]:
         raise
     except Exception as error:  # of any kind: a flipped bit in a pickle gave KeyError
         reason = str(error).strip().split("\n")[0]
-        if reason.startswith(f"{Path(what).parent}/"):  # it names a file already
-            raise
+        if reason.startswith((f"{what}:", f"{what}/", f"{Path(what).parent}/")):
+            raise ValueError(reason) from None  # it names a file already
         if not isinstance(error, ValueError):
             reason = ("cannot be read: a setting or a tensor is missing, or of another kind: "
                       f"{type(error).__name__}: {reason}")
@@ -102,27 +117,27 @@ def open_torch(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}  # some are parameters
 
 
-def open_files(paths: Iterable[Path]) -> list[dict[str, Tensor]]:
-    """The tensors of each file, of safetensors or torch.save, mapped."""
+def open_files(folder: Path, *patterns: str) -> list[tuple[Path, dict[str, Tensor]]]:
+    """The files of the first pattern that has any, sorted, and the tensors of each, mapped."""
+    found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+    if not found:
+        raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)}")
     files = []
-    for path in paths:
+    for path in found:
         with reading(path):
             read = load_file if path.suffix == ".safetensors" else open_torch
-            files.append(read(path))
-    if not files:
-        raise FileNotFoundError("no model*.safetensors, pytorch_model*.bin or consolidated.*.pth")
+            files.append((path, read(path)))
     return files
 
 
-def open_hf(folder: Path) -> tuple[Source, dict]:
-    """Hugging Face's layout: each tensor whole, in one of several files; and config.json."""
-    tensors, paths = {}, folder.glob("model*.safetensors")
-    # Some folders have both kinds, with the same tensors.
-    for file in open_files([*paths] or folder.glob("pytorch_model*.bin")):
-        if twice := tensors.keys() & file.keys():
-            raise ValueError(f"{folder}: two files hold {min(twice)}")
-        tensors |= file
-    return in_memory(tensors), read_json(folder / "config.json")
+def open_hf(folder: Path) -> Source:
+    """Hugging Face's layout: each tensor whole, in one of several files."""
+    source = {}  # some folders have both kinds of files, with the same tensors
+    for path, tensors in open_files(folder, "model*.safetensors", "pytorch_model*.bin"):
+        if twice := source.keys() & tensors.keys():
+            raise ValueError(f"{path}: another file holds {min(twice)} too")
+        source |= in_memory(path, tensors)
+    return source
 
 
 def hf_llama_config(config: dict) -> LlamaConfig:
@@ -144,7 +159,10 @@ def hf_clip_settings(config: dict, folder: Path) -> dict:
     The centre crop is left out on purpose: LLaVA and IAA pad.
     """
     path = folder / "preprocessor_config.json"
+    if not path.is_file():  # transformers 5 puts it into the file of the whole processor
+        path = folder / "processor_config.json"
     pictures = read_json(path) if path.is_file() else {}
+    pictures = pictures.get("image_processor", pictures)
     with reading(path):
         allow_only(pictures, {"do_normalize": (True,), "do_rescale": (True,), "resample": (3,),
                               "rescale_factor": (1 / 255,)})
@@ -159,28 +177,42 @@ def hf_clip_settings(config: dict, folder: Path) -> dict:
             if found.get(theirs) is not None}
 
 
-def clip_config(
-    source: Source, table: list[Row], given: dict, read: dict, usual: dict | None = None
-) -> ClipConfig:
-    """A tower's sizes from the shapes; the rest as `given` by the user, else `read`, else `usual`.
+def hf_llava_config(config: dict) -> LlamaConfig:
+    """The language model of a LLaVA, by its config.json. ValueError for another kind than 1.5's."""
+    if "text_config" not in config:
+        raise ValueError("LLaVA's own layout is not read: convert the same model in Hugging "
+                         "Face's, as llava-hf/llava-1.5-7b-hf")
+    text, tied = config["text_config"], "tie_word_embeddings"
+    said = config | {"language model": text.get("model_type", "llama"),
+                     "tower": config["vision_config"].get("model_type", "clip_vision_model")}
+    allow_only(said, {"language model": ("llama",), "tower": ("clip_vision_model",),
+                      "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
+                      "vision_feature_select_strategy": ("default",)})  # only the patches
+    return hf_llama_config(LLAMA_DEFAULTS | text | {tied: bool(text.get(tied) or config.get(tied))})
 
-    usual: of a tower whose kind is known, with 64 numbers a head. Raises ValueError where nothing
-    says the number of heads or the activation. Prints what is not in the shapes.
+
+def clip_config(
+    source: Source, table: list[Row], options: dict, read: dict, usual: dict | None = None
+) -> ClipConfig:
+    """A tower's sizes from the shapes; the rest from `options`, else `read`, else `usual`.
+
+    options: of the command line; a tower's are taken out. usual: of a tower whose kind is known,
+    with 64 numbers a head. Raises ValueError where nothing says the number of heads or the
+    activation. Prints what is not in the shapes.
     """
+    given = {name: options.pop(name) for name in CLIP_OPTIONS if name in options}
     names = {row.target: row.sources.replace("*", "weight") for row in table}
-    width, _, patch, _ = source[names["patches.weight"]]().shape
+    width, _, patch, _ = source[names["patches.weight"]].read().shape
     pattern = names["layers.{i}.up.*"].replace("{i}", "*")
     up = [name for name in source if fnmatchcase(name, pattern)]
-    sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]]()), "patch": patch}
+    sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]].read()), "patch": patch}
     settings = {} if usual is None else {"heads": width // 64} | usual
     settings |= read | given
-    if settings.get("layers", len(up)) != len(up):
-        raise ValueError(f"layers = {settings['layers']}, but the files hold {len(up)}")
     for name in ("heads", "activation"):
         if name not in settings:
             raise ValueError(f"no file says the tower's {name}: --{name} is needed")
     if "image_px" not in settings:
-        sizes["image_px"] = isqrt(len(source[names["positions"]]()) - 1) * patch
+        sizes["image_px"] = isqrt(len(source[names["positions"]].read()) - 1) * patch
     config = parse_dataclass(ClipConfig, sizes | settings)
     for name in ("heads", "activation", "mean", "std"):
         origin = "given" if name in given else "read" if name in read else "assumed"
@@ -199,14 +231,14 @@ def meta_config(params: dict, source: Source) -> LlamaConfig:
     return llama_config(
         params, META_KEYS, tied=small or "output.weight" not in source,
         rope_scaling=RopeScaling(32.0 if small else 8.0) if scaled else None,
-        vocab_size=len(source["tok_embeddings.weight"]()),
-        ffn=source["layers.0.feed_forward.w2.weight"]().shape[1],
+        vocab_size=len(source["tok_embeddings.weight"].read()),
+        ffn=source["layers.0.feed_forward.w2.weight"].read().shape[1],
         context=131072 if scaled else 8192 if params.get("rope_theta") == 500000.0 else 4096)
 
 
 def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
     """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
-    files = open_files(sorted(folder.glob("consolidated.*.pth")))  # slices in order
+    paths, files = zip(*open_files(folder, "consolidated.*.pth"), strict=True)  # slices in order
 
     def read(name: str) -> Tensor:
         slices, matrix = [file[name] for file in files], name.split(".")[-2]
@@ -215,40 +247,38 @@ def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
             dim = 0 if slices[0].shape[1:] == files[0]["norm.weight"].shape else 1
         return slices[0] if dim is None else torch.cat(slices, dim)
 
-    source = {name: partial(read, name) for name in files[0]}
+    source = {name: Stored(paths[0], partial(read, name)) for name in files[0]}
     return source, meta_config(read_json(folder / "params.json"), source)
 
 
 def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
     """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
-    with reading(path):
-        import gguf
+    import gguf
 
-        class Reader(gguf.GGUFReader):
-            """Reads no further than the file: a count that claims more ends at once."""
+    class Reader(gguf.GGUFReader):
+        """Reads no further than the file: a count that claims more ends at once."""
 
-            def _get(self, offset, dtype, count=1, **order):
-                if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                    raise EOFError("its counts claim more than it holds")
-                return super()._get(offset, dtype, count, **order)
+        def _get(self, offset, dtype, count=1, **order):
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise EOFError("its counts claim more than it holds")
+            return super()._get(offset, dtype, count, **order)
 
-        reader = Reader(path)
-        fields = {name.removeprefix("llama."): field.contents()
-                  for name, field in reader.fields.items()}
-
-    def read(tensor: "gguf.ReaderTensor") -> Tensor:
+    def read(tensor: gguf.ReaderTensor) -> Tensor:
         return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
 
-    source = {tensor.name: partial(read, tensor) for tensor in reader.tensors}
+    reader = Reader(path)
+    source = {tensor.name: Stored(path, partial(read, tensor)) for tensor in reader.tensors}
+    fields = {name.removeprefix("llama."): field.contents()
+              for name, field in reader.fields.items()}
     if fields.get("split.count", 1) > 1:
         raise ValueError(f"part {fields['split.no'] + 1} of {fields['split.count']}: join them "
                          "with llama-gguf-split --merge")
     allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
                         "rope.scale_linear": (1.0,)})
     # Each frequency is divided by one of these; the largest is the config's factor.
-    factors = source["rope_freqs.weight"]() if "rope_freqs.weight" in source else None
+    factors = source["rope_freqs.weight"].read() if "rope_freqs.weight" in source else None
     config = llama_config(
-        fields, GGUF_KEYS, vocab_size=len(source["token_embd.weight"]()),
+        fields, GGUF_KEYS, vocab_size=len(source["token_embd.weight"].read()),
         norm_eps=float(f"{fields['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not its fp32
         rope_scaling=None if factors is None else RopeScaling(float(factors.max())),
         tied="output.weight" not in source)
@@ -265,17 +295,15 @@ def open_onnx(path: Path) -> Source:
 
     `<module>.weight`, transposed, where that is a matrix product, else `<module>.<operator>`.
     """
-    with reading(path):
-        import onnx
+    import onnx
 
-        graph, read = onnx.load(path).graph, onnx.numpy_helper.to_array
-        tensors = {t.name: torch.from_numpy(read(t).copy()) for t in graph.initializer}
+    graph, read = onnx.load(path).graph, onnx.numpy_helper.to_array
+    tensors = {t.name: torch.from_numpy(read(t).copy()) for t in graph.initializer}
     for node in graph.node:
-        for name in node.input:
-            if name.startswith("onnx::") and name in tensors:
-                module, tensor = ".".join(node.name.strip("/").split("/")[:-1]), tensors.pop(name)
-                if node.op_type == "MatMul":
-                    tensors[f"{module}.weight"] = tensor.T
-                else:
-                    tensors[f"{module}.{node.op_type}"] = tensor
-    return in_memory(tensors)
+        module = ".".join(node.name.strip("/").split("/")[:-1])
+        for name in [name for name in node.input if name.startswith("onnx::") and name in tensors]:
+            if node.op_type == "MatMul":
+                tensors[f"{module}.weight"] = tensors.pop(name).T
+            else:
+                tensors[f"{module}.{node.op_type}"] = tensors.pop(name)
+    return in_memory(path, tensors)

@@ -8,7 +8,7 @@ Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), transformers (Lla
 and 360CVGroup/Inner-Adaptor-Architecture.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isqrt
 from typing import NamedTuple
 
@@ -126,6 +126,34 @@ HF_CLIP = [  # behind a prefix
         Row("down.*", "mlp.fc2.*"),
     ]),
 ]
+
+
+def hf_clip_table(source: Iterable[str]) -> list[Row]:
+    """HF_CLIP with the prefix of the tower in `source`. Raises ValueError where there is none."""
+    mark = "embeddings.patch_embedding.weight"
+    prefixes = [name.removesuffix(mark) for name in source if name.endswith(mark)]
+    if not prefixes:
+        raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
+    return within("", prefixes[0], HF_CLIP)
+
+
+def llava_tables(source: Iterable[str]) -> tuple[list[Row], list[Row]]:
+    """LLaVA's language model and projector, by the names of before transformers 4.52 or since."""
+    llama, prefix = within("", "language_model.", HF_LLAMA), "multi_modal_projector."
+    if any(name.startswith("model.language_model.") for name in source):
+        llama = [row._replace(sources=row.sources.replace("model.", "model.language_model."))
+                 for row in HF_LLAMA]
+        prefix = "model.multi_modal_projector."
+    return llama, within("projector.", prefix, [Row("up.*", "linear_1.*"),
+                                                Row("down.*", "linear_2.*")])
+
+
+def first_rows(table: list[Row], count: int) -> list[Row]:
+    """The table of a Llama with only the first `count` rows of its embedding and its head."""
+    return [row._replace(how=lambda _, weight: weight[:count])
+            if row.target in ("embedding.weight", "head.weight") else row for row in table]
+
+
 DINOV2 = within("", "backbone.", [
     Row("class_token", "embeddings.cls_token", lambda _, token: token.flatten()),
     Row("positions",

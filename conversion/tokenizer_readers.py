@@ -54,6 +54,7 @@ class Stated(NamedTuple):
     start: str | int | None = None
     adds_start: bool | None = None
     stops: tuple[str | int | None, ...] = ()
+    image: int | None = None  # a LLaVA's placeholder
 
 
 def choose_template(
@@ -66,7 +67,8 @@ def choose_template(
     """
     if stated.template:
         return stated.template, "as --template says"
-    jinja = stated.jinja and stated.jinja.replace("eos_token", " ".join(stops))
+    jinja = stated.jinja and stated.jinja.replace("eos_token", " ".join(stops)).replace(
+        "['role'].upper() + ': '", "USER:")  # so it is spelled in llava-hf/llava-1.5-7b-hf
     found = [template for template, marks in TEMPLATE_MARKS.items()
              if all(mark in (jinja or specials) for mark in marks)]
     if set(re.findall(r"<\|\w+\|>", jinja or "")) - CONTROL:  # a mark that none of ours has
@@ -88,27 +90,24 @@ def build_tokenizer(
     Raises ValueError where the template, or a special token that is needed, is not there.
     """
     names = {id: name for name, id, _ in added}
-    start, *stops = (names.get(token, token) for token in (stated.start, *stated.stops))
-    control = CONTROL | {start, *stops}
+    # transformers states ids by default, which may be those of ordinary text: they are dropped.
+    image, start, *stops = (names.get(token) if isinstance(token, int) else token
+                            for token in (stated.image, stated.start, *stated.stops))
+    stops = [name for name in stops if name]
+    control = CONTROL.union([start, image], stops)
     specials = {name: id for name, id, special in added if special or name in control}
     words = {name: id for name, id, _ in added if name and name not in specials}
-    for token in (stated.start, *stated.stops):
-        if isinstance(token, str) and token and token not in specials:
-            raise ValueError(f"{token!r} is stated as start or end token, but no token is named so")
-    # transformers states ids by default, which may be those of ordinary text.
-    stops = [name for name in stops if name in specials]
     template, known_by = choose_template(stated, specials, stops)
-    images = [name for name in IMAGE_TOKENS if name in specials]
+    images = [name for name in (image, *IMAGE_TOKENS) if name in specials]
     if not images:
         raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed")
-    if start and start not in specials:
-        start = None
     # In a chat, bos_token in the model's template decides. ChatML's models often state a mark of
     # the template or the stop token as start, which is no start.
-    elif "bos_token" not in (stated.jinja or "") and (
-            stated.adds_start is False or start in TEMPLATE_MARKS["chatml"] or start in stops):
+    if "bos_token" not in (stated.jinja or "") and (
+            stated.adds_start is False or start in (*TEMPLATE_MARKS["chatml"], *stops)):
         start = ""
-    all_stops = [name for name in dict.fromkeys((*STOPS, *stops)) if name in specials]
+    usual = [name for name in STOPS if name in specials]
+    all_stops = [*dict.fromkeys(usual + stops)]
     tokenizer = Tokenizer(model, specials, template, images[0], pattern, mergeable, words, start,
                           all_stops)
     render(tokenizer, [("user", ""), ("assistant", "")])  # raises where a special token is missing
@@ -183,49 +182,41 @@ def hf_split(tokenizer: dict) -> str:
                      f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
 
 
-def hf_stated(folder: Path, template: str | None, content: dict) -> tuple[Stated, list]:
-    """What a Hugging Face folder states of its tokenizer, and the records of its added tokens.
-
-    content: of its tokenizer.json, empty where there is none.
-    """
-    said, ends, sizes, added = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json",
-                     "added_tokens.json"))
-    file, jinja = folder / "chat_template.jinja", said.get("chat_template")
-    if isinstance(jinja, list):  # several, by name
-        jinja = {one["name"]: one["template"] for one in jinja}.get("default")
-    if file.is_file():
-        jinja = file.read_text(encoding="utf-8")
-    tokens = [said.get(key) for key in ("bos_token", "eos_token")]
-    start, stop = (token["content"] if isinstance(token, dict) else token for token in tokens)
-    ends = sizes | ends
-    stops = ends.get("eos_token_id")
-    stops = (stop, *stops) if isinstance(stops, list) else (stop, stops)
-    records = content.get("added_tokens") or [
-        *({"content": name, "id": number} for name, number in added.items()),
-        *({"id": int(number)} | token
-          for number, token in said.get("added_tokens_decoder", {}).items())]
-    if start is None:  # null: the files say that there is none
-        start = "" if "bos_token" in said else ends.get("bos_token_id")
-    return Stated(template, jinja, start, said.get("add_bos_token"), stops), records
-
-
 def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
     """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
     path = folder / "tokenizer.json"
     with reading(path if path.is_file() else folder / "tokenizer_config.json"):
-        content = read_json(path) if path.is_file() else {}
-        stated, records = hf_stated(folder, template, content)
-        added = [(token["content"], token["id"], token.get("special", False)) for token in records]
-        odd = [token for token in records if not token.get("special") and (
+        content, said, ends, config, added = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in (path.name, "tokenizer_config.json", "generation_config.json",
+                         "config.json", "added_tokens.json"))
+        records = content.get("added_tokens") or [
+            *({"content": name, "id": number} for name, number in added.items()),
+            *({"id": int(number)} | token
+              for number, token in said.get("added_tokens_decoder", {}).items())]
+        odd = [token["content"] for token in records if not token.get("special") and (
             token.get("lstrip") or token.get("rstrip") or token.get("single_word"))]
         if odd:
-            raise ValueError(f"added word {odd[0]['content']!r}: lstrip, rstrip and single_word "
-                             "are not supported")
+            raise ValueError(f"added word {odd[0]!r}: lstrip, rstrip and single_word are not "
+                             "supported")
+        file, jinja = folder / "chat_template.jinja", said.get("chat_template")
+        if isinstance(jinja, list):  # several, by name
+            jinja = {one["name"]: one["template"] for one in jinja}.get("default")
+        if file.is_file():
+            jinja = file.read_text(encoding="utf-8")
+        start, stop = (token["content"] if isinstance(token, dict) else token
+                       for token in (said.get("bos_token"), said.get("eos_token")))
+        ends = config.get("text_config", {}) | config | ends
+        if start is None:  # null: the files say that there is none
+            start = "" if "bos_token" in said else ends.get("bos_token_id")
+        more = ends.get("eos_token_id")
+        stated = Stated(template, jinja, start, said.get("add_bos_token"),
+                        (stop, *(more if isinstance(more, list) else [more])),
+                        config.get("image_token_index", config.get("image_token_id")))
+        added = [(token["content"], token["id"], token.get("special", False)) for token in records]
         if tokenizer := read_sentencepiece(folder / "tokenizer.model", added, stated):
             return tokenizer
-        if not path.is_file():
+        if not content:
             raise FileNotFoundError(f"{path}: no such file")
         pattern, model = hf_split(content), content["model"]
         return build_bpe(model["vocab"], model["merges"], model.get("ignore_merges", False), added,
@@ -242,18 +233,17 @@ def read_gguf_tokenizer(path: Path, fields: dict, template: str | None = None) -
     stops = tuple(fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom"))
     stated = Stated(template, fields.get("tokenizer.chat_template"), fields.get("bos_token_id"),
                     fields.get("add_bos_token"), stops)
-    with reading(path):
-        tokens, kinds = fields.get("tokens", []), fields.get("token_type", [])
-        # 1 is a token of the model, 6 one of its bytes, 4 an added word.
-        added = [(token, number, kind != 4) for number, (token, kind)
-                 in enumerate(zip(tokens, kinds, strict=True)) if kind not in (1, 6)]
-        beside = path.with_name("tokenizer.model")
-        if kind == "llama" and (tokenizer := read_sentencepiece(beside, added, stated)):
-            return tokenizer
-        if kind != "gpt2" or split not in GGUF_SPLITS:
-            raise ValueError(f"tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
-                             f"{' or '.join(GGUF_SPLITS)}, nor 'llama' with its tokenizer.model "
-                             "beside the file; convert the Hugging Face folder instead")
-        ids = {token: number for number, token in enumerate(tokens)}
-        whole_words = GGUF_SPLITS[split] == LLAMA3_SPLIT  # as in llama.cpp
-        return build_bpe(ids, fields["merges"], whole_words, added, stated, GGUF_SPLITS[split])
+    tokens, kinds = fields.get("tokens", []), fields.get("token_type", [])
+    # 1 is a token of the model, 6 one of its bytes, 4 an added word.
+    added = [(token, number, kind != 4) for number, (token, kind)
+             in enumerate(zip(tokens, kinds, strict=True)) if kind not in (1, 6)]
+    beside = path.with_name("tokenizer.model")
+    if kind == "llama" and (tokenizer := read_sentencepiece(beside, added, stated)):
+        return tokenizer
+    if kind != "gpt2" or split not in GGUF_SPLITS:
+        raise ValueError(f"tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "
+                         f"{' or '.join(GGUF_SPLITS)}, nor 'llama' with its tokenizer.model "
+                         "beside the file; convert the Hugging Face folder instead")
+    ids = {token: number for number, token in enumerate(tokens)}
+    whole_words = GGUF_SPLITS[split] == LLAMA3_SPLIT  # as in llama.cpp
+    return build_bpe(ids, fields["merges"], whole_words, added, stated, GGUF_SPLITS[split])

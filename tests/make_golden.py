@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,31 +76,9 @@ def openai_clip():
     return module
 
 
-def to_huggingface(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """OpenAI's names of the vision tower -> Hugging Face's."""
-    out = {
-        "embeddings.class_embedding": state["class_embedding"],
-        "embeddings.patch_embedding.weight": state["conv1.weight"],
-        "embeddings.position_embedding.weight": state["positional_embedding"],
-    }
-    for theirs, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
-        out |= {f"{ours}.{part}": state[f"{theirs}.{part}"] for part in ("weight", "bias")}
-    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for i in range(sum(name.endswith("attn.in_proj_weight") for name in state)):
-        source, target = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
-        for part in ("weight", "bias"):
-            q, k, v = state[f"{source}.attn.in_proj_{part}"].split(width)
-            for letter, tensor in zip("qkv", (q, k, v), strict=True):
-                out[f"{target}.self_attn.{letter}_proj.{part}"] = tensor
-            for old, new in parts.items():
-                out[f"{target}.{new}.{part}"] = state[f"{source}.{old}.{part}"]
-    return out
-
-
 @torch.no_grad()
 def clip(seed: int) -> None:
-    """Patch features of each layer: OpenAI's own code, and Hugging Face's with both activations."""
+    """Patch features of the last layers by OpenAI's own code; also with GELU for its own."""
     width, heads, layers, patch, side = 16, 2, 3, 4, 12
     tower = openai_clip().VisionTransformer(side, patch, width, layers, heads, 8).eval()
     randomise(tower, seed)
@@ -105,25 +88,40 @@ def clip(seed: int) -> None:
         block.register_forward_hook(
             lambda _, __, y: seen.append(y.permute(1, 0, 2)[:, 1:].contiguous()))
     tower(images)
-    state = tower.state_dict()
-    weights = {f"weight.{name}": tensor.clone() for name, tensor in state.items()}
-    results = {"images": images, "openai.-1": seen[-1], "openai.-2": seen[-2]}
-    for activation in ("quick_gelu", "gelu"):
-        config = CLIPVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=heads, image_size=side, patch_size=patch, hidden_act=activation,
-            attn_implementation="eager",
-        )
-        peer = CLIPVisionModel(config).eval()
-        renamed = to_huggingface(state, width)
-        if any(name.startswith("vision_model.") for name in peer.state_dict()):
-            renamed = {f"vision_model.{name}": tensor for name, tensor in renamed.items()}
-        problems = peer.load_state_dict(renamed, strict=False)
-        assert not problems.unexpected_keys, problems
-        assert all("position_ids" in name for name in problems.missing_keys), problems
-        hidden = peer(images, output_hidden_states=True).hidden_states
-        results[f"{activation}.-2"] = hidden[-2][:, 1:].contiguous()
+    for block in tower.transformer.resblocks:
+        block.mlp.gelu = nn.GELU()
+    tower(images)
+    weights = {f"weight.{name}": tensor.clone() for name, tensor in tower.state_dict().items()}
+    results = {"images": images, "quick_gelu.-1": seen[2], "quick_gelu.-2": seen[1],
+               "gelu.-2": seen[4]}
     save_file({**weights, **results}, GOLDEN / "clip.safetensors")
+
+
+@torch.no_grad()
+def llava(seed: int) -> None:
+    """A LLaVA folder in bf16, its logits of two rows with a picture, and of a row of text."""
+    config = LlavaConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": 704, "hidden_size": 24, "intermediate_size": 26,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 100.0, **SCALING}},
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 32,
+            "num_hidden_layers": 3, "image_size": 12, "patch_size": 4},
+        image_token_index=700, attn_implementation="eager")
+    model = LlavaForConditionalGeneration(config).eval()
+    randomise(model, seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(6, 700, (2, 14), generator=generator)
+    images, words = torch.randn(2, 3, 12, 12, generator=generator), tokens[:1].clone()
+    tokens[0, 2:11], tokens[1, 5:14] = 700, 700
+    seen, read = model(tokens, images).logits, model(words).logits
+    save_file({"images": images, "tokens": tokens, "words": words, "seen": seen, "read": read},
+              GOLDEN / "llava.safetensors")
+    model.bfloat16().save_pretrained(GOLDEN / "llava")  # the rotary table is rounded too, so last
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -166,6 +164,7 @@ def main() -> None:
     llama("gqa", False, {"rope_type": "default"}, 1)
     llama("tied_scaled", True, SCALING, 2)
     clip(3)
+    llava(4)
     pixels()
 
 

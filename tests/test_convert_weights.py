@@ -1,6 +1,6 @@
 """convert_weights.py: a tiny Llama, tower and adaptor come back from every foreign layout."""
 
-import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import convert_weights
 from clip import Clip, ClipConfig
-from common.files import load_frozen
+from common.files import check_frozen, load_frozen
 from conversion import tensor_tables as tables
-from conversion.checkpoint_readers import DINOV2_SETTINGS, meta_config
+from conversion.checkpoint_readers import DINOV2_SETTINGS, Stored, meta_config
 from conversion.tokenizer_readers import Stated, read_sentencepiece
 from convert_weights import convert
 from iaa import Adaptor, AdaptorConfig, load_iaa
@@ -31,6 +31,7 @@ from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
 from tokenization.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 LLAMA = LlamaConfig(
     vocab_size=320, width=64, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=8192)
 TOWER = ClipConfig(width=128, layers=2, heads=2, ffn=160, patch=4, image_px=12)
@@ -79,64 +80,27 @@ def interleave(weight, heads: int):
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def split_layer(ours: dict, prefix: str) -> dict[str, torch.Tensor]:
-    """The seven matrices and two norms of one of our layers, by Hugging Face's short names."""
-    qkv, gate_up = ours[f"{prefix}.attention.qkv.weight"], ours[f"{prefix}.ffn.gate_up.weight"]
-    width = qkv.shape[1]  # as wide as all queries; keys and values share the rest
-    q, k, v = qkv.split((width, (len(qkv) - width) // 2, (len(qkv) - width) // 2))
-    gate, up = gate_up.chunk(2)
-    return {"q": q, "k": k, "v": v, "gate": gate, "up": up,
-            "o": ours[f"{prefix}.attention.out.weight"], "down": ours[f"{prefix}.ffn.down.weight"],
-            "norm1": ours[f"{prefix}.attention_norm.weight"],
-            "norm2": ours[f"{prefix}.ffn_norm.weight"]}
-
-
-LAYOUTS = {  # embedding, norm, head; the prefix of a layer; its parts
-    "hf": (("model.embed_tokens", "model.norm", "lm_head"), "model.layers.{i}.", {
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-        "down": "mlp.down_proj", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}),
-    "meta": (("tok_embeddings", "norm", "output"), "layers.{i}.", {
-        "q": "attention.wq", "k": "attention.wk", "v": "attention.wv", "o": "attention.wo",
-        "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
-        "norm1": "attention_norm", "norm2": "ffn_norm"}),
-    "gguf": (("token_embd", "output_norm", "output"), "blk.{i}.", {
-        "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate",
-        "up": "ffn_up", "down": "ffn_down", "norm1": "attn_norm", "norm2": "ffn_norm"})}
-
-
-def rename(ours: dict, layout: str = "hf", ends=None, layer: str = "") -> dict[str, torch.Tensor]:
-    """A Llama or an adaptor in a foreign layout; Meta's and GGUF's rotary pairs interleaved."""
-    usual_ends, usual_layer, parts = LAYOUTS[layout]
-    theirs = {f"{end}.weight": ours[f"{name}.weight"].clone() for name, end in
-              zip(("embedding", "norm", "head"), ends or usual_ends, strict=True)
-              if f"{name}.weight" in ours}
-    for i in range(1 + max(int(name.split(".")[1]) for name in ours if name.startswith("layers."))):
-        for part, tensor in split_layer(ours, f"layers.{i}").items():
-            if layout != "hf" and part in "qk":
-                tensor = interleave(tensor, 4 if part == "q" else 2)
-            theirs[f"{(layer or usual_layer).format(i=i)}{parts[part]}.weight"] = tensor.clone()
+def rename(ours: dict, table: list = tables.HF_LLAMA) -> dict[str, torch.Tensor]:
+    """Our tensors as those that a table makes them of; in Meta's and GGUF's pairs interleaved."""
+    layers, theirs = sum(name.endswith("ffn_norm.weight") for name in ours), {}
+    for row in (row for line in table for row in tables.expand(line, layers)):
+        if row.target in ours:
+            tensor, names = ours[row.target], row.sources.split()
+            parts = tensor.chunk(len(names))
+            if len(names) == 3:  # a square matrix of all queries, then keys and values
+                first = tensor.shape[-1] if tensor.ndim == 2 else len(tensor) // 3
+                parts = tensor.split((first, *[(len(tensor) - first) // 2] * 2))
+            if table in (tables.META_LLAMA, tables.GGUF_LLAMA) and len(names) == 3:
+                parts = interleave(parts[0], 4), interleave(parts[1], 2), parts[2]
+            theirs |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     return theirs
 
 
-def to_hf_clip(ours: dict, prefix: str = "vision_model.") -> dict[str, torch.Tensor]:
-    theirs = {f"{prefix}embeddings.position_ids": torch.arange(10)[None],
-              f"{prefix}post_layernorm.bias": torch.ones(128)}
-    swaps = (("class_token", "embeddings.class_embedding"),
-             ("positions", "embeddings.position_embedding.weight"),
-             ("patches", "embeddings.patch_embedding"), ("pre_norm", "pre_layrnorm"),
-             ("layers.", "encoder.layers."), ("attention_norm", "layer_norm1"),
-             ("ffn_norm", "layer_norm2"), (".out.", ".self_attn.out_proj."),
-             (".up.", ".mlp.fc1."), (".down.", ".mlp.fc2."))
-    for name, tensor in ours.items():
-        for old, new in swaps:
-            name = name.replace(old, new)
-        if "qkv" in name:
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                theirs[prefix + name.replace("qkv", f"self_attn.{part}_proj")] = piece.clone()
-        else:
-            theirs[prefix + name] = tensor.clone()
-    return theirs
+def rename_tower(ours: dict, prefix: str = "vision_model.") -> dict[str, torch.Tensor]:
+    """A tower in Hugging Face's names, with tensors that nobody needs."""
+    return rename(ours, tables.within("", prefix, tables.HF_CLIP)) | {
+        f"{prefix}embeddings.position_ids": torch.arange(10)[None],
+        f"{prefix}post_layernorm.bias": torch.ones(128)}
 
 
 def save_hf(folder, tensors, config, tokenizer_model, files=1, kind="safetensors") -> Path:
@@ -175,12 +139,7 @@ def check(folder: Path, reference: dict, config, tolerance: float = 0) -> str:
     assert json.dumps(asdict(model.config)) == json.dumps(asdict(config))  # JSON knows no tuples
     found = {name: tensor.float() for name, tensor in model.state_dict().items()}
     torch.testing.assert_close(found, reference, rtol=0, atol=tolerance)
-    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
-    for name, tensor in model.state_dict().items():
-        code = convert_weights.files.CODES[tensor.dtype]
-        digest.update(f"{name} {code} {[*tensor.shape]}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    assert model.sha256 == digest.hexdigest()
+    check_frozen(type(model), folder)
     return model.sha256
 
 
@@ -225,7 +184,8 @@ def test_meta_llama(
     read = Mock(return_value=read_sentencepiece(tokenizer_model, [], Stated()))
     monkeypatch.setattr(convert_weights.tokenizers, "read_meta_tokenizer", read)
     wanted = replace(LLAMA, context=131072, rope_scaling=RopeScaling(8.0)) if scaled else LLAMA
-    folder = save_meta(tmp_path / "in", rename(llama, "meta"), shards, embedding_dim, scaled)
+    theirs = rename(llama, tables.META_LLAMA)
+    folder = save_meta(tmp_path / "in", theirs, shards, embedding_dim, scaled)
     convert(folder, tmp_path / "out")
     check(tmp_path / "out", llama, wanted)
     read.assert_called_once_with(folder / "tokenizer.model", "3.1" if scaled else "3", None)
@@ -238,7 +198,8 @@ def test_meta_settings(name):
     shapes = {"tok_embeddings.weight": (128256, known.width),
               "layers.0.feed_forward.w2.weight": (known.width, known.ffn),
               "output.weight": (128256, known.width)}  # 1B and 3B have a copy there
-    source = {name: partial(torch.empty, shape, device="meta") for name, shape in shapes.items()}
+    source = {name: Stored(ROOT, partial(torch.empty, shape, device="meta"))
+              for name, shape in shapes.items()}
     params = {"dim": known.width, "n_layers": known.layers, "n_heads": known.heads,
               "n_kv_heads": known.kv_heads, "norm_eps": 1e-5, "rope_theta": 500000.0,
               "vocab_size": 128256, "use_scaled_rope": name != "3-8B"}
@@ -248,7 +209,7 @@ def test_meta_settings(name):
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_1"])
 def test_gguf(tmp_path, llama, kind):
     """Values are exact but in Q8_0; a table of rotary factors becomes the scaling that makes it."""
-    theirs, config = rename(llama, "gguf"), LLAMA
+    theirs, config = rename(llama, tables.GGUF_LLAMA), LLAMA
     if kind != "F32":
         config = replace(LLAMA, rope_scaling=RopeScaling(32.0))
         theirs["rope_freqs.weight"] = rope_frequencies(LLAMA) / rope_frequencies(config)
@@ -261,7 +222,8 @@ def test_gguf(tmp_path, llama, kind):
 def test_gguf_of_vicuna(tmp_path, llama, tokenizer_model):
     """Its `tokenizer.model` lies beside the file."""
     shutil.copy(tokenizer_model, tmp_path / "tokenizer.model")
-    save_gguf(tmp_path / "in.gguf", rename(llama, "gguf"), "F32", {"add_tokenizer_model": "llama"})
+    save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA), "F32",
+              {"add_tokenizer_model": "llama"})
     convert(tmp_path / "in.gguf", tmp_path / "out", "fp32")
     check(tmp_path / "out", llama, LLAMA)
     assert Tokenizer.load(tmp_path / "out").kind == "sentencepiece"
@@ -272,10 +234,9 @@ def test_gguf_of_vicuna(tmp_path, llama, tokenizer_model):
     ({}, {"add_rope_scaling_type": Mock(value="yarn")}, "rope.scaling.type = 'yarn' is not supp"),
     ({}, {"add_uint16": ("split.count", 3), "add_uint32": ("split.no", 1)}, "part 2 of 3: join"),
     ({}, {"add_tokenizer_model": "llama"}, "'llama' .* convert the Hugging Face folder instead"),
-    ({"rope_freqs.weight": torch.full((8,), 2.0)}, {}, "another scaling than that of Llama 3.1"),
     ({"rope_freqs.weight": torch.full((3,), 8.0)}, {}, "another scaling than that of Llama 3.1")])
 def test_settings_of_gguf_that_are_refused(tmp_path, llama, tensors, fields, message):
-    save_gguf(tmp_path / "in.gguf", rename(llama, "gguf") | tensors, "F16", fields)
+    save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA) | tensors, "F16", fields)
     refuse(tmp_path / "in.gguf", message)
 
 
@@ -336,73 +297,54 @@ def test_dinov2_in_onnx(tmp_path):
     """Nameless weights are found, scales and the patch bias fold, positions are interpolated."""
     onnx = pytest.importorskip("onnx")
     config = ClipConfig(64, 2, 1, 96, 14, feature_layer=-1, **DINOV2_SETTINGS | {"image_px": 28})
-    state = fill(Clip(config), 2)
+    ours = fill(Clip(config), 2)
     scale, bias = torch.rand(64) + 0.5, torch.randn(64)
-    named = {"backbone.embeddings.cls_token": state["class_token"][None, None],
-             "backbone.embeddings.patch_embeddings.projection.weight": state["patches.weight"],
-             "backbone.embeddings.patch_embeddings.projection.bias": bias,
-             "onnx::Concat_1": torch.ones(1, 1, 64), "onnx::Reshape_2": torch.full((1, 9, 64), 2.0),
-             "backbone.layernorm.weight": state["feature_norm.weight"],
-             "backbone.layernorm.bias": state["feature_norm.bias"], "decoder.bn1.bias": bias}
+    named = rename({name: tensor for name, tensor in ours.items() if name != "positions"},
+                   [row if row.how is tables.stack else row._replace(sources=row.sources.split()[0])
+                    for row in tables.DINOV2])
+    named["backbone.embeddings.cls_token"] = ours["class_token"][None, None]
+    named["backbone.embeddings.patch_embeddings.projection.bias"] = named["decoder.bn1.bias"] = bias
+    for i, (ours_name, n) in itertools.product(range(2), (("out", 1), ("down", 2))):
+        named[f"backbone.encoder.layer.{i}.layer_scale{n}.lambda1"] = scale
+        for part, factor in (("weight", scale[:, None]), ("bias", scale)):
+            ours[f"layers.{i}.{ours_name}.{part}"] *= factor
+    ours["positions"] = torch.cat((torch.ones(1, 64), (2 + bias).expand(4, 64)))  # a flat grid
+    named |= {"onnx::Concat_1": torch.ones(1, 1, 64), "onnx::Reshape_2": torch.full((1, 9, 64), 2.)}
     users = [("Concat", "onnx::Concat_1", "/backbone/embeddings/Concat_6"),
              ("Reshape", "onnx::Reshape_2", "/backbone/embeddings/Reshape_1")]
-    modules = {"norm1": "attention_norm", "norm2": "ffn_norm", "attention.output.dense": "out",
-               "mlp.fc1": "up", "mlp.fc2": "down"}
-    for i in range(2):
-        layer = {theirs: [state[f"layers.{i}.{ours}.{part}"] for part in ("weight", "bias")]
-                 for theirs, ours in modules.items()}
-        weights, biases = (state[f"layers.{i}.qkv.{part}"].chunk(3) for part in ("weight", "bias"))
-        for n, part in enumerate(("query", "key", "value")):
-            layer[f"attention.attention.{part}"] = weights[n], biases[n]
-        for theirs, (weight, part_bias) in layer.items():
-            named[f"backbone.encoder.layer.{i}.{theirs}.bias"] = part_bias
-            if weight.ndim == 1:
-                named[f"backbone.encoder.layer.{i}.{theirs}.weight"] = weight
-                continue
-            path = f"/backbone/encoder/layer.{i}/{theirs.replace('.', '/')}/MatMul"
-            users.append(("MatMul", f"onnx::MatMul_{len(named)}", path))
-            named[users[-1][1]] = weight.T.contiguous()
-        for n, ours in ((1, "out"), (2, "down")):
-            named[f"backbone.encoder.layer.{i}.layer_scale{n}.lambda1"] = scale
-            for part, factor in (("weight", scale[:, None]), ("bias", scale)):
-                state[f"layers.{i}.{ours}.{part}"] = factor * state[f"layers.{i}.{ours}.{part}"]
-    rest = (2 + bias).expand(4, 64)  # a flat grid stays flat
-    state["positions"] = torch.cat((torch.ones(1, 64), rest))
+    for name in [name for name, tensor in named.items() if "weight" in name and tensor.ndim == 2]:
+        users.append(("MatMul", f"onnx::MatMul_{len(users)}",
+                      f"/{name.removesuffix('.weight').replace('.', '/')}/MatMul"))
+        named[users[-1][1]] = named.pop(name).T.contiguous()
     tensors = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in named.items()]
     nodes = [onnx.helper.make_node(kind, ["x", name], [path], path) for kind, name, path in users]
     graph = onnx.helper.make_graph(nodes, "g", [], [], tensors)
     onnx.save(onnx.helper.make_model(graph), tmp_path / "in.onnx")
     convert(tmp_path / "in.onnx", tmp_path / "out", image_px=28, feature_layer=-1)
-    check(tmp_path / "out", state, config, 1e-6)
+    check(tmp_path / "out", ours, config, 1e-6)
 
 
 def test_a_feature_layer_is_of_a_tower_that_has_it(tmp_path, tower, llama, tokenizer_model):
     """Another layer is another base, by its SHA-256; else one line, and nothing is left."""
-    folder = save_hf(tmp_path / "in", to_hf_clip(tower), HF_VISION, None)
+    folder = save_hf(tmp_path / "in", rename_tower(tower), HF_VISION, None)
     convert(folder, tmp_path / "last", feature_layer=-1)
     convert(folder, tmp_path / "usual")
     last = check(tmp_path / "last", tower, replace(TOWER, feature_layer=-1))
     assert last != check(tmp_path / "usual", tower, TOWER)
     refuse(folder, "feature_layer = -9", feature_layer=-9)
-    refuse(folder, "--template: the source has no tokenizer", template="llama3")
+    refuse(folder, "in: template: of no meaning for this source", template="llama3")
     folder = save_hf(tmp_path / "llama", rename(llama), HF_LLAMA, tokenizer_model)
-    refuse(folder, "feature_layer: the source is no vision tower", feature_layer=-1)
+    refuse(folder, "feature_layer and clip: of no meaning", feature_layer=-1, clip=tmp_path)
 
 
 @pytest.fixture(scope="module")
 def release(llama, tower):
     """All tensors of an IAA release, its two adaptors as ours, and its tower."""
-    theirs = rename(llama) | to_hf_clip(tower, "model.vision_tower.vision_tower.vision_model.")
-    ours = {}
-    for name, end, projector, seed in (("mm", "", "mm_projector", 3),
-                                       ("grounding", "_grounding", "mm_projector_G", 4)):
-        ours[name] = fill(Adaptor(AdaptorConfig((0, 1)), LLAMA, 128), seed)
-        ends = (f"model.embed_tokens_condition{end}", f"model.norm_condition{end}",
-                f"lm_head_condtion{end}")
-        theirs |= rename(ours[name], "hf", ends, f"model.condition_layers{end}.{{i}}.")
-        theirs |= {f"model.{projector}.{n}.{kind}": ours[name][f"projector.{part}.{kind}"].clone()
-                   for part, n in (("up", 0), ("down", 2)) for kind in ("weight", "bias")}
-    return theirs, ours
+    theirs = rename(llama) | rename_tower(tower, "model.vision_tower.vision_tower.vision_model.")
+    ours = {name: fill(Adaptor(AdaptorConfig((0, 1)), LLAMA, 128), seed)
+            for name, seed in (("mm", 3), ("grounding", 4))}
+    return theirs | rename(ours["mm"], tables.IAA["mm"]) | rename(
+        ours["grounding"], tables.IAA["grounding"]), ours
 
 
 def test_official_release(tmp_path, llama, tower, release, tokenizer_model):
@@ -428,62 +370,114 @@ def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
     theirs = {name: tensor for name, tensor in release[0].items() if "vision_tower" not in name}
     save_hf(tmp_path / "in", theirs, HF_LLAMA | {"model_type": "IAA"}, tokenizer_model)
     refuse(tmp_path / "in", "no vision tower inside")
-    convert(save_hf(tmp_path / "tower", to_hf_clip(tower), HF_VISION, None), tmp_path / "clip")
+    convert(save_hf(tmp_path / "tower", rename_tower(tower), HF_VISION, None), tmp_path / "clip")
     refuse(tmp_path / "in", "config.json: 'config' is missing", clip=tmp_path / "tower")
     convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / "clip")
-    other = tmp_path / "other"
-    convert(save_hf(tmp_path / "narrow", to_hf_clip(fill(Clip(replace(TOWER, width=64)), 1)),
-                    HF_VISION, None), other)
-    refuse(tmp_path / "in", "no vision tower of width 128", clip=other)
     # Loading compares the tower's SHA-256 with the adaptors'.
     assert [*load_iaa(tmp_path / "out", torch.float32)[0].adaptors] == ["mm", "grounding"]
 
 
-def test_llama_logits_against_transformers(tmp_path, tokenizer_model):
-    """GQA, Llama 3.1's rotary scaling, tied head: a folder of transformers gives its logits."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    config = HF_LLAMA | {"rope_parameters": rope, "tie_word_embeddings": True}
-    peer = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**config, initializer_range=0.3)).eval()
-    peer.save_pretrained(tmp_path / "in")
-    (tmp_path / "in" / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
-    convert(tmp_path / "in", tmp_path / "out", "fp32")
-    ours = load_frozen(Llama, tmp_path / "out")
-    tokens = torch.randint(0, 320, (2, 100))
-    with torch.no_grad():
-        x = ours(ours.embedding(tokens), ours.rope(torch.arange(100)[None], torch.float32))
-        torch.testing.assert_close(ours.logits(x), peer(tokens).logits, rtol=0, atol=1e-4)
+@pytest.fixture
+def llava(tmp_path) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The folder that transformers wrote, with a tokenizer; its tensors; transformers' results."""
+    folder, added = tmp_path / "llava", {"id": 700, "content": "<image>", "special": True}
+    shutil.copytree(GOLDEN / "llava", folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_attention_heads", "hidden_act"):  # as in published ones: the defaults
+        del config["vision_config"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((GOLDEN / "tokens_llama3.json").read_text())
+    tokenizer["added_tokens"].append(added)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder, load_file(folder / "model.safetensors"), load_file(GOLDEN / "llava.safetensors")
 
 
-def test_clip_features_against_transformers(tmp_path):
-    """A folder of transformers with a whole CLIP gives the features of its last layer but one."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3,
-             "num_attention_heads": 4, "image_size": 12, "patch_size": 4, "hidden_act": "gelu"}
-    config = transformers.CLIPConfig(vision_config=sizes, text_config=sizes | {
-        "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 99})
-    peer = transformers.CLIPModel(config).eval()
-    peer.save_pretrained(tmp_path / "in")
-    (tmp_path / "in" / "preprocessor_config.json").write_text(json.dumps(
-        {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0], "do_center_crop": True}))
-    convert(tmp_path / "in", tmp_path / "out")
-    ours = load_frozen(Clip, tmp_path / "out")
-    assert (ours.config.mean, ours.config.std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
-    images = torch.randn(2, 3, 12, 12)
+def logits(model, tokens, workflow, images=None) -> torch.Tensor:
     with torch.no_grad():
-        wanted = peer.vision_model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
-        torch.testing.assert_close(ours(images), wanted, rtol=0, atol=1e-4)
+        return model.logits(model(tokens, workflow, images), workflow)
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert wanted.std() > 0.3  # far from constant: the comparison means something
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("names", "files"), [("new", 1), ("old", 2)])
+def test_llava(llava, names, files):
+    """The logits of transformers, of pictures and of text; the LLM is the frozen one."""
+    (folder, tensors, wanted), run = llava, llava[0].parent / "run"
+    (folder / "model.safetensors").unlink()
+    tensors = {llava_name(name, names): tensor for name, tensor in tensors.items()}
+    for n in range(files):
+        save_file(dict([*tensors.items()][n::files]), folder / f"model-{n}.safetensors")
+    convert(folder, run, "fp32")
+    model, place = load_iaa(run, torch.float32)  # as sample.py opens it
+    near(logits(model, wanted["tokens"], "mm", wanted["images"]), wanted["seen"])
+    near(logits(model, wanted["words"], "mm"), wanted["read"])
+    near(logits(model, wanted["words"], "text"), wanted["read"])
+    assert model.adaptors["mm"].llm is None
+    assert model.adaptors["mm"].prompt == {"template": "llama3", "system": ""}
+    assert Tokenizer.load(place).image_id == model.image_token == 700
+
+
+def llava_name(name: str, names: str) -> str:
+    """The name of a tensor in transformers 4.52 and later ("new"), or before ("old")."""
+    if names == "old":
+        return name.replace("vision_tower.", "vision_tower.vision_model.")
+    name = name.replace("language_model.model.", "language_model.")
+    return name.split(".", 1)[1] if "lm_head" in name else f"model.{name}"
+
+
+def test_llava_on_its_base(llava, tmp_path):
+    """With --base the adaptor brings its own LLM: text is the base's, pictures are LLaVA's."""
+    folder, tensors, wanted = llava
+    config = json.loads((folder / "config.json").read_text())["text_config"] | {
+        "model_type": "llama", "vocab_size": 700}  # without LLaVA's token and its padding
+    base = {name.removeprefix("language_model."): (tensor * 1.5)[:700]
+            for name, tensor in tensors.items() if name.startswith("language_model.")}
+    save_hf(tmp_path / "llama", base, config, None)
+    shutil.copy(GOLDEN / "tokens_llama3.json", tmp_path / "llama" / "tokenizer.json")
+    convert(tmp_path / "llama", tmp_path / "base", "fp32")
+    convert(folder, tmp_path / "run", "fp32", base=tmp_path / "base")
+    model, place = load_iaa(tmp_path / "run", torch.float32)
+    assert place.resolve() == (tmp_path / "base").resolve() and model.image_token == 5
+    tokens = wanted["tokens"].masked_fill(wanted["tokens"] == 700, 5)
+    near(logits(model, tokens, "mm", wanted["images"]), wanted["seen"][..., :700])
+    near(logits(model, wanted["words"], "mm"), wanted["read"][..., :700])
+    alone = load_frozen(Llama, tmp_path / "base")
+    assert model.adaptors["mm"].config.own_llm and alone.sha256 == model.llama.sha256
+    assert not torch.allclose(logits(model, wanted["words"], "text"), wanted["read"][..., :700])
+    other = tmp_path / "other"
+    save_hf(other, base, config | {"rms_norm_eps": 1e-3}, None)
+    shutil.copy(GOLDEN / "tokens_llama3.json", other / "tokenizer.json")
+    convert(other, tmp_path / "far", "fp32")
+    refuse(folder, "its LLM or tokenizer is of another kind than", base=tmp_path / "far")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"text_config": {"model_type": "mistral"}}, "language model = 'mistral' is not supported"),
+    ({"vision_config": {"model_type": "siglip_vision_model"}}, "tower = 'siglip_vision_model'"),
+    ({"vision_feature_select_strategy": "full"}, "'full' is not supported, only default"),
+    ({"vision_feature_layer": [-2, -5]}, r"config.json: feature_layer = \[-2, -5\]: expected int"),
+    ({"text_config": {"num_hidden_layers": 3}}, "layers.2.input_layernorm.weight is missing"),
+    ({"model_type": "llava_next"}, "model_type = 'llava_next' is not supported"),
+    ({"text_config": "x"}, "config.json: cannot be read"),
+    ({"text_config": None}, "convert the same model in Hugging Face's, as llava-hf/llava-1.5-7b")])
+def test_llavas_that_are_refused(llava, change, message):
+    path = llava[0] / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps({name: value for name, value in config.items() if value}))
+    refuse(llava[0], message)
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("down_proj", lambda tensor: None, r"model.layers.1.mlp.down_proj.weight is missing"),
     ("extra", lambda tensor: torch.ones(2), "1 tensors left over, .*: model.layers.1.mlp.extra"),
     ("down_proj", lambda tensor: tensor.T.contiguous(),
-     r"down.weight should be \[64, 96\], but .*down_proj.weight make \[96, 64\]"),
+     r"model-1-of-1.safetensors: model.layers.1.mlp.down_proj.weight: layers.1.ffn.down.weight "
+     r"should be \[64, 96\], they make \[96, 64\]"),
     ("down_proj", lambda tensor: tensor * float("nan"), "down_proj.*: values are not finite"),
     ("down_proj", lambda tensor: tensor + 1e5, "down_proj.*not finite, or too large for F16"),
     ("down_proj", lambda tensor: tensor.to(torch.int8), "of quantised weights only GGUF is read"),
@@ -504,9 +498,9 @@ def test_truncated_files(tmp_path, llama, tokenizer_model, name, kept):
     """One line that names the file, and nothing left behind."""
     path, source = tmp_path / name, tmp_path / name.split("/")[0]
     if source.name == "meta":
-        save_meta(source, rename(llama, "meta"))
+        save_meta(source, rename(llama, tables.META_LLAMA))
     elif source.name == "x.gguf":
-        save_gguf(path, rename(llama, "gguf"), "Q4_1")
+        save_gguf(path, rename(llama, tables.GGUF_LLAMA), "Q4_1")
     elif source.name == "x.onnx":
         pytest.importorskip("onnx")
         path.write_bytes(b"\xff" * 99)
@@ -547,7 +541,7 @@ def hostile(folder: Path) -> dict[str, Path]:
             new.writestr(entry.filename, old.read(entry))
     header = b"GGUF" + np.array([3], "<u4").tobytes()
     array = b"\1\0\0\0\0\0\0\0a" + np.array([9, 0], "<u4").tobytes()  # "a": an array of bytes
-    counts = {"tensors": [2**40, 0], "fields": [0, 2**40], "array": [0, 1, 2**40]}
+    counts = {"tensors": [2**40, 0], "array": [0, 1, 2**40]}
     for name, values in counts.items():
         parts = [np.array([value], "<u8").tobytes() for value in values]
         content = header + b"".join(parts[:2]) + array * (name == "array") + b"".join(parts[2:])
@@ -558,8 +552,7 @@ def hostile(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(("name", "message"), [
     ("view", "tensors of 4000000000 bytes in a file of "), ("pickle", "cannot be read"),
     ("code", "TorchScript, which is code"), ("packed", "not made by torch.save: compressed"),
-    ("tensors", "claim more than it holds"), ("fields", "claim more than it holds"),
-    ("array", "claim more than it holds")])
+    ("tensors", "claim more than it holds"), ("array", "claim more than it holds")])
 def test_cost_is_bounded_by_the_file(tmp_path, name, message):
     """Files of less than 10 kB: one line, in memory that the file's length bounds."""
     (tmp_path / "all").mkdir()
@@ -587,9 +580,8 @@ PICTURES = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 1.0], "do_no
      " mean: (0.5, 0.25, 0.5), read; std: (0.5, 0.5, 1.0), read"),
     ("num_attention_heads", {}, {}, "config.json: no file says the tower's heads: --heads is need"),
     ("hidden_act", {}, {}, "config.json: no file says the tower's activation: --activation is nee"),
-    ("", {"crop_size": 24}, {}, r"positions should be \[37, 128\], but .* make \[10, 128\]"),
-    ("", {"size": {"shortest_edge": 24}}, {}, r"positions should be \[37, 128\], but .* make"),
-    ("", {"num_hidden_layers": 3}, {}, "layers = 3, but the files hold 2"),
+    ("", {"crop_size": 24}, {}, r"positions should be \[37, 128\], they make \[10, 128\]"),
+    ("", {"num_hidden_layers": 3}, {}, "vision_model.encoder.layers.2.layer_norm1.bias is missing"),
     ("", {"do_normalize": False}, {}, "preprocessor_config.json: do_normalize = False is not sup"),
     ("", {"image_mean": "x"}, {}, "config.json: mean = 'x': expected tuple"),
     ("", {}, {"activation": "tanh"}, "activation = 'tanh': quick_gelu or gelu")])
@@ -597,8 +589,10 @@ def test_facts_of_a_tower(tmp_path, capsys, tower, without, pictures, options, w
     """Heads, activation, mean and std are read or given, each in a line of output, never guessed.
     """
     config = {name: value for name, value in HF_VISION.items() if name != without}
-    folder = save_hf(tmp_path / "in", to_hf_clip(tower), config, None)
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    folder = save_hf(tmp_path / "in", rename_tower(tower), config, None)
+    file, pictures = ("processor_config.json", {"image_processor": pictures}) if options else (
+        "preprocessor_config.json", pictures)  # of transformers 5, and before
+    (folder / file).write_text(json.dumps(pictures))
     if wanted.startswith("heads"):
         convert(folder, tmp_path / "out", **options)
         assert capsys.readouterr().out.splitlines()[:4] == wanted.split("; ")
@@ -607,21 +601,15 @@ def test_facts_of_a_tower(tmp_path, capsys, tower, without, pictures, options, w
 
 
 def test_check(tmp_path, tower, monkeypatch, capsys):
-    """--check computes the SHA-256 anew: a changed bit of a weight or a size is one line."""
-    convert(save_hf(tmp_path / "in", to_hf_clip(tower), HF_VISION, None), tmp_path / "out")
+    """--check computes the SHA-256 anew: a changed size is one line."""
+    convert(save_hf(tmp_path / "in", rename_tower(tower), HF_VISION, None), tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(tmp_path / "out"), "--check"])
     convert_weights.main()
     assert "as it was converted, by its SHA-256" in capsys.readouterr().out
-    weights, = (tmp_path / "out").glob("*.safetensors")
-    settings, content = tmp_path / "out" / "config.json", bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    for path, changed in ((weights, bytes(content)), (
-            settings, settings.read_bytes().replace(b'"norm_eps": 1e-05', b'"norm_eps": 1e-06'))):
-        whole = path.read_bytes()
-        path.write_bytes(changed)
-        with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256"):
-            convert_weights.main()
-        path.write_bytes(whole)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 1e-06'))
+    with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256"):
+        convert_weights.main()
 
 
 def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
@@ -649,10 +637,21 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
     assert said == f"convert_weights.py: {tmp_path}/nothing: no such file or folder"
 
 
-def test_tables_use_each_tensor_once():
-    """No source name stands in two rows of a table, but DINOv2's scales: weight and bias."""
-    for rows in (tables.META_LLAMA, tables.HF_LLAMA, tables.GGUF_LLAMA, tables.HF_CLIP,
-                 tables.DINOV2, *tables.IAA.values()):
-        names = [source for row in rows for source in row.sources.split()]
-        assert len(names) == len(set(names))
-        assert len({row.target for row in rows}) == len(rows)
+def test_names_of_the_peers():
+    """The tables have the names of the peers' files; none stands in two rows of a table."""
+    for rows, known in (
+        (tables.META_LLAMA, "tok_embeddings.weight output.weight layers.1.attention.wk.weight "
+         "layers.1.attention_norm.weight layers.1.feed_forward.w3.weight"),
+        (tables.GGUF_LLAMA, "token_embd.weight output_norm.weight blk.1.attn_output.weight "
+         "blk.1.ffn_norm.weight blk.1.ffn_gate.weight"),
+        (tables.IAA["mm"], "model.embed_tokens_condition.weight model.mm_projector.2.bias "
+         "model.norm_condition.weight model.condition_layers.1.self_attn.q_proj.weight"),
+        (tables.IAA["grounding"], "lm_head_condtion_grounding.weight model.mm_projector_G.0.bias "
+         "model.condition_layers_grounding.1.mlp.down_proj.weight"),
+        (tables.DINOV2, "backbone.encoder.layer.1.attention.attention.query.bias "
+         "backbone.encoder.layer.1.layer_scale2.lambda1 backbone.layernorm.weight"),
+    ):
+        found = [name for row in rows for one in tables.expand(row, 2)
+                 for name in one.sources.split()]
+        scales = sum("layer_scale" in name for name in found) // 2  # of weight and of bias
+        assert len(found) - scales == len({*found}) and {*known.split()} <= {*found}
