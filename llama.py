@@ -347,16 +347,3 @@ class Llama(nn.Module):
     def lm_head(self, x: Tensor) -> Tensor:
         """The LM head alone; a tied one is the embedding: (..., D) -> (..., V), in x's dtype."""
         return F.linear(x, self.embedding.weight.to(x.dtype)) if self.head is None else self.head(x)
-
-
-def exchange_matrices(model: nn.Module, new: Callable[[Tensor], nn.Module]) -> None:
-    """Put `new(weight)` in place of every matrix of the Llamas and adaptors in `model`, for good.
-
-    A tied head becomes a matrix of its own. Linear layers with a bias stay, and so do embeddings.
-    """
-    for module in list(model.modules()):
-        if isinstance(module, Llama) and module.head is None:
-            module.head = new(module.embedding.weight)
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear) and child.bias is None:
-                setattr(module, name, new(child.weight))

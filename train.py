@@ -35,10 +35,9 @@ from torch import Tensor, nn
 from clip import Clip, open_image, preprocess
 from common import files
 from common.device import DTYPES, Ranks, choose_dtype
-from common.int8 import Int8Linear
 from data import Batch, JsonlDataset, Sampler, loader
 from iaa import IAA, Adaptor, Index, load_tensors, read_adaptor_config
-from llama import Llama, exchange_matrices, set_recompute
+from llama import Llama, set_recompute
 from tokenization.tokenizer import Tokenizer
 from training import checkpoint
 from training.checkpoint import adaptor_folder, settings_of, source_folder
@@ -140,7 +139,10 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
-    """The adaptor at the stage's start, in fp32: frozen copies, then what was trained before."""
+    """Add the stage's adaptor to the model: frozen copies, then what was trained before; fp32.
+
+    With `frozen_dtype = "int8"` the frozen LLM is int8 afterwards.
+    """
     torch.manual_seed(run.config.seed)  # for the projector, the only part that starts random
     llama = run.model.llama
     settings = adaptor_config(run.config, stage, llama.config.layers)
@@ -158,6 +160,11 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     # "plain" has no question in it. Such an adaptor is asked in the LLM's own template.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     adaptor.prompt = {"template": template, "system": run.config.system}
+    run.model.adaptors[stage.adaptor] = adaptor
+    if run.config.frozen_dtype == "int8":  # now that insertion layers are exact copies
+        from speed.int8 import Int8Linear, exchange_matrices  # no other setting needs it
+
+        exchange_matrices(llama, Int8Linear)
     return adaptor
 
 
@@ -220,9 +227,6 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     folder = Path(config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
-    run.model.adaptors[stage.adaptor] = adaptor
-    if config.frozen_dtype == "int8":  # behind the adaptor's copies: those are of what was frozen
-        exchange_matrices(run.model.llama, Int8Linear)
     set_recompute(run.model, config.recompute)  # activation checkpointing
     state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
                         stage.zero, ranks.world, ranks.device, config.shard_frozen,

@@ -10,8 +10,7 @@
 import torch
 from torch import Tensor, nn
 
-from common.int8 import Int8Linear, onednn_computes, onednn_linear
-from llama import exchange_matrices
+from speed.int8 import Int8Linear, exchange_matrices, onednn_computes, onednn_linear
 
 
 class PackedLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""common/int8.py in training: gradients, what is kept, ZeRO, resuming, and the text promise."""
+"""speed/int8.py in training: gradients, what is kept, ZeRO, resuming, and the text promise."""
 
 import json
 from dataclasses import replace
@@ -15,10 +15,10 @@ from torch import nn
 import train as training
 from clip import Clip
 from common.files import check_frozen, load_frozen, read_json, sha256_of, write_json
-from common.int8 import Int8Linear
 from iaa import IAA, Adaptor, AdaptorConfig
-from llama import Llama, exchange_matrices, set_recompute
+from llama import Llama, set_recompute
 from sample import Chat
+from speed.int8 import Int8Linear, exchange_matrices
 from training.config import Config, StageConfig
 
 TOKENS = torch.arange(40)[None]

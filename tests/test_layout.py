@@ -21,7 +21,8 @@ MAY_IMPORT = {  # room or file -> what it may import of ours, beside itself
     "convert_weights": "conversion iaa llama clip tokenization common",
 }
 TOOLS = ("prepare_data", "evaluation", "speed", "web")  # may import everything; nobody imports them
-ALLOWED = {("sample", "speed")}  # within a function: weights in the processor's layout, or int8
+# Within a function: weights in the processor's layout, or int8.
+ALLOWED = {("sample", "speed"), ("train", "speed"), ("training", "speed")}
 CORE = (*SEVEN, "common", "tokenization", "training")  # these need requirements.txt only
 LIBRARIES = {"torch", "numpy", "sentencepiece", "tiktoken", "safetensors", "PIL", "readline"}
 OPTIONAL = {("training/plot.py", "matplotlib")}
@@ -50,9 +51,9 @@ def test_the_top_level_is_the_card():
 
 
 def test_the_house_is_small():
-    """400 lines a file; 7,330 in all, on the way to 6,000."""
+    """400 lines a file; 7,530 in all, on the way to 6,600."""
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) <= 7_330
+    assert sum(lines.values()) <= 7_530
     assert not {str(path): count for path, count in lines.items() if count > 400}
 
 
@@ -69,7 +70,7 @@ def test_imports_go_downwards(path):
 
 
 def test_training_and_asking_take_few_files():
-    """train.py and sample.py together pull in at most 15 of our files."""
+    """train.py and sample.py together pull in at most 14 of our files."""
     todo, seen = [ROOT / "train.py", ROOT / "sample.py"], set()
     while todo:
         path = todo.pop()
@@ -79,7 +80,7 @@ def test_training_and_asking_take_few_files():
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 inner = [ROOT / (name.replace(".", "/") + ".py") for name in names]
                 todo += [path for path in inner if path.is_file() and path not in seen]
-    assert len(seen) <= 15, sorted(str(path.relative_to(ROOT)) for path in seen)
+    assert len(seen) <= 14, sorted(str(path.relative_to(ROOT)) for path in seen)
 
 
 @each_file

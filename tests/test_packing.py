@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from conftest import LLAMA_TIED
 
 from clip import Clip, ClipConfig
-from common.int8 import FEW, Int8Linear
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama
 from sample import generate
+from speed.int8 import FEW, Int8Linear
 from speed.packing import PackedLinear, pack
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16],

@@ -15,10 +15,10 @@ import clip
 import llama
 from clip import Clip, ClipConfig
 from common.device import DTYPES, Ranks
-from common.int8 import Int8Linear
 from data import UNSCORED, Batch
 from iaa import IAA, Adaptor
-from llama import Llama, LlamaConfig, exchange_matrices, set_recompute
+from llama import Llama, LlamaConfig, set_recompute
+from speed.int8 import Int8Linear, exchange_matrices
 from train import Loss, make_optimizer, train_step
 from training import plan as planned
 from training.config import Config, StageConfig, adaptor_config, read_config

@@ -15,7 +15,8 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="pip install seleni
 from web import __main__ as web  # noqa: E402
 
 BOX, BLIND = "[0.25, 0.25, 0.75, 0.75]", "I see no picture."
-SAID = "Array.from(document.querySelectorAll('[role=log]'), e => e.innerText.match(/\\S.*\\S|\\S/g))"
+SAID = ("Array.from(document.querySelectorAll('[role=log]'), "
+        "e => e.innerText.match(/\\S.*\\S|\\S/g))")
 MESSAGE = "document.querySelector('.toast-wrap')?.innerText ?? ''"
 PICTURE = "document.querySelector('[data-testid=image] img')?.src ?? ''"
 LOADED = "performance.getEntriesByType('resource').map(entry => entry.name)"

@@ -42,7 +42,8 @@ from training.zero import DataParallel, ZeroSharded
 
 MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SHARED = ("seed", "system", "max_tokens", "dtype", "frozen_dtype")  # settings of the run that a stage depends on
+# Settings of the run that a stage depends on.
+SHARED = ("seed", "system", "max_tokens", "dtype", "frozen_dtype")
 DATA_FILE = "data file "  # how the settings begin that tell a data file's fingerprint
 # Settings that may change when a stage is resumed: the result is the same, up to rounding.
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")

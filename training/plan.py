@@ -32,9 +32,8 @@ import clip
 import llama
 from clip import ClipConfig
 from common.files import one_line, read_frozen
-from common.int8 import Int8Linear
 from iaa import IAA, LOSS_ROWS
-from llama import DecoderLayer, LlamaConfig, exchange_matrices
+from llama import DecoderLayer, LlamaConfig
 from training.config import Config, StageConfig, read_config
 from training.log import Row, average_row, count, meta_model, step_flops
 from training.zero import model_parts, timetable
@@ -162,6 +161,8 @@ def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
             model.llama, model.clip, model.adaptors[stage.adaptor]))
         flops = step_flops(model, stage.adaptor, stage.batch, row.tokens, stage.batch * row.scored)
         if config.frozen_dtype == "int8":
+            from speed.int8 import Int8Linear, exchange_matrices
+
             exchange_matrices(model.llama, Int8Linear)
         most = math.ceil(stage.batch / stage.micro_batch / world)  # micro-batches of a rank
         share = most * stage.micro_batch / stage.batch  # of the rank that has most: all wait for it

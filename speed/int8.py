@@ -6,9 +6,13 @@ Activations are not quantised: in int8 too they raised perplexity by 2.0 %, weig
 Letters: N tokens, of whatever batch.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llama import Linear, Llama
 
 FEW = 8  # tokens up to which the int8 kernel beats a product with dequantised weights
 
@@ -67,3 +71,16 @@ class Int8Linear(nn.Module):
         else:
             y = Dequantised.apply(rows, self.weight, self.scale)
         return y.unflatten(0, x.shape[:-1])
+
+
+def exchange_matrices(model: nn.Module, new: Callable[[Tensor], nn.Module]) -> None:
+    """Put `new(weight)` in place of every matrix of the Llamas and adaptors in `model`, for good.
+
+    A tied head becomes a matrix of its own. Linear layers with a bias stay, and so do embeddings.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Llama) and module.head is None:
+            module.head = new(module.embedding.weight)
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear) and child.bias is None:
+                setattr(module, name, new(child.weight))
