@@ -17,14 +17,13 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from common.files import read_json, write_json
+from common.files import parse_value, read_json, write_json
 
 LONG_SPACE = r"\s{10000}"  # text is cut there: a million overflow tiktoken's regex
 STARTS = ("<|begin_of_text|>", "<s>")  # where a model's files do not say which
 STOPS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<|endoftext|>")
-# What `tokenizer.json` keeps of a Tokenizer's arguments, by name.
-SETTINGS = {"special_tokens": dict[str, int], "template": str, "image_token": str, "pattern": str,
-            "mergeable": int, "words": dict[str, int], "start": str, "stops": list[str]}
+# Settings in `tokenizer.json` that older files lack.
+LATER = {"mergeable": int, "words": dict[str, int], "start": str, "stops": list[str]}
 
 
 class Tokenizer:
@@ -114,8 +113,8 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer.model` (lines in merge order, or the protobuf)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(self, name) for name in ("kind", *SETTINGS)}
-        settings["engine_size"] = len(self.model)
+        names = ("kind", "pattern", "template", "image_token", "special_tokens", *LATER)
+        settings = {name: getattr(self, name) for name in names} | {"engine_size": len(self.model)}
         model = self.model
         if self.kind == "tiktoken":
             lines = (base64.b64encode(word) + b" %d\n" % token for word, token in model.items())
@@ -127,9 +126,13 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """What `save` wrote. FileNotFoundError, or ValueError for a foreign or damaged file."""
         path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
-        settings = read_json(path, kind=str, engine_size=int, **SETTINGS)
+        settings = read_json(path, kind=str, special_tokens=dict[str, int], template=str,
+                             image_token=str, pattern=str, engine_size=int)
         read = read_ranks if settings["kind"] == "tiktoken" else Path.read_bytes
-        tokenizer = cls(read(model_path), **{name: settings[name] for name in SETTINGS})
+        names = ("special_tokens", "template", "image_token", "pattern")
+        later = {name: parse_value(f"{path}: {name}", settings[name], kind)
+                 for name, kind in LATER.items() if name in settings}
+        tokenizer = cls(read(model_path), *(settings[name] for name in names), **later)
         found, saved = len(tokenizer.model), settings["engine_size"]
         if found != saved:
             raise ValueError(f"{model_path}: damaged, "
