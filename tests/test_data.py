@@ -165,16 +165,15 @@ def test_several_files_are_one_data_set(tmp_path):
 
 def test_fingerprint(tmp_path):
     """Of one and the same bytes a literal; a changed byte or size shows, at either end too."""
-    path = tmp_path / "rows.jsonl"
+    path, seen, content = tmp_path / "rows.jsonl", set(), bytearray(1_000_000)
     path.write_bytes(b"x" * 20)
     blocks = b"x" * 20 * data.BLOCKS  # a short file is in every block
     wanted = f"20 bytes, sha256 {hashlib.sha256(blocks).hexdigest()}"
     assert data.fingerprint([path]) == {str(path): wanted}
-    seen, content = set(), bytearray(1_000_000)  # within 16 MiB no byte is left out
-    for place in (0, 65_535, 65_536, 333_333, 999_999):
+    for place in (0, 65_535, 65_536, 333_333, 999_999):  # within 16 MiB no byte is left out
+        content[place] ^= 1
         path.write_bytes(content)
         seen |= {*data.fingerprint([str(path)]).values()}
-        content[place] ^= 1
     path.write_bytes(content[:-1])
     assert len(seen | {*data.fingerprint([path]).values()}) == 6
 
@@ -184,24 +183,22 @@ def bad(*texts: str, **more) -> str:
     return json.dumps(make_row(*texts or ("Q", "A"), **more))
 
 
-NO_ROW, TURNS = "not a row as in docs/data.md", "turns must be of human and gpt in turn"
+NO_ROW = "not a row as in docs/data.md"
 NO_PATH = "'image' must be a path, a list of paths, or null"
 BAD_ROWS = {
     "{": "Expecting property name",
     "[" * 100_000: "recursion",
     b"\xff\xfe{}": "can't decode",
     "[1]": NO_ROW,
-    "{}": f"{NO_ROW}: KeyError('conversations')",
     bad(conversations=[3, 4]): NO_ROW,
-    bad("Q"): TURNS,
-    bad(conversations=[]): TURNS,
+    bad("Q"): "turns must be of human and gpt in turn",
+    bad(conversations=[]): "turns must be of human and gpt in turn",
     bad("Q", " "): "a turn has no text",
     json.dumps(make_row("Q", "A", image=None) | {"image": FIVE[:2]}):
         "2 pictures, but '<image>' 0 times in questions and 0 in answers: it stands for each once",
     json.dumps(make_row("Q", "A") | {"image": None}): "0 pictures, but '<image>' 1 times in quest",
     bad("Q", "A <image>"): "1 pictures, but '<image>' 0 times in questions and 1 in answers",
     bad("<image>", "A", "<image>\nR", "B"): "1 pictures, but '<image>' 2 times in questions",
-    bad("<image>", "<image>\nR", image=FIVE[:2]): "2 pictures, but '<image>' 1 times in questions",
     bad(image=None, images=["a.png"]): "a picture under 'images': it must be under 'image'",
     bad(image=None, video="a.mp4"): "a picture under 'video'",
     bad(image=None, media=[{"url": "http://example.invalid/a.JPG"}]): "a picture under 'media'",
@@ -209,18 +206,14 @@ BAD_ROWS = {
     bad(image=[]): NO_PATH,
     bad(image=["a.png", ""]): NO_PATH,
     bad(boxes=[[0, 0, 1, 1]], width=3): f"{NO_ROW}: KeyError('height')",
-    bad(boxes=[[0, 0, 1, 1]], width=2, height=3): "upright it has 3 x 2 pixels, its boxes are for "
-                                                  "2 x 3",
     bad(image=["a.png", "z.png"]): "'z.png' does not exist",
     bad(image="../rows.jsonl"): "is not below",
     bad(image="link/passwd"): "is not below",
     bad(image="a\0.png"): "null byte",
-    bad(image="."): "does not exist",
     bad(image="pipe"): "does not exist",
-    bad(image="x" * 5000): "rows.jsonl:29: image 'xxx",
+    bad(image="x" * 5000): "rows.jsonl:25: image 'xxx",
     bad(image="cut.png"): "cut.png: not a readable picture",
     bad(image="loop"): "does not exist",
-    bad(image="rows.jsonl"): "rows.jsonl: not a readable picture",
     bad(image="turned.jpg", boxes=[], width=60, height=40): "turned.jpg: upright it has 40 x 60",
 }
 

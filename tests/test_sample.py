@@ -1,6 +1,5 @@
 """sample.py: generation, streaming, chat, boxes, errors; on tiny random models."""
 
-import io
 import json
 import shutil
 
@@ -188,16 +187,16 @@ def script(monkeypatch):
 
 def feed(monkeypatch, *lines):
     """Type `lines` at the prompt, then the end of input; an exception among them is raised."""
-    left = list(lines)
+    left = iter([*lines, EOFError()])
 
-    class Keyboard(io.TextIOWrapper):
-        def readline(self, *_):
-            line = left.pop(0) + "\n" if left and isinstance(left[0], str) else ""
-            if not line and left:
-                raise left.pop(0)
-            return line
+    def typed(prompt):
+        print(prompt, end="")
+        line = next(left)
+        if isinstance(line, BaseException):
+            raise line
+        return line
 
-    monkeypatch.setattr("sys.stdin", Keyboard(io.BytesIO()))
+    monkeypatch.setattr("builtins.input", typed)
 
 
 def main(run, *argv):
@@ -391,7 +390,6 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
     ("iaa.json", ["image_token"], 10**9, "image_token = 1000000000: the LLM has tokens 0 to 259"),
     ("llama/config.json", ["config", "layers"], 10**6, "need 3328000000 bytes of weights at least"),
-    ("clip/config.json", ["config", "ffn"], 2**62, "bytes of weights at least, and model-*"),
     ("clip/config.json", ["config", "mean"], [0.5], "three numbers each"),
     ("llama/config.json", ["sha256"], None, "sha256 = None: expected str"),
     ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),
