@@ -192,7 +192,8 @@ def test_cached_passes_are_causal(name):
     assert len(cache.data) == 4 + len(getattr(iaa.adaptor(name), "layers", ()))
     parts = [iaa(piece, name, images if n == 0 else None, cache=cache)
              for n, piece in enumerate(tokens.split((P + 2, 7, 1), 1))]
-    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-4, rtol=1e-4)
+    near = 1e-5 * float(wanted.abs().max())  # the states are large: 157 in structure c
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=near, rtol=0)
     tokens[:, -3] = (tokens[:, -3] + 1) % IMAGE
     changed = iaa(tokens, name, images)
     assert torch.equal(changed[:, :-3], wanted[:, :-3])
@@ -499,7 +500,7 @@ def test_broken_frozen_models_are_one_line(folder, kind, first):
         (weights.unlink, r"config.json: these sizes need \d+ .* model-\*.safetensors .* have 0"),
         (lambda: edit(settings, config={"width": 48}), "config.json: config.* missing"),
         (lambda: edit(settings, config=[]), "config.json: config = "),
-        (lambda: edit(settings, kind=other), f"config.json: a model of kind '{other}'"),
+        (lambda: edit(settings, config={}, kind=other), f"config.json: a model of kind '{other}'"),
         (lambda: settings.write_text("{"), "config.json: not JSON"),
         (settings.unlink, "config.json: no such file"),
     ):
