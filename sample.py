@@ -31,7 +31,7 @@ from torch import Tensor
 
 from clip import open_image, preprocess
 from common.device import CHOICES, DTYPES, choose_device, choose_dtype
-from common.files import one_line
+from common.files import new_file, one_line
 from data import GROUNDING_PROMPT, Box, text_to_boxes
 from iaa import IAA, TEXT, load_iaa
 from llama import attention_mask
@@ -275,7 +275,8 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> No
     fields = {key: value for key, value in asdict(answer).items() if key != "boxes" or value}
     print(json.dumps(fields, ensure_ascii=False) if as_json else "", flush=True)
     if boxes and answer.boxes:
-        draw_boxes(chat.images[-1], answer.boxes).save(boxes)
+        with new_file(boxes) as new:  # a failed write keeps the old file
+            draw_boxes(chat.images[-1], answer.boxes).save(new)
     elif boxes:
         print(f"no box in the answer: {boxes} not written", file=sys.stderr)
 

@@ -144,6 +144,18 @@ def test_stream_never_prints_half_a_character(all_kinds, kind):
     assert tokenizer.decode([stop, *tokenizer.encode("ok"), stop, 10**6, -1]) == "ok"
 
 
+def test_folders_of_older_versions_load(tmp_path, all_kinds):
+    """Without the four settings that came later, the tokenizer takes their defaults."""
+    all_kinds["digits"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    for name in ("mergeable", "words", "start", "stops"):
+        del settings[name]
+    path.write_text(json.dumps(settings))
+    text = "It's 12345 o'clock."
+    assert Tokenizer.load(tmp_path).encode(text) == all_kinds["digits"].encode(text)
+
+
 def test_damaged_files_are_one_line(all_kinds, tmp_path):
     """Missing, truncated or foreign files: one line that names the file."""
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
@@ -155,7 +167,7 @@ def test_damaged_files_are_one_line(all_kinds, tmp_path):
         (model, whole[: len(whole) // 2], "tokenizer.model"),
         (model, whole + b"\xff\0", "not 'base64 number'"),
         (settings, b"{", "not JSON"), (settings, b"[1]", "object is expected"),
-        (settings, b'{"kind": "x"}', "'engine_size' is missing"),
+        (settings, b'{"kind": "x"}', "'special_tokens' is missing"),
     ):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=message) as caught:
