@@ -15,10 +15,10 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="pip install seleni
 from web import __main__ as web  # noqa: E402
 
 BOX, BLIND = "[0.25, 0.25, 0.75, 0.75]", "I see no picture."
-SAID = ("Array.from(document.querySelectorAll('[role=log]'), "
-        "e => e.innerText.match(/\\S.*\\S|\\S/g))")
+SAID = r"Array.from(document.querySelectorAll('[role=log]'), e => e.innerText.match(/\S.*/g))"
 MESSAGE = "document.querySelector('.toast-wrap')?.innerText ?? ''"
 PICTURE = "document.querySelector('[data-testid=image] img')?.src ?? ''"
+WIDTH = "document.querySelector('[data-testid=image] img')?.naturalWidth"
 LOADED = "performance.getEntriesByType('resource').map(entry => entry.name)"
 
 
@@ -53,11 +53,11 @@ def test_page(browser, tmp_path, tiny_run, monkeypatch):
         seen, until = None, time.monotonic() + 60
         while not (seen == wanted or wanted and isinstance(seen, str) and wanted in seen):
             assert time.monotonic() < until, f"{script}: {seen}"
+            time.sleep(0.1)
             seen = browser.execute_script(f"return {script}")
         return seen
 
     monkeypatch.setattr(sample, "generate", generate)  # all around it is the product's
-    monkeypatch.setattr(web, "PATIENCE_S", 0.5)
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)  # `main` returns
     tiny_run(tmp_path / "run")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -70,18 +70,21 @@ def test_page(browser, tmp_path, tiny_run, monkeypatch):
 
     Image.new("RGB", (40, 30), "navy").save(tmp_path / "navy.png")
     enter("input[type=file]", tmp_path / "navy.png")
-    wait(PICTURE, "navy.png")
+    wait(PICTURE, ".webp")  # opened by the server
     enter("textarea", "where is it?\n")
     wait(SAID, [["where is it?", "["], ["where is it?"]])  # it streams
     browser.switch_to.window(second)
+    monkeypatch.setattr(web, "PATIENCE_S", 0.5)
     enter("textarea", "and I?\n")
     wait(MESSAGE, "the model was busy for 0.5 s; ask again later")
+    monkeypatch.setattr(web, "PATIENCE_S", 30.0)
     gate.set()
     enter("textarea", "\n")  # the question is still there
     wait(SAID, [["and I?", BLIND], ["and I?", BLIND]])  # of its own history only
     browser.switch_to.window(first)
     wait(SAID, [["where is it?", BOX], ["where is it?", BLIND]])
-    drawn = Image.open(wait(PICTURE, ".webp").split("file=")[1]).convert("RGB")  # 12 times as big
+    wait(WIDTH, 480)  # enlarged, to be drawn on
+    drawn = Image.open(wait(PICTURE, ".webp").split("file=")[1]).convert("RGB")
     assert drawn.getpixel((122, 180))[0] > 150 > 50 > drawn.getpixel((240, 180))[0]
 
     (tmp_path / "notes.png").write_text("no picture")

@@ -53,16 +53,16 @@ def stream(model_thread: ThreadPoolExecutor, chat: Chat, question: str) -> Itera
 def serve(chat: Chat, host: str, port: int) -> None:
     """The page over a loaded model, until Ctrl-C."""
     import gradio as gr  # here: where it is missing, `main` says so in one line
-
     model_thread, workflows = ThreadPoolExecutor(1), [*chat.model.adaptors]
 
     def look(file: dict | None) -> dict:
         """A new picture, or none, starts new histories. A bad one is none."""
         try:
-            return {chats: new_chats(chat, file and file["path"]), columns[0]: [], columns[1]: []}
+            pair = new_chats(chat, file and file["path"])
         except (ValueError, OSError) as error:
             gr.Warning(str(error).replace(file["path"], file["orig_name"]), duration=None)
-            return {chats: None, picture: None, columns[0]: [], columns[1]: []}
+            pair = new_chats(chat)
+        return {chats: pair, picture: pair[0].image, columns[0]: [], columns[1]: []}
 
     def answer(text: str, workflow: str, pair: list[Chat] | None) -> Iterator[dict]:
         """The answer of each chat, one after the other, piece by piece."""
