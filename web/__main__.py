@@ -1,6 +1,4 @@
-"""A page to try a model: drop a picture, ask, and watch two workflows of one LLM answer.
-
-    python -m web --model runs/demo
+"""A page to try a model, python -m web --model RUN: two workflows of one LLM, side by side.
 
 The first answer is an adaptor's, which sees the picture; its boxes are drawn there. The second is
 the text workflow's: the frozen LLM. A browser tab has its own history; all tabs share one model.
@@ -19,6 +17,7 @@ from common.files import one_line
 from data import GROUNDING_PROMPT
 from iaa import TEXT
 from sample import Chat, boxes_on, draw_boxes
+from tokenization.templates import IMAGE
 
 PATIENCE_S = 30.0  # a question waits so long for those of other tabs
 EXAMPLES = [["data/easy-vqa/test/7.png", "mm", "what color is the shape?"],
@@ -27,12 +26,12 @@ EXAMPLES = [["data/easy-vqa/test/7.png", "mm", "what color is the shape?"],
 
 def new_chats(chat: Chat, path: str | None = None) -> list[Chat]:
     """A tab's chats over the one model: one sees the picture, one is the text workflow's."""
-    image = None if path is None else open_image(path)
-    return [replace(chat, image=image, turns=[]), replace(chat, chosen=TEXT, turns=[])]
+    images = [] if path is None else [open_image(path)]
+    return [replace(chat, images=images, turns=[]), replace(chat, chosen=TEXT, turns=[])]
 
 
 def stream(model_thread: ThreadPoolExecutor, chat: Chat, question: str) -> Iterator[str]:
-    """The answer so far, ten times a second. To close the iterator ends the answer.
+    """The answer so far, ten times a second. It ends where the iterator is closed.
 
     Raises what `Chat.ask` raises; CancelledError if the model is not free within PATIENCE_S.
     """
@@ -53,6 +52,7 @@ def stream(model_thread: ThreadPoolExecutor, chat: Chat, question: str) -> Itera
 def serve(chat: Chat, host: str, port: int) -> None:
     """The page over a loaded model, until Ctrl-C."""
     import gradio as gr  # here: where it is missing, `main` says so in one line
+
     model_thread, workflows = ThreadPoolExecutor(1), [*chat.model.adaptors]
 
     def look(file: dict | None) -> dict:
@@ -62,21 +62,21 @@ def serve(chat: Chat, host: str, port: int) -> None:
         except (ValueError, OSError) as error:
             gr.Warning(str(error).replace(file["path"], file["orig_name"]), duration=None)
             pair = new_chats(chat)
-        return {chats: pair, picture: pair[0].image, columns[0]: [], columns[1]: []}
+        return {chats: pair, picture: next(iter(pair[0].images), None), **dict.fromkeys(columns)}
 
     def answer(text: str, workflow: str, pair: list[Chat] | None) -> Iterator[dict]:
         """The answer of each chat, one after the other, piece by piece."""
         pair = pair or new_chats(chat)
         pair[0].chosen = workflow
-        shown = [[{"role": role, "content": said} for role, said in [*one.turns, ("user", text)]]
-                 for one in pair]
+        shown = [[{"role": role, "content": said.removeprefix(IMAGE)}
+                  for role, said in [*one.turns, ("user", text)]] for one in pair]
         yield {chats: pair, question: "", columns[0]: shown[0], columns[1]: shown[1]}
         try:
             for one, column, turns in zip(pair, columns, shown, strict=True):
                 for said in stream(model_thread, one, text):
                     yield {column: [*turns, {"role": "assistant", "content": said}]}
-                if one.image is not None:
-                    yield {picture: draw_boxes(one.image, boxes_on(one.image, said))}
+                for image in one.images:
+                    yield {picture: draw_boxes(image, boxes_on(image, said))}
         except (ValueError, OSError, CancelledError) as error:
             gr.Warning(str(error) or f"the model was busy for {PATIENCE_S:g} s; ask again later")
             yield {question: text}
@@ -84,9 +84,9 @@ def serve(chat: Chat, host: str, port: int) -> None:
     with gr.Blocks(title="IAA", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         chats = gr.State()  # of the tab; None before its first event
         with gr.Row():
-            picture = gr.Image(sources=["upload", "clipboard"], label="Picture", scale=2)
+            picture = gr.Image(sources=["upload", "clipboard"], label="Picture", scale=3)
             columns = [gr.Chatbot(label=label, scale=3, render_markdown=False, buttons=[])
-                       for label in ("Adaptor", "Text workflow: the frozen LLM")]
+                       for label in ("The chosen workflow", "Text workflow: the frozen LLM")]
         workflow = gr.Radio(workflows, value=workflows[0], label="Workflow")
         question = gr.Textbox(label="Question", submit_btn="Ask", stop_btn="Stop")
         everything, events = [chats, question, picture, *columns], [picture.upload, picture.clear]
