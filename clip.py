@@ -158,7 +158,7 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     """
     if not os.path.isfile(path):  # a pipe would block whoever reads it
         raise FileNotFoundError(f"{path}: no such file, or no regular one")
-    content = Path(path).read_bytes()  # here, so that below no error is the disk's
+    content = Path(path).read_bytes()  # first: an error below is then no error of the disk
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -197,7 +197,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # broken metadata of sound pixels raise as many kinds
+    except Exception:  # broken metadata raises many kinds; the pixels may be sound
         turn = None
     if turn is not None:
         image = image.transpose(turn)
@@ -210,7 +210,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.paste("white", mask=clear)
     if image.mode != "RGB" or image.info:
         image = image.convert("RGB")  # always a copy
-        image.info.clear()  # an orientation above all: the picture is turned once
+        image.info.clear()  # an orientation left behind would turn it a second time
     return image
 
 

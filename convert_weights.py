@@ -83,7 +83,7 @@ def make_tensor(source: readers.Source, part: Part, target: str, dtype: torch.dt
     with readers.reading(f"{stored[0].path}: {names}"):  # a mapped file is read now
         inputs = [read() for _, read in stored]
         tensor = how(part.model.config, *inputs).to(dtype).contiguous()
-        # The scale of whole numbers, and of floats of 8 bits, is elsewhere.
+        # Integers and 8-bit floats need a scale from another tensor, which is not read here.
         if not all(tensor.dtype in (*files.CODES, torch.float64) for tensor in inputs):
             raise ValueError(f"{inputs[0].dtype}: of quantised weights only GGUF is read")
         if tensor.shape != shape:

@@ -2,6 +2,8 @@
 
 - Targets are shifted here and nowhere else: `targets[t]` is the token after `tokens[t]`, or -100
   where it is not scored.
+- `render` (tokenization/templates.py) puts P placeholder ids where <image> stands in a question.
+  `IAA.place_images` puts image features there.
 - Independent questions about one picture share a row and its prefix, and do not see each other.
 - The rows of a training step are a function of (seed, step), so the step is the only position in
   the data that a checkpoint must keep.
@@ -56,9 +58,9 @@ class Example:
 
     tokens: Tensor
     targets: Tensor  # the next token, UNSCORED where it is not scored
-    positions: Tensor  # restart behind the prefix at each independent question
-    segments: Tensor  # 0: the prefix, which all see; k: the k-th question, which no other sees
-    pictures: int  # the row's first ones: those whose placeholders are in `tokens`
+    positions: Tensor  # each independent question starts where the prefix ends
+    segments: Tensor  # 0: the prefix, visible to all; k: question k, visible to itself only
+    pictures: int  # how many of the row's pictures the cut has left: the first ones
     cut: bool  # the row was longer than max_tokens
 
 
@@ -109,7 +111,7 @@ def encode_row(
 ) -> Example:
     """Tokens and targets of a checked row, cut at `max_tokens`. RowError: nothing scored is left.
 
-    A whole conversation is one segment, however many turns it has. With `"independent": true` each
+    A conversation is plain causal text, however many turns it has. With `"independent": true` each
     question is a segment after the shared prefix, trained exactly as if it were asked alone. The
     row's pictures are in the prefix then, wherever their tags stand.
     """
@@ -120,7 +122,7 @@ def encode_row(
     if row.get("independent") and template != "plain":  # "plain" drops questions
         asked = [[("user", pictures + text.replace(TAG, "")), answer]
                  for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
-    # The ids of a question without words part from the others where their words begin.
+    # The shared prefix ends before the first word. The empty question keeps equal words out of it.
     rendered = [render(tokenizer, each, template, system, image_tokens)
                 for each in ([("user", pictures)], *asked)]
     prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
@@ -189,7 +191,7 @@ class JsonlDataset(Dataset):
     root: str | Path  # all pictures must be below it
     tokenizer: Tokenizer | None = None  # from here on: what `example` needs
     image_tokens: int = 0
-    # A picture's file, and the (width, height) that its boxes are for, to (3, S, S).
+    # (file, the (width, height) that its boxes are for, or None) -> pixels (3, S, S)
     transform: Callable[[Path, tuple[int, int] | None], Tensor] | None = None
     template: str | None = None
     system: str | None = None
@@ -197,7 +199,7 @@ class JsonlDataset(Dataset):
 
     def __post_init__(self):
         self.lines = np.fromiter(find_rows(self.paths), LINE)
-        self.lengths = self.lines["bytes"]  # for sorting: as good as tokens, and free
+        self.lengths = self.lines["bytes"]  # for sorting: a cheap estimate
         if not len(self.lines):
             raise ValueError(f"no rows in {', '.join(map(str, self.paths))}")
 
@@ -246,7 +248,7 @@ class JsonlDataset(Dataset):
 # ---------------------------------------------------------------------------------- batches
 
 
-@functools.lru_cache(maxsize=4)  # two epochs and a window: drawing millions of rows takes 50 ms
+@functools.lru_cache(maxsize=4)  # two epochs, a window: shuffling millions of rows takes 50 ms
 def permutation(seeds: tuple[int, ...], length: int) -> np.ndarray:
     """0 to length - 1, shuffled by `seeds`."""
     return np.random.default_rng(seeds).permutation(length)
@@ -257,8 +259,8 @@ class Sampler:
 
     Epochs, each a permutation of all rows, stand end to end. `window` batches of that stream form a
     window. Its rows are sorted by length and cut into batches, so that a batch needs little
-    padding. Then the batches are shuffled. Each row comes once an epoch, and no batch has a row
-    twice, unless an epoch is shorter than two batches.
+    padding. Then the batches are shuffled. Each row comes once an epoch. In a window across an
+    epoch's end, rows are dealt out by number, so that none comes twice in a batch.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
@@ -276,7 +278,7 @@ class Sampler:
         rows = stream[first % total :][:size]
         rows = rows[np.argsort(self.lengths[rows], kind="stable")]  # stable: ties keep their order
         batches = rows.reshape(self.window, self.batch_size)
-        if len(epochs) > 1:  # dealt out, a row that comes twice goes to two batches
+        if len(epochs) > 1:  # equal numbers stand side by side, and go to two batches
             batches = np.sort(rows).reshape(self.batch_size, self.window).T
         order = permutation((self.seed, 1, number), self.window)  # else long rows come last
         return sorted(batches[order[place]].tolist(), key=lambda row: self.lengths[row])
@@ -290,7 +292,7 @@ class Batch:
     targets: Tensor  # (B, T) int64, shifted, UNSCORED where not scored
     images: Tensor | None  # (N, 3, S, S) float, in the order of their placeholders
     positions: Tensor | None  # (B, T) int64, None: 0 to T - 1
-    segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal text
+    segments: Tensor | None  # (B, T) int64, -1 at pads, None: plain causal attention
     lengths: Tensor  # (B,) int64, without pads
     skipped: list[str]  # rows that could not be used, and why
     cut: int = 0  # rows that were longer than max_tokens
@@ -348,7 +350,7 @@ def loader(
         raise RuntimeError("DataLoader worker exited unexpectedly") from None
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         error.__traceback__ = None  # it holds torch's iterator in a cycle: no worker would end
-        kind = type(error)  # of its text, keep the end of a worker's traceback
+        kind = type(error)  # a worker's text is a whole traceback: keep its last line
         text = str(error).rpartition(f"{kind.__name__}: ")[2].strip()
         raise kind(text.rpartition("\n")[2]) from None
 
@@ -388,7 +390,7 @@ def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
     found = (tuple(map(float, match.groups())) for match in BOX.finditer(text))
     return [(x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)
             for x1, y1, x2, y2 in found
-            if x1 < x2 <= 1 and y1 < y2 <= 1]  # drops swapped corners and pixels
+            if x1 < x2 <= 1 and y1 < y2 <= 1]  # drops swapped corners, and boxes in pixels
 
 
 def iou(a: Box, b: Box) -> float:

@@ -6,13 +6,13 @@
     x -> LH_mm (own norm and LM head) -> logits
 
 - An *adaptor* holds everything that is trained: projector, embedding, insertion layers, gates,
-  norm, LM head. One frozen Llama and one frozen CLIP serve any number of adaptors. Each adaptor is
-  a *workflow*, called by its name ("mm", "grounding", ...).
+  norm, LM head. One frozen Llama and one frozen CLIP serve any number of adaptors. Each adaptor
+  gives one *workflow*, which has its name ("mm", "grounding", ...).
 - The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
-- There are three structures (Fig. 3, Table 5). In c, insertion layers stand in series with the
-  frozen ones (Eq. 2). In b, each reads the main stream, and its gated output is added to it. In a,
-  they form a side stream of their own, whose gated output is added (Eq. 1).
+- There are three structures (Fig. 3, Table 5). In c, an insertion layer's output replaces the
+  output of the frozen layer that it reads (Eq. 2). In b, it passes a gate and is added to the main
+  stream. In a, insertion layers read each other, in a side stream (Eq. 1), and gates add as in b.
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
@@ -156,7 +156,7 @@ class Adaptor(nn.Module):
             n = number[i]
             if structure == "c":
                 return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
-            if side is None:  # a's side stream begins at the input of the first such frozen layer
+            if side is None:  # a: the side stream starts where the first insertion layer stands
                 side = x_in
             x = x_out if structure == "b" else side  # b reads the main stream
             side = self.layers[n](x, rope, mask, cache)  # Eq. 1
@@ -217,7 +217,7 @@ class IAA(nn.Module):
         past, new = 0 if cache is None else cache.length, tokens.shape[1]
         if adaptor is None and images is not None:
             raise ValueError('the workflow "text" takes no image')
-        # While decoding, the token is the model's own choice. A placeholder's id is a word then.
+        # While decoding, the input is a token that the model generated. It stands for no picture.
         decoding = past > 0 and new == 1 and images is None
         if adaptor is not None and not decoding:
             x = self.place_images(x, tokens, images, adaptor)
@@ -230,7 +230,7 @@ class IAA(nn.Module):
         return llama(x, rope, mask, cache, hook)
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor | None, adaptor: Adaptor):
-        """x (B, T, D) with projected image features in place of the placeholders' embeddings."""
+        """x (B, T, D) with features as embeddings: picture n fills the n-th P placeholders."""
         is_image = tokens == self.image_token  # (B, T)
         pictures, each = 0 if images is None else len(images), self.clip.config.patches
         found = pictures * each if tokens.is_meta else int(is_image.sum())  # meta has no values

@@ -8,7 +8,8 @@ Where it differs from a textbook Llama:
 - The caller creates the KV cache and passes it in. Each layer takes the next slot of the cache, in
   the order in which layers run.
 - A linear layer casts its weight to the dtype of its input. Trained weights stay in fp32, as their
-  own master copies, while the model computes in bf16. A frozen bf16 weight needs no cast.
+  own master copies, while the model computes in bf16. A frozen bf16 weight needs no cast. ZeRO 1 to
+  3 keep their masters elsewhere (training/zero.py).
 
 Letters: B batch, T tokens, S tokens so far (cache included), D width, H query heads, K key/value
 heads, G = H / K, E head size, F feed-forward width, V vocabulary, L layers.
@@ -95,7 +96,7 @@ class Linear(nn.Linear):
 def new_embedding(vocab_size: int, width: int) -> nn.Embedding:
     """A random embedding (V, D)."""
     weight = torch.empty(vocab_size, width)
-    if not weight.is_meta:  # `normal_` on meta would import torch's compiler: a second
+    if not weight.is_meta:  # `normal_` on meta imports torch's compiler, which takes a second
         weight.normal_()
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
@@ -145,11 +146,10 @@ def attention_mask(
     """Which token sees which: bool (B or 1, 1, T, S) with S = past + T, True = visible.
 
     None stands for plain causal attention: each token sees the cache, earlier tokens and itself.
-    segments (B, S) has a column for each cached token too. All tokens of a row see segment 0; a
-    token of another segment is seen by its own segment only. Padding is segment -1. A pad sees
-    other pads, so its softmax is never 0 / 0.
+    segments (B, S) has a column for each cached token too. In causal order, a token sees segment 0
+    and its own segment. Padding is segment -1. A pad sees itself, so its softmax is never 0 / 0.
     """
-    if segments is None and (past == 0 or tokens == 1):  # a single token sees all of it
+    if segments is None and (past == 0 or tokens == 1):  # one new token sees the cache
         return None
     columns = torch.arange(past + tokens, device=device)  # (S,)
     mask = (columns <= columns[past:, None])[None]  # (1, T, S)
@@ -169,7 +169,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.reshape(batch, k.shape[1], -1, size)  # (B, K, G, E)
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, 1, size)
     dtype = q.dtype
-    if q.device.type == "cpu":  # slow in bf16: its backward pass takes up to 3 times as long
+    if q.device.type == "cpu":  # bf16 attention's backward pass takes up to 3 times as long
         q, k, v = q.float(), k.float(), v.float()
     if mask is None:
         # is_causal in place of a mask: fused kernels then skip the half that is not visible.
@@ -183,8 +183,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class KVCache:
     """Keys and values of all layers, frozen and inserted, in one tensor (slots, 2, B, K, T_max, E).
 
-    Each layer that runs takes the next slot, so no code computes a slot's index: with insertion
-    layers after layers 0 and 4, the slots are 0, inserted, 1, 2, 3, 4, inserted, 5, ...
+    Each layer that runs takes the next slot, so no code computes a slot's index. With insertion
+    layers after frozen layers 0 and 4, slots 0, 1, 2, ... belong to frozen 0, inserted 0, frozen 1,
+    frozen 2, frozen 3, frozen 4, inserted 1, frozen 5, ...
     `Llama.forward` calls `advance` at the end of a pass. A cache belongs to one workflow.
     """
 
@@ -327,7 +328,7 @@ class Llama(nn.Module):
         self,
         x: Tensor,  # (B, T, D) embedded tokens
         rope: Rope,  # from `rope(positions)`
-        mask: Tensor | None = None,  # from `attention_mask`
+        mask: Tensor | None = None,  # from `attention_mask`; None: T = 1, or an empty cache
         cache: KVCache | None = None,  # advanced by T at the end
         after_layer: AfterLayer | None = None,
     ) -> Tensor:  # (B, T, D), before the final norm

@@ -8,8 +8,8 @@ cache with the prompt and the picture, then decodes one token a pass, and `Strea
 text. The workflow may change between turns: an adaptor sees the picture, "text" does not. Each turn
 reads the whole conversation anew, because a KV cache fits one workflow only.
 
-Boxes in an answer are fractions of the picture padded to a square: of the last one, where several
-were shown. `Answer.boxes` and the drawing are in the picture's own pixels.
+Boxes in an answer are fractions of the picture padded to a square. Of several pictures it is the
+last one (in a training row, the first). `Answer.boxes` and the drawing are in its own pixels.
 
 Letters: B batch, T tokens, S tokens so far (of an image: its side), V vocabulary, N images, P image
 tokens.
@@ -39,7 +39,7 @@ from tokenization.templates import IMAGE, TAG, render
 from tokenization.tokenizer import Stream, Tokenizer
 
 DRAWN_PX = 448  # a smaller picture is enlarged, so that lines do not cover it
-HELP = """/image PATH      add a picture to the next question: where <image> is in it, else ahead
+HELP = """/image PATH      show a picture with the next question: at its <image>, or before it
 /workflow NAME   change the workflow, keep the history
 /reset           forget the history and its pictures
 /quit            leave (as Ctrl-D does; Ctrl-C stops an answer)
@@ -192,7 +192,8 @@ class Chat:
     def question(self, text: str) -> tuple[str, str]:
         """The turn ("user", text) with a TAG for each picture that no turn has yet.
 
-        Without a TAG in `text` they open it. ValueError: as many tags as pictures, or none.
+        Without a TAG in `text`, the tags are put in front. Raises ValueError where `text` has tags,
+        but not one for each new picture.
         """
         asked = sum(said.count(TAG) for role, said in self.turns if role == "user")
         new, tags = len(self.images) - asked, text.count(TAG)
@@ -217,7 +218,7 @@ class Chat:
         return ids, torch.stack(pixels) if pixels else None
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
-        """Answer `text`, piece by piece to `on_text`. Both join the history if a token came.
+        """Answer `text`, piece by piece to `on_text`. Both join the history once a token has come.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
@@ -237,7 +238,7 @@ class Chat:
                      self.temperature, self.top_p, seed, on_token)
         finally:  # also after Ctrl-C in the middle of an answer
             if times:
-                # Maybe a part of an answer. A new list, as `replace` gives a copy the old one.
+                # The answer may be incomplete. A new list: copies of this chat share the old one.
                 self.turns = [*self.turns, question, ("assistant", stream.shown)]
         boxes = [] if pixels is None else boxes_on(self.images[-1], stream.shown)
         speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None

@@ -60,7 +60,7 @@ def lr_at(step: int, stage: StageConfig) -> float:
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
     """AdamW over all trained weights. The projector may have a rate of its own."""
     projector = [m for name, m in masters.items() if name.startswith("projector.")]  # starts random
-    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # frozen copies
+    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # as copies
     groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
     groups += [{"params": rest, "peak": stage.lr}] if rest else []
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
@@ -85,7 +85,7 @@ class Loss(nn.Module):
 
 def train_step(
     state: DataParallel | ZeroSharded,
-    batches: list[Batch | None],  # as many micro-batches on every rank; None where rows run out
+    batches: list[Batch | None],  # as many on every rank; None where it has no rows left
     optimizer: torch.optim.AdamW,
     stage: StageConfig,
     step: int,
@@ -139,23 +139,24 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
-    """Add the stage's adaptor to the model: frozen copies, then what was trained before; fp32.
+    """Add the stage's adaptor to the model, in fp32.
 
-    With `frozen_dtype = "int8"` the frozen LLM is int8 afterwards.
+    Copies of frozen weights come first. Weights of the source stage then replace them. With
+    `frozen_dtype = "int8"` the frozen LLM is int8 afterwards.
     """
     torch.manual_seed(run.config.seed)  # for the projector, the only part that starts random
     llama = run.model.llama
     settings = adaptor_config(run.config, stage, llama.config.layers)
     adaptor = Adaptor(settings, llama.config, run.model.clip.config.width)
-    adaptor.init_from_frozen(llama)  # what was trained before then replaces copies
+    adaptor.init_from_frozen(llama)
     folder = source_folder(run.config, stage)
     if folder is not None:
         was = read_adaptor_config(folder, run.model.base)["adaptor"]
-        for key in ("insertion", "structure"):  # the shapes alone would fit other places, too
+        for key in ("insertion", "structure"):  # shapes do not tell the place of a layer
             if was.insertion and getattr(was, key) != getattr(settings, key):
                 raise ValueError(f"{folder} has {key} = {getattr(was, key)!r}, stage {stage.name} "
                                  f"has {getattr(settings, key)!r}")
-        # A projector alone leaves the layers as the copies that they are.
+        # A source with a projector alone replaces only that: the layers stay copies.
         load_tensors(adaptor, folder, torch.float32, "cpu", strict=False)
     # "plain" has no question in it. Such an adaptor is asked in the LLM's own template.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
@@ -180,7 +181,7 @@ def open_data(run: Run, stage: StageConfig, paths: list[str]) -> JsonlDataset:
 def micro_batches(
     stage: StageConfig, sampler: Sampler, ranks: Ranks, first: int
 ) -> Iterator[list[int]]:
-    """The rows of this rank's micro-batches from step `first` on: each world-th of a step."""
+    """The rows of this rank's micro-batches from step `first` on: dealt to the ranks in turn."""
     for step in range(first, stage.steps):
         rows = sampler.rows(step)
         cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
@@ -202,7 +203,7 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
 
 def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
     """The next micro-batches. ChildProcessError where a loader died, or gave none in time."""
-    # Without workers this process decodes, where an alarm would look like a broken picture.
+    # Without workers, no limit: this process decodes, and would take an alarm for a bad picture.
     limit_s = run.config.timeout_s if run.config.workers else 0
 
     def give_up(*_) -> None:
@@ -217,7 +218,7 @@ def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
         raise ChildProcessError(f"{run.ranks.where_stopped}: {error}") from None
     finally:
         signal.alarm(0)
-        # Torch's handler would raise wherever this process is when a worker dies: next time here.
+        # Torch's handler would raise at any line. A dead worker is noticed here, at the next call.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
@@ -312,7 +313,7 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
         ranks.print0(f"warning: {config.out} was begun in {begun} and goes on in it, though {name} "
                      f"is faster here ({why})")
         name, why = begun, "the run was begun in it"  # another dtype would end with other bits
-    if ranks.sum(name == "fp32"):  # where ranks have timed otherwise, all take the one that runs
+    if ranks.sum(name == "fp32"):  # ranks may have measured differently: all take fp32 then
         name = "fp32"
     ranks.print0(f"computing in {name} on {ranks.device.type}: {why}")
     return replace(config, dtype=name)

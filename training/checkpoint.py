@@ -11,12 +11,13 @@ manifest, which makes the checkpoint complete. The newest two are kept. Nothing 
 and of random states: both follow from the seed and the step. At the stage's end rank 0 writes the
 finished `adaptor/` (train.py), and the checkpoints go.
 
-The same command resumes: finished stages are passed over, the stage with checkpoints goes on from
-the newest intact one. Before, its settings are compared with those of now. A rank reads the slices
-that it needs from all shards, so the number of ranks and the ZeRO stage may change in between. The
-log is cut back to that step, the sampler starts at it. A folder without a manifest was left by a
-killed run, and is removed. On several machines `out` must be a shared folder. Checksums are CRC-32.
-To save or resume, the ranks together read every shard once for them.
+The same command resumes. It compares the settings of each finished stage with today's, and passes
+over the stage. An unfinished stage takes its newest checkpoint whose checksums are right. Its
+settings are compared before any weight is read. A rank reads the slices that it needs from all
+shards, so the number of ranks and the ZeRO stage may change in between. The log is cut back to that
+step, the sampler starts at it. A folder without a manifest was left by a killed run, and is
+removed. On several machines `out` must be a shared folder. Checksums are CRC-32. To save or resume,
+the ranks together read every shard once for them.
 """
 
 import json

@@ -13,14 +13,15 @@ Bytes on a rank, for P trained and F frozen weights of c bytes each in the compu
     2  gradients too              cP      4P/N      8P/N   4P/N             cF
     3  weights too                 -      4P/N      8P/N   4P/N             cF/N (or cF)
 
+"or 4P": with several micro-batches in a step. "or cF": with `shard_frozen = false`.
 docs/distributed.md explains the table, has another for what is sent, and draws the timetable.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
 what a rank runs depends on its rows: without a picture it runs no projector. So no module starts a
-collective of its own. The timetable is a list of stops: a part of the model that runs, forward or
-backward, with its collectives. It follows from the model alone. Hooks on the modules call
-`advance_to(n)`, which runs all collectives up to stop n, also for parts that this rank does not
-use.
+collective of its own. The timetable is a fixed list of stops. A stop is one part of the model (a
+layer, the head, ...) in its forward or its backward pass, with the collectives that it needs. The
+list depends on the model alone, not on the rows. Hooks on the modules call `advance_to(n)`, which
+runs all collectives up to stop n, also for parts that this rank does not use.
 """
 
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from iaa import IAA
 
 
 class TouchesAllWeights(nn.Module):
-    """`loss`, plus 0 x every weight where it has no gradient: DDP waits for one of each weight."""
+    """The loss. Without a gradient of its own it gets 0 x each weight, as DDP waits for each."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -104,7 +105,7 @@ class Part:
     module: nn.Module
     weights: list[nn.Parameter]
     trained: bool  # all trained, or all frozen
-    read_in_backward: bool  # autograd needs the weights; not of embeddings and CLIP
+    read_in_backward: bool  # the backward pass reads the weights; not of embeddings and CLIP
 
 
 def model_parts(model: IAA, workflow: str) -> list[Part]:
@@ -224,7 +225,7 @@ def timetable(
         unit_of |= dict.fromkeys(part.weights, unit)
         stops.append(Stop(unit, part.module, gather=zero == 3))
         if part.trained or part.read_in_backward:
-            complete = part.trained and not shared  # else the first part, last here, reduces
+            complete = part.trained and not shared  # a shared unit's: at its last stop
             backward.append(Stop(unit, part.module, zero == 3 and part.read_in_backward, complete))
     if frozen_too:  # frozen weights of no part: kept in shards, never gathered
         unit_of |= {w: Unit([w], False) for w in model.parameters() if w not in unit_of}
