@@ -276,6 +276,7 @@ def convert(source: Path, out: Path, dtype: str | None = None, **options) -> Non
                 part.model.load_state_dict(state, assign=True)
                 part.model.save(folder, base, {}, DTYPES[kind])
                 part.model.to("meta")  # frees the memory for the next adaptor
+                del state
             else:
                 base[name] = write_base(folder, tensors, part, DTYPES[kind])
             print(f"{out}: {name}, {len(part.rows)} tensors in {kind}")

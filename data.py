@@ -82,7 +82,7 @@ def pictures_of(record: dict) -> list[str]:
 
 
 def frame_of(row: dict) -> tuple[int, int] | None:
-    """(width, height) of the first picture, for which a row's boxes are; None without boxes."""
+    """(width, height) of the last picture, for which a row's boxes are; None without boxes."""
     return (row["width"], row["height"]) if "boxes" in row else None
 
 
@@ -222,10 +222,10 @@ class JsonlDataset(Dataset):
         row = self.row(index)
         example = encode_row(
             row, self.tokenizer, self.image_tokens, self.template, self.system, self.max_tokens)
-        images, size = [], frame_of(row)
-        for name in pictures_of(row)[: example.pictures]:
-            images.append(self.transform(path_below(Path(self.root), name), size))
-            size = None  # boxes are for the first picture
+        names = pictures_of(row)
+        sizes = [None] * (len(names) - 1) + [frame_of(row)]  # boxes are for the last picture
+        images = [self.transform(path_below(Path(self.root), name), size)
+                  for name, size in zip(names[: example.pictures], sizes, strict=False)]
         return example, torch.stack(images) if images else None
 
     def __getitem__(self, index: int) -> tuple[Example, Tensor | None, list[str]]:

@@ -69,7 +69,8 @@ demo() {
 
 case "${1:-}" in
     demo) demo "${@:2}" ;;
-    web) install requirements.txt requirements/web.txt && python -m web "${@:2}" ;;
-    test) install requirements.txt && python -m pytest -q ;;
+    # Not `install ... &&`: that would turn `set -e` off inside.
+    web) install requirements.txt requirements/web.txt; python -m web "${@:2}" ;;
+    test) install requirements.txt; python -m pytest -q ;;
     *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 1 ;;
 esac

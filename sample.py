@@ -9,7 +9,7 @@ text. The workflow may change between turns: an adaptor sees the picture, "text"
 reads the whole conversation anew, because a KV cache fits one workflow only.
 
 Boxes in an answer are fractions of the picture padded to a square. Of several pictures it is the
-last one (in a training row, the first). `Answer.boxes` and the drawing are in its own pixels.
+last one. `Answer.boxes` and the drawing are in that picture's own pixels.
 
 Letters: B batch, T tokens, S tokens so far (of an image: its side), V vocabulary, N images, P image
 tokens.
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from clip import open_image, preprocess
 from common.device import CHOICES, DTYPES, choose_device, choose_dtype
-from common.files import new_file, one_line
+from common.files import new_file, one_line, read_json
 from data import GROUNDING_PROMPT, Box, text_to_boxes
-from iaa import IAA, TEXT, load_iaa
+from iaa import IAA, TEXT, Index, load_iaa
 from llama import attention_mask
 from tokenization.templates import IMAGE, TAG, render
 from tokenization.tokenizer import Stream, Tokenizer
@@ -182,6 +182,11 @@ class Chat:
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
         pack(model, quantize == "int8")  # else repacked for the CPU
+        metas = [read_json(Path(folder, path, "config.json"))
+                 for path in Index.read(folder).adaptors.values()]
+        if not quantize and any(m.get("settings", {}).get("frozen_dtype") for m in metas):
+            print("an adaptor was trained on the LLM in int8: --quantize int8 asks that LLM",
+                  file=sys.stderr)
         return cls(model, Tokenizer.load(tokenizer), **settings)
 
     @property

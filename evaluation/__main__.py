@@ -17,7 +17,7 @@ import importlib
 import os
 from pathlib import Path
 
-from common.device import CHOICES, Ranks
+from common.device import CHOICES, Ranks, choose_dtype
 from common.files import new_file, one_line
 from evaluation import easy_vqa, mme, refcoco, text_retention
 from evaluation.answers import ask_on_all_ranks, load, report, sample_questions
@@ -63,7 +63,8 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
     elif any(name.startswith("humaneval") for name in args.data):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
     manager = module.TaskManager(include_path=args.include, include_defaults=args.include is None)
-    tasks = {name: TABLE_3.get(name, (name, None)) for name in args.data}
+    known = TABLE_3 if args.what == "lm" else {}
+    tasks = {name: known.get(name, (name, None)) for name in args.data}
     for name, (task, _) in tasks.items():
         if task not in manager.all_tasks:
             raise ValueError(f"no task or group {name!r} in {args.include or args.what + '-eval'}")
@@ -132,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.device or args.what in ("text-retention", "lm"):
                 raise ValueError("text-retention, lm and --device are for one process: no torchrun")
             args.device = str(ranks.device)
+            name, _ = choose_dtype(args.dtype, ranks.device)  # the ranks may have timed otherwise
+            args.dtype = "fp32" if ranks.sum(name == "fp32") else name
         COMMANDS[args.what][0](args, ranks)
 
 

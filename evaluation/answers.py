@@ -140,13 +140,13 @@ class GreedyModel:
                 raise ValueError("a task wants sampling: only greedy answers are supported")
             length = settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256
             questions.append({"workflow": self.workflow_of(request), "max_tokens": length,
-                              "prompt": text, "request": request})
+                              "prompt": text, "request": request, "key": len(questions)})
         answers = ask(self.chat, questions, self.batch, self.prompt)
         for n, request in enumerate(requests):
             until = request.args[1].get("until") or []
             for stop in filter(None, [until] if isinstance(until, str) else until):
-                answers[n] = answers[n].split(stop)[0]
-        return [answers[n] for n in range(len(requests))]
+                answers[n] = answers.get(n, "").split(stop)[0]
+        return [answers.get(n, "") for n in range(len(requests))]  # "": could not be asked
 
 
 def ask_on_all_ranks(
@@ -159,14 +159,14 @@ def ask_on_all_ranks(
     there = Index.read(args.model).adaptors
     asked = [question for question in questions if question["workflow"] in there]
     chat = load(args, list({question["workflow"] for question in asked}))
-    first, end = (len(asked) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
-    share = asked[first:end]
-    said = ask(chat, share, args.batch)
-    parts = [[share[n] | {"answer": said[n].strip()} for n in sorted(said)]]
+    mine = range(ranks.rank, len(asked), ranks.world)  # spreads long answers over the ranks
+    said = ask(chat, [asked[n] for n in mine], args.batch)
+    parts = [{mine[n]: text.strip() for n, text in said.items()}]
     if ranks.world > 1:
         own, parts = parts[0], [None] * ranks.world
         dist.all_gather_object(parts, own)
-    records = [record for part in parts for record in part]
+    answers = {n: text for part in parts for n, text in part.items()}
+    records = [asked[n] | {"answer": answers[n]} for n in sorted(answers)]
     if not records:
         raise ValueError(f"none of {len(questions)} questions could be asked: no picture can be "
                          f"read, or none of the model's adaptors {[*there]} is for them")

@@ -46,7 +46,7 @@ class PictureLM(GreedyModel, lmms):
     def prompt(self, chat: Chat, question: Record) -> Prompt:
         """The question with its pictures: ahead of it, unless it has as many tags."""
         pictures, text = self.pictures(question["request"]), question["prompt"]
-        if text.count(TAG) != len(pictures):  # MMMU may repeat a tag
+        if question["workflow"] == TEXT or text.count(TAG) != len(pictures):  # MMMU may repeat tags
             text = text.replace(TAG, "")
         return replace(chat, chosen=question["workflow"], images=pictures).prompt(text)
 

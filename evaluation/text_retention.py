@@ -34,7 +34,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     model, workflows = chat.model, [args.workflow or TEXT]
     workflows += [] if args.workflow else model.adaptors
     base = load_base(model, args.base or args.model / Index.read(args.model).llm, args.quantize)
-    table = compare(model, base, windows(chat.tokenizer, texts), workflows, args.limit or 16)
+    table = compare(model, base, windows(chat.tokenizer, texts), workflows, args.limit or 16,
+                    args.batch)
     print_table("text", table, ".4g")
     for name in sorted(workflows, key=TEXT.__eq__):
         if name == TEXT or model.adaptors[name].llm is not None:
@@ -76,6 +77,7 @@ def compare(
     pieces: list[list[int]],  # from `windows`
     workflows: list[str],
     answers: int,  # pieces whose first tokens are continued, at most
+    batch: int,  # of them at once
 ) -> Table:
     """A row for the base and a row for each workflow, without pictures.
 
@@ -105,7 +107,8 @@ def compare(
                        "logit difference": max(gaps), "identical": "yes" if all(same) else "NO",
                        "tokens": read}
         if prompts:
-            said = continue_greedily(iaa, workflow, prompts, shared)
+            said = torch.cat([continue_greedily(iaa, workflow, prompts[n : n + batch], shared)
+                              for n in range(0, len(prompts), batch)])
             expected = said if name == "base" else expected
             table[name] |= {"equal answers, %": 100 * fmean((said == expected).all(1).tolist()),
                             "answers": len(prompts)}

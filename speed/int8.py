@@ -78,7 +78,8 @@ def exchange_matrices(model: nn.Module, new: Callable[[Tensor], nn.Module]) -> N
 
     A tied head becomes a matrix of its own. Linear layers with a bias stay, and so do embeddings.
     """
-    for module in list(model.modules()):
+    # Without the matrices themselves: the list would keep all old ones until the end.
+    for module in [each for each in model.modules() if not isinstance(each, Linear)]:
         if isinstance(module, Llama) and module.head is None:
             module.head = new(module.embedding.weight)
         for name, child in list(module.named_children()):

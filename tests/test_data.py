@@ -220,8 +220,8 @@ BAD_ROWS = {
 
 def test_bad_rows_are_skipped_and_named(tmp_path):
     """Every kind of broken row gives way to the next good one, with file, line and reason."""
-    good = make_row("Q", "A", image=["turned.jpg", "a.png"], boxes=[[0, 0, 1, 1]], width=40,
-                    height=60)  # boxes are for the first picture, upright
+    good = make_row("Q", "A", image=["a.png", "turned.jpg"], boxes=[[0, 0, 1, 1]], width=40,
+                    height=60)  # boxes are for the last picture, upright
     dataset, exif = dataset_of([*BAD_ROWS, good], tmp_path), Image.Exif()
     os.symlink("/etc", tmp_path / "link")
     os.symlink("loop", tmp_path / "loop")

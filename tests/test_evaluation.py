@@ -420,7 +420,7 @@ def retention(tiny_base, tmp_path):
         pack(iaa)
         base = load_base(iaa, folder / "llama", None)
         pieces = windows(Tokenizer.load(folder / "llama"), [text])
-        return compare(iaa.eval(), base, pieces, ["text", "llava", "mm"], 8)
+        return compare(iaa.eval(), base, pieces, ["text", "llava", "mm"], 8, 3)
 
     return measure
 

@@ -488,6 +488,7 @@ def test_changed_settings_do_not_resume(world, tmp_path, monkeypatch):
     for setting, key in (
             ("instruct.lr=2e-3", "lr"), ("instruct.batch=4", "batch"), ("seed=7", "seed"),
             ("max_tokens=99", "max_tokens"), ("system=x", "system"), ("dtype=bf16", "dtype"),
+            ("frozen_dtype=int8", "frozen_dtype"),
             ("insertion=1", "adaptor's configuration"), (f"llm={tmp_path}/llama", "base model")):
         with pytest.raises(ValueError, match=f"was made with another {key}: restore"):
             again(setting)

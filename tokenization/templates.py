@@ -86,7 +86,8 @@ def encode_message(tokenizer: Tokenizer, form: Template, text: str, image_tokens
         ids = (picture + tokenizer.encode(form.image_end)) * tags.count(TAG)
         ids, prefix = tokenizer.encode(prefix) + ids, ""  # the prefix is there now
     for number, piece in enumerate(text[len(tags) :].strip().split(TAG)):
-        ids += (picture if number else []) + tokenizer.encode(prefix + piece)
+        words = tokenizer.encode(prefix + piece) if piece or not number else []
+        ids += (picture if number else []) + words
         prefix = form.message_prefix  # LLaVA tokenises the text behind a picture alone
     return ids
 
