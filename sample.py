@@ -183,7 +183,7 @@ class Chat:
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
         pack(model, quantize == "int8")  # else repacked for the CPU
         metas = [read_json(Path(folder, path, "config.json"))
-                 for path in Index.read(folder).adaptors.values()]
+                 for name, path in Index.read(folder).adaptors.items() if name in model.adaptors]
         if not quantize and any(m.get("settings", {}).get("frozen_dtype") for m in metas):
             print("an adaptor was trained on the LLM in int8: --quantize int8 asks that LLM",
                   file=sys.stderr)

@@ -163,9 +163,9 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     adaptor.prompt = {"template": template, "system": run.config.system}
     run.model.adaptors[stage.adaptor] = adaptor
     if run.config.frozen_dtype == "int8":  # now that insertion layers are exact copies
-        from speed.int8 import Int8Linear, exchange_matrices  # no other setting needs it
+        from speed.packing import pack  # no other setting needs it
 
-        exchange_matrices(llama, Int8Linear)
+        pack(llama, int8=True)
     return adaptor
 
 

@@ -1,7 +1,7 @@
 """A loaded model's matrices stored for fast inference: in oneDNN's own layout, or as int8.
 
-- `pack` exchanges every matrix of the frozen LLM and of the adaptors in place. A packed model
-  cannot be trained or saved. Norms, embeddings, projectors and the vision tower stay.
+- `pack` exchanges every matrix of the frozen LLM and of the adaptors in place. They can
+  no more be trained or saved. Norms, embeddings, projectors and the vision tower stay.
 - The LLM and the adaptors are packed alike, so the text workflow keeps the bits of the packed LLM
   alone. Another kernel rounds otherwise than the plain one, as another batch size does.
 - The operators are private to torch. A model that is not packed gives the same answers.

@@ -410,3 +410,12 @@ def test_damaged_settings_are_one_line(run, picture, tmp_path, capsys, file, key
     path.write_text(json.dumps(settings))
     assert message in fails(capsys, tmp_path / "copy", "--image", picture, "--prompt", "hello",
                             "--max-tokens", 1)
+
+
+def test_text_needs_no_adaptor(tmp_path, tiny_run):
+    """A run whose adaptors are gone still answers text: only what is asked for is read."""
+    tiny_run(tmp_path)
+    for name in ("mm", "grounding"):
+        shutil.rmtree(tmp_path / name)
+    chat = Chat.load(tmp_path, "fp32", workflows=["text"], max_tokens=3)
+    assert chat.ask("Hi.").workflow == "text"

@@ -161,9 +161,9 @@ def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
             model.llama, model.clip, model.adaptors[stage.adaptor]))
         flops = step_flops(model, stage.adaptor, stage.batch, row.tokens, stage.batch * row.scored)
         if config.frozen_dtype == "int8":
-            from speed.int8 import Int8Linear, exchange_matrices
+            from speed.packing import pack
 
-            exchange_matrices(model.llama, Int8Linear)
+            pack(model.llama, int8=True)
         most = math.ceil(stage.batch / stage.micro_batch / world)  # micro-batches of a rank
         share = most * stage.micro_batch / stage.batch  # of the rank that has most: all wait for it
         took = stage.steps * share * flops / (tflops * 1e12) / 3600
