@@ -13,6 +13,8 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -115,12 +117,18 @@ class Ranks:
         """The beginning of the line that a rank ends with."""
         return f"rank {self.rank} of {self.world} stopped in {self.progress}"
 
+    @property
+    def launched_here(self) -> str:
+        """Names the machine, and on it the process that started this one."""
+        return f"{socket.gethostname()} {os.getppid()}"
+
     def join(self) -> None:
         """Join the group. The store keeps what ranks tell each other beside the collectives."""
         limit = timedelta(seconds=self.timeout_s)
         self.store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         self.store.set_timeout(limit)
         self.store.set(f"beat {self.rank}", "0")
+        self.store.set(f"process {self.rank}", f"{self.launched_here} {os.getpid()}")
         dist.init_process_group(self.backend, store=self.store, rank=self.rank,
                                 world_size=self.world, timeout=limit)
 
@@ -132,13 +140,21 @@ class Ranks:
                 time.sleep(1)
 
     def find_lost(self) -> str:
-        """Names the ranks that did not beat for SILENT_S, unless they have left by themselves."""
+        """Names the ranks that did not beat for SILENT_S, unless they have left by themselves.
+
+        Those of the same launcher are killed: torchrun waits 30 s for a frozen process to end.
+        """
         names = [f"beat {rank}" for rank in range(self.world)]
         before = self.store.multi_get(names)
         time.sleep(SILENT_S)
         pairs = zip(before, self.store.multi_get(names), strict=True)
         lost = [str(rank) for rank, (old, new) in enumerate(pairs)
                 if old == new and not self.store.check([f"left {rank}"])]
+        for rank in lost:
+            launcher, _, pid = self.store.get(f"process {rank}").decode().rpartition(" ")
+            if launcher == self.launched_here:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
         return f"no sign of life from rank {', '.join(lost)}; " if lost else ""
 
     def __enter__(self) -> "Ranks":

@@ -323,6 +323,9 @@ def test_a_lost_process_stops_the_others(world, tmp_path, ranks, lost, sent, who
         assert f": rank {rank} of {ranks} stopped in stage instruct, step " in stop.code
         started[rank].join(10)
         assert not started[rank].is_alive()
+        if "from rank 1" in said:  # the one that noticed has killed a frozen one
+            started[lost].join(10)
+            assert not started[lost].is_alive()
 
 
 @pytest.mark.parametrize("ranks, save_every", [(1, 100), (1, 4), (2, 100)])
