@@ -99,7 +99,7 @@ def clip(seed: int) -> None:
 
 @torch.no_grad()
 def llava(seed: int) -> None:
-    """A LLaVA folder in bf16, its logits of two rows with a picture, and of a row of text."""
+    """A LLaVA folder in bf16; logits of rows with a picture, with none, and with two, one last."""
     config = LlavaConfig(
         text_config={
             "model_type": "llama", "vocab_size": 704, "hidden_size": 24, "intermediate_size": 26,
@@ -118,9 +118,11 @@ def llava(seed: int) -> None:
     tokens = torch.randint(6, 700, (2, 14), generator=generator)
     images, words = torch.randn(2, 3, 12, 12, generator=generator), tokens[:1].clone()
     tokens[0, 2:11], tokens[1, 5:14] = 700, 700
-    seen, read = model(tokens, images).logits, model(words).logits
-    save_file({"images": images, "tokens": tokens, "words": words, "seen": seen, "read": read},
-              GOLDEN / "llava.safetensors")
+    pair = tokens.reshape(1, -1)  # a picture near the start, a picture at the end
+    seen, read, both = (model(*inputs).logits for inputs in (
+        (tokens, images), (words,), (pair, images)))
+    save_file({"images": images, "tokens": tokens, "words": words, "seen": seen, "read": read,
+               "both": both}, GOLDEN / "llava.safetensors")
     model.bfloat16().save_pretrained(GOLDEN / "llava")  # the rotary table is rounded too, so last
 
 

@@ -413,6 +413,8 @@ def test_llava(llava, names, files):
     convert(folder, run, "fp32")
     model, place = load_iaa(run, torch.float32)  # as sample.py opens it
     near(logits(model, wanted["tokens"], "mm", wanted["images"]), wanted["seen"])
+    pair = wanted["tokens"].reshape(1, -1)  # a row with both pictures
+    near(logits(model, pair, "mm", wanted["images"]), wanted["both"])
     near(logits(model, wanted["words"], "mm"), wanted["read"])
     near(logits(model, wanted["words"], "text"), wanted["read"])
     assert model.adaptors["mm"].llm is None
