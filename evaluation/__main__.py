@@ -84,13 +84,13 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 COMMANDS = {  # WHAT -> what runs it, and those of its options that not all take
-    "text-retention": (text_retention.run, ("base", "workflow")),
-    "easy-vqa": (run_benchmark, ()),
+    "text-retention": (text_retention.run, ("limit", "base", "workflow")),
+    "easy-vqa": (run_benchmark, ("limit",)),
     "sheet": (run_sheet, ()),
-    "refcoco": (run_benchmark, ("images",)),
-    "mme": (run_benchmark, ()),
-    "lm": (run_harness, ("workflow", "include", "allow_code_execution")),
-    "lmms": (run_harness, ("workflow", "include")),
+    "refcoco": (run_benchmark, ("limit", "images")),
+    "mme": (run_benchmark, ("limit",)),
+    "lm": (run_harness, ("limit", "workflow", "include", "allow_code_execution")),
+    "lmms": (run_harness, ("limit", "workflow", "include")),
 }
 
 
@@ -107,9 +107,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="cuda, mps, cpu [the first that there is]")
     add("--quantize", choices=["int8"], help="weights of LLM and adaptors, as in sample.py")
     add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
-    add("--limit", type=int, help="questions of each workflow (by whole pictures) or task [all]; "
-                                  "texts that text-retention continues [16]")
-    special = [add("--base", type=Path, help="text-retention: a converted Llama [the run's own]"),
+    special = [add("--limit", type=int, help="questions of each workflow (by whole pictures) or "
+                   "task [all]; texts that text-retention continues [16]"),
+               add("--base", type=Path, help="text-retention: a converted Llama [the run's own]"),
                add("--workflow", help="text-retention [all], lm [text], lmms [mm]"),
                add("--images", type=Path, help="refcoco: root of the pictures"),
                add("--include", metavar="FOLDER", help="lm, lmms: your task files, not its own"),

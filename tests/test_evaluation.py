@@ -355,6 +355,7 @@ def test_what_cannot_be_asked(world):
     (("refcoco", ".", "--images", "."), "no .*jsonl"),
     (("mme", ".", "--limit", "0"), "--limit 0: must be 1"),
     (("easy-vqa", ".", "--workflow", "mm"), "easy-vqa takes no --workflow"),
+    (("sheet", ".", "--limit", "3"), "sheet takes no --limit"),
     (("easy-vqa", ".", "--model", "nowhere"), "train-questions.jsonl"),
     (("text-retention", "nowhere.txt"), "nowhere.txt"),
 ])
