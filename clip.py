@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# None of these starts a program, as EPS starts Ghostscript. MPO is opened as a JPEG.
+# No decoder of these starts a program. EPS's would: Ghostscript. "JPEG" opens MPO too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
 TURNS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -151,7 +151,7 @@ class Clip(nn.Module):
 
 
 def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """The picture at `path`, upright, in RGB. size: (width, height) that its boxes are for.
+    """The picture at `path`, upright, in RGB. size: the (width, height) that its boxes assume.
 
     FileNotFoundError; ValueError if it is unreadable, or not of that size. Any other OSError: the
     disk or the memory failed, and the picture may be sound.
@@ -215,19 +215,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """8-bit grey of 16-bit, 32-bit or float grey: 0 is black, 65535 of 16 bits is white.
+    """8-bit grey from 16-bit, 32-bit or float grey.
 
-    In the others white is the picture's own maximum, and a minimum below 0 is black.
+    Of 16 bits, 0 is black and 65535 is white. Of the others, the picture's maximum is white.
+    Black is 0, or the minimum where that is below 0.
     """
     low, high = image.getextrema()
-    low, high = (0, 65535) if image.mode.startswith("I;16") else (min(0, low), high or 1)
+    low, high = (0, 65535) if image.mode.startswith("I;16") else (min(0, low), max(0, high))
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
         strip = image.crop((0, top, image.width, min(top + 256, image.height)))
         values = np.asarray(strip, np.float32)
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
-        levels = (values - low) * (255 / (high - low))
+        levels = (values - low) * (255 / ((high - low) or 1))
         grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey
 

@@ -60,14 +60,14 @@ class Example:
     targets: Tensor  # the next token, UNSCORED where it is not scored
     positions: Tensor  # each independent question starts where the prefix ends
     segments: Tensor  # 0: the prefix, visible to all; k: question k, visible to itself only
-    pictures: int  # how many of the row's pictures the cut has left: the first ones
+    pictures: int  # how many of the row's pictures are left after a cut at max_tokens
     cut: bool  # the row was longer than max_tokens
 
 
 def pictures_of(record: dict) -> list[str]:
     """The pictures of a row or of a published record: the path or paths in its "image".
 
-    RowError where another key holds a picture, which would be asked about and never shown.
+    RowError where "image" is absent and another key holds a picture, which would never be shown.
     """
     image = record.get("image")
     if image is None:
@@ -82,7 +82,7 @@ def pictures_of(record: dict) -> list[str]:
 
 
 def frame_of(row: dict) -> tuple[int, int] | None:
-    """(width, height) of the last picture, for which a row's boxes are; None without boxes."""
+    """(width, height) of the last picture, which a row's boxes refer to; None without boxes."""
     return (row["width"], row["height"]) if "boxes" in row else None
 
 
@@ -122,13 +122,13 @@ def encode_row(
     if row.get("independent") and template != "plain":  # "plain" drops questions
         asked = [[("user", pictures + text.replace(TAG, "")), answer]
                  for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
-    # The shared prefix ends before the first word. The empty question keeps equal words out of it.
+    # The prefix must hold no word, even where all questions begin alike: hence the empty question.
     rendered = [render(tokenizer, each, template, system, image_tokens)
                 for each in ([("user", pictures)], *asked)]
     prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
     tokens, targets, positions, segments = [], [], [], []
     for segment, (ids, scored) in enumerate(rendered[1:], 1):
-        places = range(prefix if tokens else 0, len(ids) - 1)  # prefix once; last id: target only
+        places = range(prefix if tokens else 0, len(ids) - 1)  # the prefix once; last id: a target
         tokens += [ids[t] for t in places]
         targets += [ids[t + 1] if scored[t + 1] else UNSCORED for t in places]
         positions += places  # each question restarts behind the prefix
@@ -257,10 +257,10 @@ def permutation(seeds: tuple[int, ...], length: int) -> np.ndarray:
 class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
-    Epochs, each a permutation of all rows, stand end to end. `window` batches of that stream form a
-    window. Its rows are sorted by length and cut into batches, so that a batch needs little
-    padding. Then the batches are shuffled. Each row comes once an epoch. In a window across an
-    epoch's end, rows are dealt out by number, so that none comes twice in a batch.
+    The stream is epoch after epoch, each a permutation of all rows. `window` batches of the stream
+    are a window. Its rows are sorted by length and cut into batches, so that a batch needs little
+    padding. Then the batches are shuffled. A window with rows of two epochs is dealt out by row
+    number instead, so that no row comes twice in a batch, given 2 batches a window or more.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
@@ -385,7 +385,7 @@ def boxes_to_text(boxes_px: Iterable[Box], width: int, height: int) -> str:
 
 
 def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
-    """Boxes that an answer names, in pixels: numbers in 0..1, x1 < x2, y1 < y2; others dropped."""
+    """The boxes of an answer, in pixels. Those outside 0 <= x1 < x2 <= 1, or y, are dropped."""
     side, left, top = padded_square(width, height)
     found = (tuple(map(float, match.groups())) for match in BOX.finditer(text))
     return [(x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)

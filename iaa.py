@@ -1,22 +1,22 @@
 """IAA, the Inner-Adaptor Architecture (arXiv 2408.12902): a frozen Llama learns to see.
 
     picture -> CLIP (frozen) -> projector -+    P image features replace the P placeholder tokens
-    tokens -> EL_mm (own embedding) -------+-> x
+    tokens -> own embedding (EL_mm) -------+-> x
     x -> [frozen layer 0 -> insertion layer] -> [frozen layer 1] -> ... -> x
-    x -> LH_mm (own norm and LM head) -> logits
+    x -> own norm and LM head (LH_mm) -> logits
 
 - An *adaptor* holds everything that is trained: projector, embedding, insertion layers, gates,
   norm, LM head. One frozen Llama and one frozen CLIP serve any number of adaptors. Each adaptor
   gives one *workflow*, which has its name ("mm", "grounding", ...).
 - The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
-- There are three structures (Fig. 3, Table 5). In c, an insertion layer's output replaces the
-  output of the frozen layer that it reads (Eq. 2). In b, it passes a gate and is added to the main
-  stream. In a, insertion layers read each other, in a side stream (Eq. 1), and gates add as in b.
+- There are three structures (Fig. 3, Table 5). In c, an insertion layer reads the output of its
+  frozen layer, and its own output replaces that (Eq. 2). In b, its output passes a gate and is
+  added to that. In a, it reads the insertion layer before it (Eq. 1), and adds as in b.
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
-Letters: B batch, T tokens, D width, V vocabulary, N images, P image tokens.
+Letters: B batch, T tokens, D width, V vocabulary, N images of S x S pixels, P tokens of an image.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -64,7 +64,7 @@ def official_layers(layers: int) -> tuple[int, ...]:
 def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
     """The frozen layers that `number` insertion layers follow, evenly from the first to the last.
 
-    8 of 30 are 0, 4, 8, 12, 17, 21, 25, 29.
+    8 of 30 are 0, 4, 8, 12, 17, 21, 25, 29. 14 of 32 are the official release's.
     """
     if not 0 <= number <= layers:
         raise ValueError(f"insertion = {number}: from 0 to one after each of the {layers} layers")
@@ -156,10 +156,10 @@ class Adaptor(nn.Module):
             n = number[i]
             if structure == "c":
                 return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
-            if side is None:  # a: the side stream starts where the first insertion layer stands
+            if side is None:  # a: the first insertion layer reads its frozen layer's input
                 side = x_in
             x = x_out if structure == "b" else side  # b reads the main stream
-            side = self.layers[n](x, rope, mask, cache)  # Eq. 1
+            side = self.layers[n](x, rope, mask, cache)  # Eq. 1, where x is the side stream
             return x_out + self.gates[n](side)  # zero at first: the frozen model's x_out
 
         return hook
@@ -173,7 +173,7 @@ class Adaptor(nn.Module):
         save_file({name: t.to("cpu", dtype) for name, t in self.state_dict().items()}, path)
         meta = {"adaptor": asdict(self.config), "base": base, "prompt": self.prompt,
                 "settings": settings}
-        # `load_tensors` compares it: a damaged disk or copy must not change answers in silence.
+        # `load_tensors` compares this digest: a damaged file must not change answers in silence.
         meta["sha256"] = sha256_of(meta, sorted(read_tensors(path).items()))
         write_json(folder / "config.json", meta)
 
@@ -204,7 +204,7 @@ class IAA(nn.Module):
         tokens: Tensor,  # (B, T) int64, each image as P placeholders
         workflow: str = TEXT,
         images: Tensor | None = None,  # (N, 3, S, S), in order of their placeholders
-        positions: Tensor | None = None,  # (B, T), default 0 .. T - 1 after the cache
+        positions: Tensor | None = None,  # (B, T), default: the T positions after the cache
         mask: Tensor | None = None,  # from `attention_mask`, default causal
         cache: KVCache | None = None,
     ) -> Tensor:  # (B, T, D) hidden states for `logits`
@@ -230,7 +230,7 @@ class IAA(nn.Module):
         return llama(x, rope, mask, cache, hook)
 
     def place_images(self, x: Tensor, tokens: Tensor, images: Tensor | None, adaptor: Adaptor):
-        """x (B, T, D) with features as embeddings: picture n fills the n-th P placeholders."""
+        """x (B, T, D) with the features of picture n in place of the n-th P placeholders."""
         is_image = tokens == self.image_token  # (B, T)
         pictures, each = 0 if images is None else len(images), self.clip.config.patches
         found = pictures * each if tokens.is_meta else int(is_image.sum())  # meta has no values

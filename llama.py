@@ -145,7 +145,7 @@ def attention_mask(
 ) -> Tensor | None:
     """Which token sees which: bool (B or 1, 1, T, S) with S = past + T, True = visible.
 
-    None stands for plain causal attention: each token sees the cache, earlier tokens and itself.
+    None means plain causal attention, and is returned only where past = 0 or T = 1.
     segments (B, S) has a column for each cached token too. In causal order, a token sees segment 0
     and its own segment. Padding is segment -1. A pad sees itself, so its softmax is never 0 / 0.
     """
@@ -292,7 +292,7 @@ def set_recompute(model: nn.Module, on: bool) -> None:
 class Llama(nn.Module):
     """Embedding, decoder layers, final norm and LM head.
 
-    A pass is three calls: `embedding(tokens)`, `forward` and `logits`.
+    A pass calls `embedding(tokens)`, `rope(positions)`, `forward` and `logits`.
     """
 
     config_class = LlamaConfig

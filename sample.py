@@ -8,8 +8,8 @@ cache with the prompt and the picture, then decodes one token a pass, and `Strea
 text. The workflow may change between turns: an adaptor sees the picture, "text" does not. Each turn
 reads the whole conversation anew, because a KV cache fits one workflow only.
 
-Boxes in an answer are fractions of the picture padded to a square. Of several pictures it is the
-last one. `Answer.boxes` and the drawing are in that picture's own pixels.
+Boxes in an answer are fractions of the last picture, padded to a square. `Answer.boxes` are in that
+picture's own pixels. The drawing enlarges a small picture.
 
 Letters: B batch, T tokens, S tokens so far (of an image: its side), V vocabulary, N images, P image
 tokens.

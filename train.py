@@ -1,11 +1,11 @@
-"""Train IAA: the stages of a TOML file in order, each from the result of the one before (Table 1).
+"""Train IAA: the stages of a TOML file in order, each from an earlier stage's result (Table 1).
 
     python train.py --config configs/demo.toml [--stage NAME] [--set key=value ...]
     torchrun --nproc_per_node N train.py --config ...    the same on N processes (training/zero.py)
 
 - Everything random is a function of the seed and the step, so the step number is all that a
   checkpoint must keep of the data and of the random state. A run that was killed and started again
-  ends with the same bits as one that was never killed.
+  on as many ranks ends with the same bits as one that was never killed.
 - Trained weights are kept in fp32. Layers cast them to the dtype of the frozen model to compute.
   ZeRO stages 1 to 3 keep shards of them and compute with copies in that dtype.
 - The loss is a sum over the global batch, divided by the number of scored tokens in the global
@@ -85,7 +85,7 @@ class Loss(nn.Module):
 
 def train_step(
     state: DataParallel | ZeroSharded,
-    batches: list[Batch | None],  # as many on every rank; None where it has no rows left
+    batches: list[Batch | None],  # equally many on every rank, filled up with None
     optimizer: torch.optim.AdamW,
     stage: StageConfig,
     step: int,
@@ -203,7 +203,7 @@ def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
 
 def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
     """The next micro-batches. ChildProcessError where a loader died, or gave none in time."""
-    # Without workers, no limit: this process decodes, and would take an alarm for a bad picture.
+    # No limit without workers: an alarm while decoding would be taken for a bad picture.
     limit_s = run.config.timeout_s if run.config.workers else 0
 
     def give_up(*_) -> None:
@@ -266,7 +266,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         if last:
             break
         leave = ranks.sum(SIGTERM.is_set()) > 0  # all ranks in the same step
-        # Not among steps that are skipped: their checkpoints would push out the last good ones.
+        # A skipped step is not saved: such checkpoints would push out the last two good ones.
         if finite and (leave or (step + 1) % stage.save_every == 0):
             checkpoint.save_state(folder, ranks, state, optimizer, settings, step + 1)
         if leave:
@@ -320,12 +320,13 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
 
 
 def write_index(config: Config) -> None:
-    """Write `iaa.json` with the finished adaptors. Of two of one name, the later is listed.
+    """Write `iaa.json`: for each workflow, the adaptor of the last finished stage that trains it.
 
-    Adaptors that an earlier `iaa.json` names stay, where this configuration leaves their stage out.
+    Adaptors that an earlier `iaa.json` names stay, unless they are gone or replaced.
     """
     out = Path(config.out)
     adaptors = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
+    adaptors = {name: path for name, path in adaptors.items() if (out / path).is_dir()}
     adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage
                  if adaptor_folder(config, s.name).is_dir()}
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),

@@ -117,18 +117,14 @@ class Ranks:
         """The beginning of the line that a rank ends with."""
         return f"rank {self.rank} of {self.world} stopped in {self.progress}"
 
-    @property
-    def launched_here(self) -> str:
-        """Names the machine, and on it the process that started this one."""
-        return f"{socket.gethostname()} {os.getppid()}"
-
     def join(self) -> None:
         """Join the group. The store keeps what ranks tell each other beside the collectives."""
         limit = timedelta(seconds=self.timeout_s)
         self.store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         self.store.set_timeout(limit)
         self.store.set(f"beat {self.rank}", "0")
-        self.store.set(f"process {self.rank}", f"{self.launched_here} {os.getpid()}")
+        launcher = f"{socket.gethostname()} {os.getppid()}"
+        self.store.set(f"process {self.rank}", f"{launcher} {os.getpid()}")
         dist.init_process_group(self.backend, store=self.store, rank=self.rank,
                                 world_size=self.world, timeout=limit)
 
@@ -151,8 +147,9 @@ class Ranks:
         lost = [str(rank) for rank, (old, new) in enumerate(pairs)
                 if old == new and not self.store.check([f"left {rank}"])]
         for rank in lost:
-            launcher, _, pid = self.store.get(f"process {rank}").decode().rpartition(" ")
-            if launcher == self.launched_here:
+            (*own, _), (*its, pid) = (self.store.get(f"process {each}").split()
+                                      for each in (self.rank, rank))
+            if its == own:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
         return f"no sign of life from rank {', '.join(lost)}; " if lost else ""

@@ -77,8 +77,8 @@ def encode_template(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_message(tokenizer: Tokenizer, form: Template, text: str, image_tokens: int) -> list[int]:
     """The ids of a message without outer white space, a picture where each TAG stands.
 
-    `image_end` follows a picture that opens the message, as in the official release. Behind text a
-    picture stands in it as it is written, as in LLaVA.
+    `image_end` follows each picture at a message's start, as in the official release. A picture
+    after text stays where it is, and nothing follows it, as in LLaVA's inference code.
     """
     tags = re.match(rf"(\s*{TAG})*", text)[0]
     picture, prefix, ids = [tokenizer.image_id] * image_tokens, form.message_prefix, []

@@ -11,13 +11,13 @@ manifest, which makes the checkpoint complete. The newest two are kept. Nothing 
 and of random states: both follow from the seed and the step. At the stage's end rank 0 writes the
 finished `adaptor/` (train.py), and the checkpoints go.
 
-The same command resumes. It compares the settings of each finished stage with today's, and passes
-over the stage. An unfinished stage takes its newest checkpoint whose checksums are right. Its
-settings are compared before any weight is read. A rank reads the slices that it needs from all
-shards, so the number of ranks and the ZeRO stage may change in between. The log is cut back to that
-step, the sampler starts at it. A folder without a manifest was left by a killed run, and is
-removed. On several machines `out` must be a shared folder. Checksums are CRC-32. To save or resume,
-the ranks together read every shard once for them.
+The same command resumes. A finished stage is passed over if its settings equal the present ones. An
+unfinished stage takes its newest checkpoint whose checksums (CRC-32) are right, and compares its
+settings before it loads a weight. A rank reads the slices that it needs from all shards, so the
+number of ranks and the ZeRO stage may change in between. The log is cut back to that step, the
+sampler starts at it. A folder without a manifest was left by a killed run, and is removed. On
+several machines `out` must be a shared folder. To save or to resume, one rank reads each shard once
+for its checksum.
 """
 
 import json
@@ -104,13 +104,13 @@ def save_state(
         with writing(path):
             save_file(tensors, path)
             flush(path)
-    written = checksums(shards, ranks)  # behind it all shards are on the disk
+    written = checksums(shards, ranks)  # returns when all shards are on the disk
     if ranks.rank == 0:
         flush(new)
         counts = [int(values["step"]) for values in optimizer.state.values()]
         manifest = {"step": step, "updates": max(counts, default=0), "shards": written,
                     "settings": settings}
-        # `json.dumps` writes the same of what `read_json` gives back.
+        # After `read_json`, `json.dumps` of the manifest gives these same bytes.
         manifest["crc32"] = zlib.crc32(json.dumps(manifest).encode())
         write_json(new / MANIFEST, manifest)
         remove_checkpoints(list_checkpoints(folder)[:-2])
@@ -157,7 +157,7 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
     """
 
     def differing(was, now) -> list[str]:
-        # A data file of a finished stage may be gone; older folders do not tell of them.
+        # A finished stage's data file may be gone. Older folders store no fingerprints.
         one_sided = {key for key in {*was} ^ {*now} if key.startswith(DATA_FILE)}
         keys = sorted({*was, *now} - {*FREE} - one_sided)
         pairs = {key: (was.get(key), now.get(key)) for key in keys}

@@ -2,8 +2,9 @@
 
 Training in mixed precision holds far more than the weights: an fp32 master copy of each trained
 weight, AdamW's two moments, a gradient. Data-parallel ranks each hold all of it. With ZeRO (arXiv
-1910.02054) each of N ranks holds one N-th, its *shard*, and gathers the rest when a pass needs it.
-What is gathered together is a *unit*: a decoder layer, an embedding, a head, the vision tower.
+1910.02054) each of N ranks keeps one N-th, its *shard*. Stages 1 and 2 gather the whole weights
+after each update, stage 3 before each use. Weights that are gathered together are a *unit*: a
+decoder layer, an embedding, a head, the vision tower.
 
 Bytes on a rank, for P trained and F frozen weights of c bytes each in the compute dtype:
 
@@ -37,7 +38,7 @@ from iaa import IAA
 
 
 class TouchesAllWeights(nn.Module):
-    """The loss. Without a gradient of its own it gets 0 x each weight, as DDP waits for each."""
+    """The loss of a batch, plus 0 x each weight where it has no gradient: DDP waits for all."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -63,9 +64,9 @@ class DataParallel:
             self.run = DistributedDataParallel(self.run, find_unused_parameters=True)
 
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
-        """The loss of a micro-batch. Its gradient, divided by `scored`, adds to the others'.
+        """Return a micro-batch's loss, and add its gradient, divided by `scored`, to the step's.
 
-        batch: None where this rank has no rows left. last: of the step's; DDP sends with it.
+        batch: None where this rank has no rows left. last: the step's last one, when DDP sends.
         """
         if self.world > 1:
             self.run.require_backward_grad_sync = last
@@ -132,7 +133,8 @@ def model_parts(model: IAA, workflow: str) -> list[Part]:
 class Unit:
     """Weights that are gathered together, side by side in one flat buffer.
 
-    Rank k of N keeps the k-th N-th, its shard. A trained unit's shard is its fp32 master.
+    The buffer has N equal slices. Rank k keeps slice k, its shard. That of a trained unit is fp32:
+    the master that AdamW updates.
     """
 
     def __init__(self, weights: list[nn.Parameter], trained: bool):
@@ -191,7 +193,7 @@ class Unit:
                 weight.grad = None
 
     def start_reduce_scatter(self, dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
-        """Start to sum all ranks' flat gradients, sent in `dtype`. Returns it and its buffer."""
+        """Start to sum all ranks' flat gradients in `dtype`. Returns the work and its output."""
         gradient, self.gradient = self.gradient.to(dtype), None
         received = gradient.new_empty(self.size)  # the sum, of this rank's shard only
         return dist.reduce_scatter_single(received, gradient, async_op=True), received
@@ -225,7 +227,7 @@ def timetable(
         unit_of |= dict.fromkeys(part.weights, unit)
         stops.append(Stop(unit, part.module, gather=zero == 3))
         if part.trained or part.read_in_backward:
-            complete = part.trained and not shared  # a shared unit's: at its last stop
+            complete = part.trained and not shared  # a shared unit is complete at its last stop
             backward.append(Stop(unit, part.module, zero == 3 and part.read_in_backward, complete))
     if frozen_too:  # frozen weights of no part: kept in shards, never gathered
         unit_of |= {w: Unit([w], False) for w in model.parameters() if w not in unit_of}
