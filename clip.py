@@ -221,14 +221,14 @@ def to_grey(image: Image.Image) -> Image.Image:
     Black is 0, or the minimum where that is below 0.
     """
     low, high = image.getextrema()
-    low, high = (0, 65535) if image.mode.startswith("I;16") else (min(0, low), max(0, high))
+    low, high = (0, 65535) if image.mode.startswith("I;16") else (min(0, low), high)
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
         strip = image.crop((0, top, image.width, min(top + 256, image.height)))
         values = np.asarray(strip, np.float32)
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
-        levels = (values - low) * (255 / ((high - low) or 1))
+        levels = (values - low) * (255 / (high - low or 1))
         grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey
 

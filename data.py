@@ -385,7 +385,7 @@ def boxes_to_text(boxes_px: Iterable[Box], width: int, height: int) -> str:
 
 
 def text_to_boxes(text: str, width: int, height: int) -> list[Box]:
-    """The boxes of an answer, in pixels. Those outside 0 <= x1 < x2 <= 1, or y, are dropped."""
+    """The boxes of an answer, in pixels: those with x1 < x2 <= 1 and y1 < y2 <= 1 as fractions."""
     side, left, top = padded_square(width, height)
     found = (tuple(map(float, match.groups())) for match in BOX.finditer(text))
     return [(x1 * side - left, y1 * side - top, x2 * side - left, y2 * side - top)

@@ -325,10 +325,9 @@ def write_index(config: Config) -> None:
     Adaptors that an earlier `iaa.json` names stay, unless they are gone or replaced.
     """
     out = Path(config.out)
-    adaptors = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
-    adaptors = {name: path for name, path in adaptors.items() if (out / path).is_dir()}
-    adaptors |= {s.adaptor: f"{s.name}/adaptor" for s in config.stage
-                 if adaptor_folder(config, s.name).is_dir()}
+    before = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
+    stages = [(s.adaptor, f"{s.name}/adaptor") for s in config.stage]
+    adaptors = {name: path for name, path in (*before.items(), *stages) if (out / path).is_dir()}
     index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
                   Tokenizer.load(config.llm).image_id, adaptors)  # relative: all can be moved
     files.write_json(out / "iaa.json", asdict(index))

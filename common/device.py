@@ -103,6 +103,7 @@ class Ranks:
     def __init__(self, timeout_s: float, backend: str = ""):
         self.rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
+        self.launcher = f"launched on {socket.gethostname()} by {os.getppid()}:"
         self.progress, self.timeout_s = "the start", timeout_s  # progress: for the last line
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -123,8 +124,7 @@ class Ranks:
         self.store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         self.store.set_timeout(limit)
         self.store.set(f"beat {self.rank}", "0")
-        launcher = f"{socket.gethostname()} {os.getppid()}"
-        self.store.set(f"process {self.rank}", f"{launcher} {os.getpid()}")
+        self.store.set(f"{self.launcher} {self.rank}", str(os.getpid()))
         dist.init_process_group(self.backend, store=self.store, rank=self.rank,
                                 world_size=self.world, timeout=limit)
 
@@ -147,11 +147,9 @@ class Ranks:
         lost = [str(rank) for rank, (old, new) in enumerate(pairs)
                 if old == new and not self.store.check([f"left {rank}"])]
         for rank in lost:
-            (*own, _), (*its, pid) = (self.store.get(f"process {each}").split()
-                                      for each in (self.rank, rank))
-            if its == own:
+            if self.store.check([key := f"{self.launcher} {rank}"]):  # else of another machine
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(int(self.store.get(key)), signal.SIGKILL)
         return f"no sign of life from rank {', '.join(lost)}; " if lost else ""
 
     def __enter__(self) -> "Ranks":

@@ -186,10 +186,13 @@ def test_sixteen_bits_and_exif(tmp_path):
 def test_grey_of_any_range(tmp_path):
     """Floats and 32-bit numbers by their own range; what is not finite is refused."""
     path, ramp = tmp_path / "a.tif", np.linspace(0, 1, 256)[None].repeat(2, 0)
-    for values, kind in ((ramp, "f4"), (255 * ramp, "f4"), (2 * ramp - 1, "f4"),
+    for values, kind in ((ramp, "f4"), (255 * ramp, "f4"), (2 * ramp - 1, "f4"), (ramp - 2, "f4"),
                          (255 * ramp, "i4"), (65535 * ramp, "i4"), (2e9 * ramp, "i4")):
         Image.fromarray(values.round(6).astype(kind)).save(path)
         assert np.array(open_image(path))[1, :, 2].tolist() == [*range(256)]
+    for value in (0, -5):  # no range at all: black
+        Image.fromarray(np.full((2, 2), value, "i4")).save(path)
+        assert not np.array(open_image(path)).any()
     for wrong in (np.nan, np.inf):
         ramp[1, 7] = wrong
         Image.fromarray(ramp.astype("f4")).save(path)
