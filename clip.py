@@ -14,6 +14,7 @@ Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches o
 import io
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,8 +187,11 @@ def pixel_chunks(content: bytes) -> bytes:
     chunks, place = [content[:8]], 8
     while place + 8 <= len(content):
         length, name = struct.unpack_from(">I4s", content, place)
-        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):  # critical chunks are in upper case
-            chunks.append(content[place : place + length + 12])
+        chunk = content[place : place + length + 12]
+        # Critical chunks are in upper case. Pillow refuses the file where EXIF's checksum is wrong.
+        if name[:1].isupper() or name == b"tRNS" or (
+                name == b"eXIf" and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])):
+            chunks.append(chunk)
         place += length + 12
     return b"".join(chunks)
 
@@ -220,8 +224,10 @@ def to_grey(image: Image.Image) -> Image.Image:
     Of 16 bits, 0 is black and 65535 is white. Of the others, the picture's maximum is white.
     Black is 0, or the minimum where that is below 0.
     """
-    low, high = image.getextrema()
-    low, high = (0, 65535) if image.mode.startswith("I;16") else (min(0, low), high)
+    # Pillow scales a PPM to 16 bits, and calls it 32. It knows no extrema of big-endian 16 bits.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    low, high = (0, 65535) if is_16_bit else image.getextrema()
+    low = min(0, low)
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
         strip = image.crop((0, top, image.width, min(top + 256, image.height)))
@@ -231,14 +237,6 @@ def to_grey(image: Image.Image) -> Image.Image:
         levels = (values - low) * (255 / (high - low or 1))
         grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The RGB picture centred on a square of its longer side, as by LLaVA's expand2square."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
@@ -252,8 +250,10 @@ def preprocess(image: Image.Image, config: ClipConfig) -> Tensor:
         scale = MAX_SIDE / max(image.size)
         image = image.resize([max(1, round(scale * length)) for length in image.size],
                              Image.Resampling.BICUBIC, reducing_gap=2)
-    image = pad_to_square(image, tuple(int(255 * m) for m in config.mean))
-    image = image.resize((side, side), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
+    # Centred on a square of its longer side, as by LLaVA's expand2square.
+    square = Image.new("RGB", (max(image.size),) * 2, tuple(int(255 * m) for m in config.mean))
+    square.paste(image, tuple((square.width - length) // 2 for length in image.size))
+    square = square.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255  # (3, S, S)
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))  # (3, 1, 1)
     return (pixels - mean) / std

@@ -141,16 +141,18 @@ def open_release(
                                 "image_aspect_ratio": ("pad",)})
     llama = readers.hf_llama_config(config)
     parts = {"llama": llama_part(source, tables.HF_LLAMA, llama)}
-    if options.pop("clip", None) is None:
-        read = {"feature_layer": config.get("mm_vision_select_layer", -2)}
+    read = {"feature_layer": config.get("mm_vision_select_layer", -2)}
+    if tower := options.pop("clip", None):
+        clip = files.read_frozen(ClipConfig, tower)[0]
+        readers.allow_only(asdict(clip), {"feature_layer": (read["feature_layer"],)})
+    else:
         # No file says the activation: the tower is OpenAI's.
         table = tables.hf_clip_table(source)
         clip = readers.clip_config(source, table, {}, read, {"activation": "quick_gelu"})
         parts["clip"] = make_part(table, Clip, clip)
     adaptor = AdaptorConfig(official_layers(llama.layers))  # fixed in the official code
-    vision_width = source["model.mm_projector.0.weight"].read().shape[1]
     for name, table in tables.IAA.items():
-        parts[name] = make_part(table, Adaptor, adaptor, llama, vision_width)
+        parts[name] = make_part(table, Adaptor, adaptor, llama, clip.width)
         parts[name].model.prompt = {"template": "llama3", "system": None}  # the template's default
     return source, parts, tokenizers.read_hf_tokenizer(folder, options.pop("template", None))
 
@@ -272,11 +274,10 @@ def convert(source: Path, out: Path, dtype: str | None = None, **options) -> Non
             folder.mkdir(exist_ok=True)
             if name in adaptors:
                 # One file: memory holds it as a whole, for Llama 3 8B some 8 GB, with --base 16.
-                state = {row: make_tensor(tensors, part, row, DTYPES[kind]) for row in part.rows}
-                part.model.load_state_dict(state, assign=True)
+                part.model.load_state_dict({row: make_tensor(tensors, part, row, DTYPES[kind])
+                                            for row in part.rows}, assign=True)
                 part.model.save(folder, base, {}, DTYPES[kind])
                 part.model.to("meta")  # frees the memory for the next adaptor
-                del state
             else:
                 base[name] = write_base(folder, tensors, part, DTYPES[kind])
             print(f"{out}: {name}, {len(part.rows)} tensors in {kind}")
@@ -309,9 +310,14 @@ def main() -> None:
     args = parser.parse_args()
     with files.one_line("convert_weights.py", "nothing is left in OUT"):
         if "check" in args:
-            kind = files.read_json(args.source / "config.json", kind=str)["kind"]
-            files.check_frozen(Clip if kind == "clip" else Llama, args.source)
-            print(f"{args.source}: as it was converted, by its SHA-256")
+            checked = [args.source]
+            if (args.source / "iaa.json").is_file():  # a whole model: its two frozen parts
+                index = Index.read(args.source)
+                checked = [args.source / index.llm, args.source / index.vision]
+            for folder in checked:
+                kind = files.read_json(folder / "config.json", kind=str)["kind"]
+                files.check_frozen(Clip if kind == "clip" else Llama, folder)
+                print(f"{folder}: as it was converted, by its SHA-256")
         elif args.out is None:
             raise ValueError("OUT is needed, the folder to make")
         else:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from tokenization.templates import IMAGE, TAG, render
+from tokenization.templates import IMAGE, TAG, render, without_tags
 from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100  # the index that torch's cross-entropy ignores by default
@@ -112,17 +112,18 @@ def encode_row(
     """Tokens and targets of a checked row, cut at `max_tokens`. RowError: nothing scored is left.
 
     A conversation is plain causal text, however many turns it has. With `"independent": true` each
-    question is a segment after the shared prefix, trained exactly as if it were asked alone. The
-    row's pictures are in the prefix then, wherever their tags stand.
+    question is a segment behind the prefix, which has all pictures, just as if it were asked alone.
     """
     pictures = IMAGE * len(pictures_of(row))
     turns = [("user" if turn["from"] == "human" else "assistant", turn["value"])
              for turn in row["conversations"]]
     asked = [turns]
     if row.get("independent") and template != "plain":  # "plain" drops questions
-        asked = [[("user", pictures + text.replace(TAG, "")), answer]
+        if max_tokens and len(pictures_of(row)) * image_tokens >= max_tokens:  # not even made
+            raise RowError(f"no word of an answer within {max_tokens} tokens")
+        asked = [[("user", pictures + without_tags(text)), answer]
                  for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
-    # The prefix must hold no word, even where all questions begin alike: hence the empty question.
+    # The prefix must hold no word, even where all questions begin alike: hence the empty one.
     rendered = [render(tokenizer, each, template, system, image_tokens)
                 for each in ([("user", pictures)], *asked)]
     prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
@@ -257,10 +258,9 @@ def permutation(seeds: tuple[int, ...], length: int) -> np.ndarray:
 class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
-    The stream is epoch after epoch, each a permutation of all rows. `window` batches of the stream
-    are a window. Its rows are sorted by length and cut into batches, so that a batch needs little
-    padding. Then the batches are shuffled. A window with rows of two epochs is dealt out by row
-    number instead, so that no row comes twice in a batch, given 2 batches a window or more.
+    The stream is epoch after epoch, each a permutation of all rows. A window of `window` batches is
+    sorted by length, cut into batches, which need little padding then, and these are shuffled. With
+    rows of two epochs it is dealt out by row number, so that no batch of two or more has one twice.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):

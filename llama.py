@@ -193,8 +193,10 @@ class KVCache:
         self, config: LlamaConfig, slots: int, batch: int, length: int, dtype=None, device=None
     ):
         shape = (slots, 2, batch, config.kv_heads, length, config.head_size)
-        # Uninitialised: only stored tokens are ever read.
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        try:  # uninitialised: only stored tokens are ever read
+            self.data = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError:  # torch has no kind of its own for a lack of the CPU's memory
+            raise MemoryError(f"no memory for a KV cache of {batch} x {length} tokens") from None
         self.length = 0  # tokens stored
         self.slot = 0  # next slot of the running pass
 

@@ -3,7 +3,7 @@
 #     bash run.sh demo          train IAA on a laptop and ask it about pictures
 #     bash run.sh web           a page in the browser to ask it; --model RUN for another model
 #     bash run.sh test          the tests
-# Any of them again: what is done is not done twice. After `demo`, settings for train.py may follow
+# Any of them again: installation, conversion, data and finished stages are not done twice. After `demo`, settings for train.py may follow
 # (bash run.sh demo --set stage.steps=2).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -56,7 +56,7 @@ demo() {
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
         python train.py --config configs/demo.toml "$@"
     python -m evaluation easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
-    python -m evaluation text-retention README.md --model runs/demo --workflow text --limit 4
+    python -m evaluation text-retention LICENSE --model runs/demo --workflow text --limit 4
     python -m evaluation sheet data/easy-vqa --model runs/demo
     python -m training.plot runs/demo
     local picture=data/easy-vqa/test/7.png

@@ -175,8 +175,8 @@ class Chat:
         from speed.packing import pack  # imported here: it uses private operators
 
         if not Path(folder, "iaa.json").is_file():  # a newcomer's first mistake
-            raise FileNotFoundError(f"{folder}: no model there (no iaa.json); train one with "
-                                    "python train.py --config configs/demo.toml, or see README")
+            raise FileNotFoundError(f"{folder}: no model there (no iaa.json): bash run.sh demo "
+                                    "makes one, or see README")
         place = choose_device(device)
         name, why = choose_dtype(dtype, place)
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
@@ -324,8 +324,8 @@ def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
                 answer_aloud(chat, line, boxes, as_json)
         except KeyboardInterrupt:
             print(" [stopped]")
-        except (ValueError, OSError) as error:  # a mistake does not end the chat
-            print(error, file=sys.stderr)
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            print(error, file=sys.stderr)  # a mistake does not end the chat
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

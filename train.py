@@ -93,7 +93,7 @@ def train_step(
 ) -> tuple[float, float, bool]:
     """One update. Returns the mean loss, the gradient's norm, and whether both were finite.
 
-    Where they were not finite, nothing is updated.
+    Where they were not finite, nothing is updated, which is said.
     """
     scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # in the global batch
     total = torch.zeros((), device=ranks.device)  # on the device: adding does not wait
@@ -107,6 +107,8 @@ def train_step(
             group["lr"] = group["peak"] * lr_at(step, stage)
         optimizer.step()  # at ZeRO 1 to 3 of this rank's shards only
         state.all_gather_weights()
+    else:
+        ranks.print0(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped")
     optimizer.zero_grad()  # to None, which frees their memory
     return mean, norm, finite
 
@@ -235,6 +237,8 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
     first = checkpoint.resume_state(folder, ranks, state, optimizer, settings)
+    if ranks.rank == 0:  # only now: a refused command must change nothing
+        files.write_json(Path(config.out, "config.json"), asdict(config))
     size = count(adaptor.parameters())
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
@@ -253,12 +257,11 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         wait = time.perf_counter() - asked  # where it is long, raise `workers`
         mean, norm, finite = train_step(state, batches + missing, optimizer, stage, step, ranks)
         bad_in_a_row = 0 if finite else bad_in_a_row + 1
-        if not finite:
-            ranks.print0(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped")
-        if bad_in_a_row >= MAX_BAD_STEPS:
+        if bad_in_a_row >= min(MAX_BAD_STEPS, stage.steps):
             raise ValueError(f"{ranks.progress}: {bad_in_a_row} steps in a row were not finite; "
                              f"they changed nothing, what is saved in {folder} is intact")
-        values = {"loss": mean, "lr": stage.lr * lr_at(step, stage), "grad_norm": norm}
+        values = {"loss": mean, "grad_norm": norm,
+                  "lr": optimizer.param_groups[-1]["peak"] * lr_at(step, stage)}
         last = step + 1 == stage.steps
         if held_out and (last or (step + 1) % stage.eval_every == 0):
             values["held_out"] = held_out_loss(state, held_out)
@@ -324,12 +327,13 @@ def write_index(config: Config) -> None:
 
     Adaptors that an earlier `iaa.json` names stay, unless they are gone or replaced.
     """
-    out = Path(config.out)
+    out = Path(config.out).resolve()  # links in it must not mislead the relative paths
     before = Index.read(out).adaptors if (out / "iaa.json").is_file() else {}
     stages = [(s.adaptor, f"{s.name}/adaptor") for s in config.stage]
     adaptors = {name: path for name, path in (*before.items(), *stages) if (out / path).is_dir()}
-    index = Index(os.path.relpath(config.llm, out), os.path.relpath(config.vision, out),
-                  Tokenizer.load(config.llm).image_id, adaptors)  # relative: all can be moved
+    llm, vision = (os.path.relpath(Path(folder).resolve(), out)  # all can be moved together
+                   for folder in (config.llm, config.vision))
+    index = Index(llm, vision, Tokenizer.load(config.llm).image_id, adaptors)
     files.write_json(out / "iaa.json", asdict(index))
 
 
@@ -341,11 +345,10 @@ def train(config: Config, only: str | None) -> None:
     with Ranks(config.timeout_s) as ranks:
         config = with_dtype(config, ranks)
         flops = check_run(config, stages)
+        ranks.progress = "the check of the frozen models"
         if ranks.rank == 0:
             for kind, folder in ((Llama, config.llm), (Clip, config.vision)):
                 files.check_frozen(kind, folder)
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-            files.write_json(Path(config.out, "config.json"), asdict(config))
         ranks.barrier()  # every rank has read the folders
         for stage in stages:
             folder = Path(config.out, stage.name)

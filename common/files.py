@@ -29,7 +29,8 @@ def one_line(program: str, after_stop: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, OverflowError, SafetensorError, MemoryError,
+            torch.OutOfMemoryError) as error:
         text = str(error) or "out of memory"  # a MemoryError may say nothing
         sys.exit(f"{program}: {text}".replace("\n", " "))  # libraries write several lines
     except ModuleNotFoundError as error:
@@ -77,12 +78,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises FileExistsError where `path` exists: a folder is never replaced.
     """
-    if path.exists():
+    if os.path.lexists(path):  # also a link to nowhere, which the rename would not replace
         raise FileExistsError(f"{path} is there already; remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as new:
         new.mkdir()
         yield new
+        for file in new.rglob("*.safetensors"):  # the library lets only their owner read them
+            file.chmod(new.stat().st_mode & 0o666)
 
 
 def write_text(path: Path, text: str) -> None:

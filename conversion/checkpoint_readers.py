@@ -62,20 +62,15 @@ class Stored(NamedTuple):
 Source = dict[str, Stored]
 
 
-def in_memory(path: Path, tensors: dict[str, Tensor]) -> Source:
-    """Tensors that are mapped or in memory already."""
-    return {name: Stored(path, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
-
-
 @contextmanager
 def reading(what: Path | str) -> Iterator[None]:
     """Around foreign data of any content: an error becomes one line that names what is read."""
     try:
         yield
-    except (OSError, ImportError):
+    except (OSError, ImportError, KeyboardInterrupt):
         raise
-    except Exception as error:  # of any kind: a flipped bit in a pickle gave KeyError
-        reason = str(error).strip().split("\n")[0]
+    except BaseException as error:  # of any kind: tiktoken's panic is not even an Exception
+        reason = str(error).strip().split("\n")[0].split(". ")[0]  # torch advises to run the file
         if reason.startswith((f"{what}:", f"{what}/", f"{Path(what).parent}/")):
             raise ValueError(reason) from None  # it names a file already
         if not isinstance(error, ValueError):
@@ -136,7 +131,7 @@ def open_hf(folder: Path) -> Source:
     for path, tensors in open_files(folder, "model*.safetensors", "pytorch_model*.bin"):
         if twice := source.keys() & tensors.keys():
             raise ValueError(f"{path}: another file holds {min(twice)} too")
-        source |= in_memory(path, tensors)
+        source |= {name: Stored(path, partial(tensors.get, name)) for name in tensors}
     return source
 
 
@@ -148,9 +143,9 @@ def hf_llama_config(config: dict) -> LlamaConfig:
     allow_only(config, {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
                         "rope type": ("default", "llama3")})
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    llama3 = config["rope type"] == "llama3"
-    scaling = RopeScaling(*(config[key] for key in keys)) if llama3 else None
-    return llama_config(config, HF_KEYS, rope_scaling=scaling)
+    scaling = dict(zip(RopeScaling.__annotations__, map(config.get, keys), strict=True))
+    return llama_config(config, HF_KEYS,
+                        rope_scaling=scaling if config["rope type"] == "llama3" else None)
 
 
 def hf_clip_settings(config: dict, folder: Path) -> dict:
@@ -206,6 +201,7 @@ def clip_config(
     pattern = names["layers.{i}.up.*"].replace("{i}", "*")
     up = [name for name in source if fnmatchcase(name, pattern)]
     sizes = {"width": width, "layers": len(up), "ffn": len(source[up[0]].read()), "patch": patch}
+    allow_only(read, {"layers": (len(up),)})
     settings = {} if usual is None else {"heads": width // 64} | usual
     settings |= read | given
     for name in ("heads", "activation"):
@@ -231,7 +227,8 @@ def meta_config(params: dict, source: Source) -> LlamaConfig:
     return llama_config(
         params, META_KEYS, tied=small or "output.weight" not in source,
         rope_scaling=RopeScaling(32.0 if small else 8.0) if scaled else None,
-        vocab_size=len(source["tok_embeddings.weight"].read()),
+        vocab_size=max(0, params.get("vocab_size", 0))  # -1 in Llama 2's file
+        or len(source["tok_embeddings.weight"].read()),
         ffn=source["layers.0.feed_forward.w2.weight"].read().shape[1],
         context=131072 if scaled else 8192 if params.get("rope_theta") == 500000.0 else 4096)
 
@@ -306,4 +303,4 @@ def open_onnx(path: Path) -> Source:
                 tensors[f"{module}.weight"] = tensors.pop(name).T
             else:
                 tensors[f"{module}.{node.op_type}"] = tensors.pop(name)
-    return in_memory(path, tensors)
+    return {name: Stored(path, partial(tensors.get, name)) for name in tensors}

@@ -73,6 +73,8 @@ def choose_template(
              if all(mark in (jinja or specials) for mark in marks)]
     if set(re.findall(r"<\|\w+\|>", jinja or "")) - CONTROL:  # a mark that none of ours has
         found = []
+    if found == ["chatml"] and "named SmolLM" not in (jinja or ""):  # its message is not theirs
+        found = ["chatml_bare"]
     if len(found) == 1:
         return found[0], "read from chat_template" if stated.jinja else "assumed by special tokens"
     if found or stated.jinja or "</s>" not in specials:
@@ -106,8 +108,7 @@ def build_tokenizer(
     if "bos_token" not in (stated.jinja or "") and (
             stated.adds_start is False or start in (*TEMPLATE_MARKS["chatml"], *stops)):
         start = ""
-    usual = [name for name in STOPS if name in specials]
-    all_stops = [*dict.fromkeys(usual + stops)]
+    all_stops = [*dict.fromkeys([name for name in STOPS if name in specials] + stops)]
     tokenizer = Tokenizer(model, specials, template, images[0], pattern, mergeable, words, start,
                           all_stops)
     render(tokenizer, [("user", ""), ("assistant", "")])  # raises where a special token is missing
@@ -177,7 +178,7 @@ def hf_split(tokenizer: dict) -> str:
             case [{"type": "Split", "behavior": "Isolated", "invert": False,
                    "pattern": {"Regex": pattern}},
                   {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
-                return pattern
+                return rf"{pattern}|(?:(?!{pattern})[\s\S])+"  # tiktoken drops what does not match
     raise ValueError(f"{model.get('type')}: supported is plain BPE after ByteLevel, Split and "
                      f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
 
@@ -186,10 +187,10 @@ def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
     """A Hugging Face folder: sentencepiece `tokenizer.model`, else BPE in `tokenizer.json`."""
     path = folder / "tokenizer.json"
     with reading(path if path.is_file() else folder / "tokenizer_config.json"):
-        content, said, ends, config, added = (
+        content, said, ends, config, added, of_pictures = (
             read_json(folder / name) if (folder / name).is_file() else {}
             for name in (path.name, "tokenizer_config.json", "generation_config.json",
-                         "config.json", "added_tokens.json"))
+                         "config.json", "added_tokens.json", "chat_template.json"))
         records = content.get("added_tokens") or [
             *({"content": name, "id": number} for name, number in added.items()),
             *({"id": int(number)} | token
@@ -199,7 +200,7 @@ def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
         if odd:
             raise ValueError(f"added word {odd[0]!r}: lstrip, rstrip and single_word are not "
                              "supported")
-        file, jinja = folder / "chat_template.jinja", said.get("chat_template")
+        file, jinja = folder / "chat_template.jinja", (said | of_pictures).get("chat_template")
         if isinstance(jinja, list):  # several, by name
             jinja = {one["name"]: one["template"] for one in jinja}.get("default")
         if file.is_file():
@@ -233,12 +234,16 @@ def read_gguf_tokenizer(path: Path, fields: dict, template: str | None = None) -
     stops = tuple(fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom"))
     stated = Stated(template, fields.get("tokenizer.chat_template"), fields.get("bos_token_id"),
                     fields.get("add_bos_token"), stops)
-    tokens, kinds = fields.get("tokens", []), fields.get("token_type", [])
+    tokens = fields.get("tokens", [])
+    kinds = fields.get("token_type") or [1] * len(tokens)
     # 1 is a token of the model, 6 one of its bytes, 4 an added word.
     added = [(token, number, kind != 4) for number, (token, kind)
              in enumerate(zip(tokens, kinds, strict=True)) if kind not in (1, 6)]
     beside = path.with_name("tokenizer.model")
     if kind == "llama" and (tokenizer := read_sentencepiece(beside, added, stated)):
+        if any(tokenizer.token_bytes.get(number) != token.replace("\u2581", " ").encode()
+               for number, token in enumerate(tokens) if kinds[number] == 1):
+            raise ValueError(f"{beside} has other tokens than this file")
         return tokenizer
     if kind != "gpt2" or split not in GGUF_SPLITS:
         raise ValueError(f"tokenizer {kind!r} split as {split!r}, not 'gpt2' split as "

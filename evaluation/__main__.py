@@ -1,15 +1,15 @@
 """Score a model, and show that its text is as it was.
 
-    python -m evaluation text-retention README.md --model runs/demo   against the LLM alone
+    python -m evaluation text-retention LICENSE --model runs/demo   against the LLM alone
     python -m evaluation easy-vqa data/easy-vqa --model runs/demo
     python -m evaluation sheet data/easy-vqa --model runs/demo        its answers as one picture
     python -m evaluation refcoco DATA --images coco/train2014 --model runs/iaa8
     python -m evaluation mme DATA --model runs/iaa8
     python -m evaluation lmms mmbench_en_dev_static mmmu_val --model runs/iaa8
-    python -m evaluation lm mmlu c-eval bbh humaneval math --model runs/iaa8
+    python -m evaluation lm mmlu c-eval bbh math --model runs/iaa8
     torchrun --nproc_per_node 8 -m evaluation mme ...                 8 ranks
 
-Answers and scores go to `eval/WHAT/` in the model's folder. docs/evaluation.md explains the rest.
+Scores go to `eval/WHAT/` in the model's folder. docs/evaluation.md explains the rest.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
     elif any(name.startswith("humaneval") for name in args.data):
         raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
     manager = module.TaskManager(include_path=args.include, include_defaults=args.include is None)
-    known = TABLE_3 if args.what == "lm" else {}
+    known = TABLE_3 if args.what == "lm" and args.include is None else {}
     tasks = {name: known.get(name, (name, None)) for name in args.data}
     for name, (task, _) in tasks.items():
         if task not in manager.all_tasks:

@@ -8,6 +8,7 @@ repeated, and a killed one goes on. docs/ablations.md says how the variants are 
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -75,15 +76,15 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.only:
             folder = Path(whole.out, f"{name}-{seed}")
             scores = folder / "eval/easy-vqa/scores.json"
+            settings = settings_of_run(args.set, variants[name], folder, seed)
+            flags = [word for setting in settings for word in ("--set", setting)]
+            run("train.py", "--config", BUDGET, *flags)  # refuses a folder of other settings
             if not scores.is_file():
-                settings = settings_of_run(args.set, variants[name], folder, seed)
-                flags = [word for setting in settings for word in ("--set", setting)]
-                run("train.py", "--config", BUDGET, *flags)
                 run("-m", "evaluation", "easy-vqa", whole.images, "--model", str(folder),
                     "--limit", QUESTIONS)
             log = read_log(folder / whole.stage[-1].name / "log.jsonl")
             right[name].append(read_json(scores)["right, %"]["all"])
-            loss[name].append(log[-1]["held_out"])
+            loss[name].append(log[-1].get("held_out", math.nan))
             table[name] = {"seeds": seed + 1, "right, %": spread(right[name]),
                            "held-out loss": spread(loss[name])}
             print_table("variant", table)

@@ -45,7 +45,7 @@ def read_lines(path: Path, make: Callable[[dict, int], Iterable]) -> list:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found += make(json.loads(line), number) if line.strip() else ()
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             told = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}:{number}: {told}") from None
     if not found:
@@ -72,6 +72,8 @@ def sample_questions(questions: list[Record], limit: int) -> list[Record]:
 
 def load(args: argparse.Namespace, workflows: list[str] | None, chosen: str | None = None) -> Chat:
     """The command line's model with these workflows, None: all."""
+    if args.model.is_dir():
+        (args.model / "eval").mkdir(exist_ok=True)  # else what forbids it would be known at the end
     return Chat.load(args.model, args.dtype, args.device, args.quantize, workflows, chosen=chosen)
 
 
@@ -89,9 +91,9 @@ def ask(
 ) -> dict[int, str]:
     """The greedy answer to each question, by its place, as if it were the only one.
 
-    Where `make_prompt` raises ValueError there is none, and stderr says why. A batch has questions
-    of similar length: little of it is padding. Long ones come first: what needs too much memory
-    fails at once.
+    Where `make_prompt` raises ValueError, or the context is too short, there is none, and stderr
+    says why. A batch has questions of similar length: little of it is padding. Long ones come
+    first: what needs too much memory fails at once.
     """
     answers = {}
 
@@ -105,6 +107,9 @@ def ask(
             for n in some:
                 try:
                     prompts[n] = make_prompt(chat, questions[n])
+                    if len(prompts[n][0]) + max_tokens > chat.model.llama.config.context:
+                        raise ValueError(f"{len(prompts.pop(n)[0])} tokens and {max_tokens} new "
+                                         "ones exceed the context")
                 except ValueError as error:
                     print(f"\rskipped {questions[n]['key']}: {error}", file=sys.stderr)
             if not prompts:
@@ -176,7 +181,7 @@ def ask_on_all_ranks(
 def report(folder: Path, title: str, records: list[Record], table: Table, form: str = ".1f"):
     """Write or replace `answers.jsonl` and `scores.json`, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
+    lines = [json.dumps(record, default=str) + "\n" for record in records]
     write_text(folder / "answers.jsonl", "".join(lines))
     write_json(folder / "scores.json", table)
     print_table(title, table, form)

@@ -119,7 +119,8 @@ def draw_tile(record: Record) -> Image.Image:
         said = text_to_boxes(record["answer"], *picture.size)[:1]
         for box, colour in ((record["box"], GREEN), *((box, BLUE) for box in said)):
             x1, y1, x2, y2 = (round(scale * value) for value in box)
-            pen.rectangle((16 + x1, 48 + y1, 15 + x2, 47 + y2), outline=colour, width=3)
+            end = max(16 + x1, 15 + x2), max(48 + y1, 47 + y2)  # Pillow draws the last pixel too
+            pen.rectangle((16 + x1, 48 + y1, *end), outline=colour, width=3)
     question = record["prompt"].replace(GROUNDING_PROMPT.format(""), "find: ")
     answer = textwrap.shorten(record["answer"], 30, placeholder=" ...") or "(no answer)"
     right = is_right(record)

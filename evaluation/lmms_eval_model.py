@@ -41,7 +41,9 @@ class PictureLM(GreedyModel, lmms):
         """The pictures of a request, in order."""
         _, _, doc_to_visual, number, task, split = request.args
         pictures = doc_to_visual(self.task_dict[task][split][number]) or ()
-        return [to_rgb(picture) for picture in pictures if isinstance(picture, Image.Image)]
+        if other := [what for what in pictures if not isinstance(what, Image.Image)]:
+            raise ValueError(f"only pictures are supported, no video or sound: {other[0]}")
+        return [to_rgb(picture) for picture in pictures]
 
     def prompt(self, chat: Chat, question: Record) -> Prompt:
         """The question with its pictures: ahead of it, unless it has as many tags."""
@@ -59,4 +61,7 @@ class PictureLM(GreedyModel, lmms):
 
 def settings(chat: Chat, args: argparse.Namespace) -> dict:
     """What `simple_evaluate` takes for this model."""
-    return {"model": PictureLM(chat, args.batch), "distributed_executor_backend": "torchrun"}
+    # Files for a benchmark's server go to `output_path`; the other one is asked for with it.
+    files = argparse.Namespace(output_path=str(args.model / "eval/lmms"), process_with_media=True)
+    return {"model": PictureLM(chat, args.batch), "distributed_executor_backend": "torchrun",
+            "cli_args": files}

@@ -20,7 +20,8 @@ SUBTASKS = {
 
 def read(data: Path, images: Path | None = None) -> list[Record]:
     """The published folder of 14 subtasks. ValueError says what of it is missing or damaged."""
-    root = next((folder.parent for folder in data.rglob("existence")), data)
+    root = next((folder.parent for folder in data.rglob("existence")
+                 if any(folder.rglob("[!.]*.txt"))), data)  # a Mac adds such folders, too
     questions = []
     for subtask in sum(SUBTASKS.values(), ()):  # texts and pictures in two folders, or in one
         files = list((root / subtask).rglob("[!.]*.*"))  # a Mac adds ._NAME
@@ -31,7 +32,8 @@ def read(data: Path, images: Path | None = None) -> list[Record]:
             raise ValueError(f"{data}: not MME's folder, or half of it: in {subtask}, "
                              f"picture or text of {alone[0] if alone else 'all'} is missing")
         for stem, path in sorted(texts.items()):
-            lines = [line.strip().split("\t") for line in read_text(path).splitlines() if line]
+            lines = map(str.strip, read_text(path).splitlines())
+            lines = [line.split("\t") for line in lines if line]
             if [len(pair) for pair in lines] != [2, 2] or {a for _, a in lines} - {"Yes", "No"}:
                 raise ValueError(f"{path}: not two lines of a question, a tab, and Yes or No")
             questions += [

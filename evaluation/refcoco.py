@@ -5,15 +5,12 @@ and the rows that `prepare_data refcoco` writes.
 """
 
 import ast
-import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
 from data import GROUNDING_PROMPT, TAG, check_row, iou, padded_square, path_below
 from evaluation.answers import Record, Table, read_lines
-
-OFFICIAL_NAME = re.compile(r"REC_(refcoco[+g]?)_[a-z]+_(val|testA|testB|test)")
 
 
 def read(data: Path, images: Path | None) -> list[Record]:
@@ -33,13 +30,11 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Record:
     The official prompt has no full stop at its end, though training rows may have one.
     """
     if "expression" in row:  # the official form; shikra's files have no sent_id
-        official = OFFICIAL_NAME.fullmatch(stem)
-        name, split = official.groups() if official else (stem, "")
-        key, picture = f"{name}/{split}/{row.get('sent_id', number)}", row["img_path"]
+        key, picture = f"{stem}/{row.get('sent_id', number)}", row["img_path"]
         text, box = GROUNDING_PROMPT.format(row["expression"]), row["bbox"]
     else:
         question = check_row(row)["conversations"][0]["value"]
-        name, split, key, picture = (row[field] for field in ("source", "split", "id", "image"))
+        stem, key, picture = f"{row['source']} {row['split']}", row["id"], row["image"]
         text = question.replace(TAG, "").strip().removesuffix(".")
         box, = row["boxes"]
     width, height = row["width"], row["height"]
@@ -47,8 +42,8 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Record:
     if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1) or max(box) <= 1:
         raise ValueError(f"box {box} is not x1, y1, x2, y2 in pixels of {width} x {height}")
     return {"key": key, "workflow": "grounding", "max_tokens": 128,
-            "image": path_below(images, picture), "prompt": text, "set": f"{name} {split}".strip(),
-            "box": box, "width": width, "height": height}
+            "image": path_below(images, picture), "prompt": text, "set": stem, "box": box,
+            "width": width, "height": height}
 
 
 def official_hit(record: Record) -> bool:

@@ -70,7 +70,10 @@ def main() -> None:
     own = {"docvqa-cmarkea": {"root": args.images}, "refcoco": {"split": args.split}}
     read, counts = partial(READERS[args.command], **own.get(args.command, {})), Counts()
     rows = chain.from_iterable(read(path, counts) for path in args.inputs)
-    convert(rows, counts, args.out, excluded_images(args), args.max_malformed)
+    try:
+        convert(rows, counts, args.out, excluded_images(args), args.max_malformed)
+    except (AttributeError, LookupError, TypeError) as error:  # rows' own faults are counted
+        raise ValueError(f"an annotation file is not as published: {error!r}") from None
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def grounding_row(
     if answer.count("[") < len(boxes):
         raise Drop("a box is outside the picture, or empty once rounded")
     stop = "." * (zlib.crc32(f"{source}/{split}/{key}".encode()) & 1)
-    question = GROUNDING_PROMPT.format(clean(expression).rstrip(".")) + stop
+    question = GROUNDING_PROMPT.format(clean(expression.rstrip(". "))) + stop
     return make_row(source, split, key, [image], [(question, answer)], "grounding", width=size[0],
                     height=size[1], boxes=boxes)
 

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 
 from common.files import new_file
@@ -19,7 +18,8 @@ from tokenization.templates import IMAGE, TAG
 
 COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.jpg$")
 # What plain code raises over a record that is not as published; SyntaxError: of broken XML.
-MALFORMED = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError,
+             ValueError)
 
 
 class Drop(Exception):
@@ -70,8 +70,7 @@ def make_row(
     if not any(TAG in text for text in texts):
         texts[0] = IMAGE * len(images) + texts[0]
     image = images[0] if len(images) == 1 else images or None
-    turns = [{"from": speaker, "value": text}
-             for speaker, text in zip(cycle(("human", "gpt")), texts, strict=False)]
+    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
     return {"id": f"{source}/{split}/{key}", "image": image, "source": source, "split": split,
             "workflow": workflow, **fields, "conversations": turns}
 

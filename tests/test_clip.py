@@ -173,6 +173,11 @@ def test_sixteen_bits_and_exif(tmp_path):
     """A 16-bit grey PNG is scaled to 8 bits, not cut off; a picture marked as turned is upright."""
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "grey.png")
     assert np.array(open_image(tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 100, 255]
+    grey = np.array([[0, 1000, 257 * 100]], ">u2")  # no white in it
+    Image.frombytes("I;16B", (3, 1), grey.tobytes()).save(tmp_path / "grey.tif")
+    (tmp_path / "grey.pgm").write_bytes(b"P5 3 1 65535\n" + grey.tobytes())
+    for name in ("grey.tif", "grey.pgm"):
+        assert np.array(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 4, 100]
     image = Image.new("RGB", (32, 16), "red")
     image.paste("blue", (0, 0, 16, 16))
     exif = Image.Exif()
@@ -225,6 +230,7 @@ BROKEN_METADATA = {
     "orientation is 9": ("jpg", AS_STORED, exif((0x0112, 3, 1, b"\x09"))),
     "PNG, garbage": ("png", AS_STORED, chunk(b"eXIf", b"junkjunk")),
     "PNG, turned": ("png", UPRIGHT, chunk(b"eXIf", exif(TURNED)[6:])),
+    "PNG, bad EXIF checksum": ("png", AS_STORED, chunk(b"eXIf", exif(TURNED)[6:])[:-4] + bytes(4)),
     "PNG, bad checksum": ("png", AS_STORED, chunk(b"tEXt", b"a\0b")[:-4] + bytes(4)),
     "PNG, long text": ("png", AS_STORED, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)))),
     "PNG, short chunk": ("png", AS_STORED, chunk(b"pHYs", b"\0")),

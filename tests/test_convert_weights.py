@@ -222,11 +222,17 @@ def test_gguf(tmp_path, llama, kind):
 def test_gguf_of_vicuna(tmp_path, llama, tokenizer_model):
     """Its `tokenizer.model` lies beside the file."""
     shutil.copy(tokenizer_model, tmp_path / "tokenizer.model")
-    save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA), "F32",
-              {"add_tokenizer_model": "llama"})
+    sp = sentencepiece.SentencePieceProcessor(str(tokenizer_model))
+    pieces = [sp.IdToPiece(n) for n in range(sp.GetPieceSize())]
+    fields = {"add_tokenizer_model": "llama", "add_token_list": pieces,
+              "add_token_types": [2, 3, 3, *(6 if sp.IsByte(n) else 1 for n in range(3, 274))]}
+    save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA), "F32", fields)
     convert(tmp_path / "in.gguf", tmp_path / "out", "fp32")
     check(tmp_path / "out", llama, LLAMA)
     assert Tokenizer.load(tmp_path / "out").kind == "sentencepiece"
+    pieces[-1], pieces[-2] = pieces[-2:]
+    save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA), "F32", fields)
+    refuse(tmp_path / "in.gguf", "tokenizer.model has other tokens than this file")
 
 
 @pytest.mark.parametrize(("tensors", "fields", "message"), [
@@ -372,6 +378,8 @@ def test_release_without_tower(tmp_path, release, tower, tokenizer_model):
     refuse(tmp_path / "in", "no vision tower inside")
     convert(save_hf(tmp_path / "tower", rename_tower(tower), HF_VISION, None), tmp_path / "clip")
     refuse(tmp_path / "in", "config.json: 'config' is missing", clip=tmp_path / "tower")
+    convert(tmp_path / "tower", tmp_path / "last", feature_layer=-1)
+    refuse(tmp_path / "in", "feature_layer = -1 is not supported, only -2", clip=tmp_path / "last")
     convert(tmp_path / "in", tmp_path / "out", clip=tmp_path / "clip")
     # Loading compares the tower's SHA-256 with the adaptors'.
     assert [*load_iaa(tmp_path / "out", torch.float32)[0].adaptors] == ["mm", "grounding"]
@@ -518,6 +526,7 @@ def test_truncated_files(tmp_path, llama, tokenizer_model, name, kept):
     ({"max_position_embeddings": "long"}, "context = 'long': expected int"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type = 'linear' is not supported"),
+    ({"rope_scaling": {"type": "llama3", "factor": "8"}}, "rope_scaling.factor = '8': expected"),
     ({"tie_word_embeddings": True}, "lm_head.weight should equal model.embed_tokens.weight"),
     ({"model_type": "mistral"}, "model_type = 'mistral' is not supported"),
     ({"num_hidden_layers": 2}, "tensors left over"),
@@ -583,7 +592,7 @@ PICTURES = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 1.0], "do_no
     ("num_attention_heads", {}, {}, "config.json: no file says the tower's heads: --heads is need"),
     ("hidden_act", {}, {}, "config.json: no file says the tower's activation: --activation is nee"),
     ("", {"crop_size": 24}, {}, r"positions should be \[37, 128\], they make \[10, 128\]"),
-    ("", {"num_hidden_layers": 3}, {}, "vision_model.encoder.layers.2.layer_norm1.bias is missing"),
+    ("", {"num_hidden_layers": 10**6}, {}, "layers = 1000000 is not supported, only 2"),
     ("", {"do_normalize": False}, {}, "preprocessor_config.json: do_normalize = False is not sup"),
     ("", {"image_mean": "x"}, {}, "config.json: mean = 'x': expected tuple"),
     ("", {}, {"activation": "tanh"}, "activation = 'tanh': quick_gelu or gelu")])

@@ -106,6 +106,10 @@ def test_independent_questions_are_as_if_asked_alone(image):
     assert (packed.targets[packed.segments == 0] == UNSCORED).all()
     plain = encode_row(row, CHATML, 5, "plain")  # image, then a caption: there is no other question
     assert bytes(answers(plain)) == (b"red\n" if image else b"ed\n")  # nothing is ahead of the "r"
+    nested = make_row("<im<image>age>Q", "A", independent=True)  # taking one tag out makes another
+    assert encode_row(nested, CHATML, 5).pictures == 1
+    with pytest.raises(data.RowError, match="no word of an answer within 99 tokens"):
+        encode_row(row | {"image": FIVE * 9}, CHATML, 5, max_tokens=99)
     behind = {"from": "human", "value": "What colour?\n" + IMAGE * packed.pictures}
     row["conversations"][0] = behind  # these come first for all, wherever their tags stand
     assert torch.equal(encode_row(row, CHATML, 5, system="Be kind.").tokens, packed.tokens)

@@ -72,19 +72,21 @@ def test_answers_of_a_batch_are_those_asked_alone(tmp_path, tiny_run):
 
 
 def test_a_question_without_its_picture_is_skipped(tmp_path, tiny_run, capsys):
-    """The picture is broken, or of another size than its box: said; the others are asked."""
+    """The picture is broken, or not that of its box, or the prompt is too long: said."""
     tiny_run(tmp_path / "run")
     path, broken = picture(tmp_path / "a.png"), tmp_path / "b.png"
     broken.write_bytes(path.read_bytes()[:60])
     questions = [question("1", "where is it?", path, 3, box=[0, 0, 9, 9], width=40, height=30),
                  question("2", "where?", path, 3, box=[0, 0, 9, 9], width=40, height=20),
-                 question("3", "what", broken, 3)]  # a batch of its own
-    assert [*ask(Chat.load(tmp_path / "run", "fp32"), questions, 2)] == [1]
+                 question("3", "what", broken, 3),  # a batch of its own
+                 question("4", "word " * 500, path, 3)]
+    assert [*ask(Chat.load(tmp_path / "run", "fp32"), questions, 3)] == [1]
     told = capsys.readouterr().err.split("\r")
-    assert told[1] == (f"skipped 1: {path}: upright it has 40 x 20 pixels, "
+    assert told[1].startswith("skipped 4: ") and "3 new ones exceed the context" in told[1]
+    assert told[2] == (f"skipped 1: {path}: upright it has 40 x 20 pixels, "
                        "its boxes are for 40 x 30\n")
-    assert told[2] == "1 of 3 questions answered"
-    assert told[3].startswith(f"skipped 3: {broken}: not a readable picture")
+    assert told[3] == "1 of 4 questions answered"
+    assert told[4].startswith(f"skipped 3: {broken}: not a readable picture")
 
 
 def test_a_limit_takes_whole_pictures():
@@ -116,10 +118,12 @@ def mme_folder(tmp_path):
         texts.mkdir(parents=True)
         pictures.mkdir(exist_ok=True)
         picture(pictures / "0001.jpg")
-        (texts / "._0001.txt").write_bytes(b"\0\xff")  # as a Mac leaves beside a file
+        for beside in (texts, tmp_path / "MME" / "__MACOSX" / subtask):  # as a Mac leaves
+            beside.mkdir(parents=True, exist_ok=True)
+            (beside / "._0001.txt").write_bytes(b"\0\xff")
         (texts / "0001.txt").write_text(
             "Is it a café?  Please answer yes or no.\tYes\r\n"
-            "Is it a hat? Please answer yes or no.\tNo\n\n", encoding="utf-8")
+            "Is it a hat? Please answer yes or no.\tNo\n \n", encoding="utf-8")
     return root
 
 
@@ -198,7 +202,7 @@ def expressions(tmp_path):
 def test_refcoco_questions(expressions):
     """Set and split from the file's name or the row; the prompt without a final full stop."""
     official, ours = refcoco.read(expressions, expressions / "images")
-    assert official["key"] == "refcoco+/testA/34" and official["workflow"] == "grounding"
+    assert official["key"] == "REC_refcoco+_unc_testA/34" and official["workflow"] == "grounding"
     assert official["prompt"] == GROUNDING_PROMPT.format("left mug")
     assert ours == question(
         OURS["id"], GROUNDING_PROMPT.format("mug"), expressions / "images" / "a.png", 128,
@@ -206,7 +210,7 @@ def test_refcoco_questions(expressions):
     rows = [{key: value for key, value in OFFICIAL.items() if key != "sent_id"}]
     unnumbered, = refcoco.read(write_rows(expressions / "shikra.jsonl", rows),
                                expressions / "images")
-    assert unnumbered["key"] == "shikra//1"  # by its line
+    assert unnumbered["key"] == "shikra/1"  # by its line
 
 
 @pytest.mark.parametrize("row, message", [
@@ -385,6 +389,8 @@ def test_the_sheet(world):
     with Image.open(path) as sheet:
         assert sheet.size == (4 * 256, 3 * 324)
     asked = next(q for q in chosen if q["workflow"] == "mm")
+    thin = next(q for q in chosen if "box" in q) | {"answer": "[0.5, 0.5, 0.501, 0.9]"}
+    assert easy_vqa.draw_tile(thin).size == (256, 324)
     for answer, colour in (("nonsense", easy_vqa.RED), (asked["expected"], easy_vqa.GREEN)):
         tile = easy_vqa.draw_tile(asked | {"answer": answer})
         below = tile.crop((0, 272, 256, 324)).getcolors(10_000)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from common import files
 from common.files import new_file, new_folder, one_line, parse_dataclass, read_json
@@ -106,7 +107,15 @@ def test_new_files_and_folders_are_whole(tmp_path):
         assert not path.exists()
     with new_folder(folder) as new:
         (new / "one").write_text("one")
+        save_file({"x": torch.zeros(1)}, new / "x.safetensors")
         assert not folder.exists()
+    modes = {file.stat().st_mode for file in folder.iterdir()}  # others may read all, or nothing
+    assert len(modes) == 1
+    (folder / "x.safetensors").unlink()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "link"):
+        raise AssertionError("not reached")
+    (tmp_path / "link").unlink()
     full = OSError(28, "No space left on device")
     for writer, target in ((new_file, path), (new_folder, tmp_path / "runs" / "other")):
         for fault in (KeyboardInterrupt(), full):

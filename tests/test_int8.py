@@ -1,4 +1,4 @@
-"""speed/int8.py in training: gradients, what is kept, ZeRO, resuming, and the text promise."""
+"""int8 weights in training: gradients, what is kept, ZeRO, resuming, and the text promise."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,8 @@ from common.files import check_frozen, load_frozen, read_json, sha256_of, write_
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, set_recompute
 from sample import Chat
-from speed.int8 import Int8Linear, exchange_matrices
+from speed import packing
+from speed.packing import Int8Linear, pack
 from training.config import Config, StageConfig
 
 TOKENS = torch.arange(40)[None]
@@ -33,7 +34,7 @@ def dequantised(weight: torch.Tensor) -> nn.Linear:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("sizes", [LLAMA, LLAMA_TIED], ids=["head", "tied"])
-def test_gradients_are_those_of_the_dequantised_model(sizes, recompute):
+def test_gradients_are_those_of_the_dequantised_model(sizes, recompute, monkeypatch):
     """Within 1e-3 of all, by norm; autograd keeps no dequantised weight of a frozen layer."""
     gradients, kept = [], []
     for new in (dequantised, Int8Linear):
@@ -41,7 +42,8 @@ def test_gradients_are_those_of_the_dequantised_model(sizes, recompute):
         model = IAA(Llama(sizes), Clip(CLIP), 510)
         adaptor = Adaptor(AdaptorConfig((0, 2), own_head=False), sizes, CLIP.width)
         adaptor.init_from_frozen(model.llama)
-        exchange_matrices(model.llama, new)
+        monkeypatch.setattr(packing, "Int8Linear", new)
+        pack(model.llama, int8=True)
         model.adaptors["mm"] = adaptor
         set_recompute(model, recompute)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -99,7 +101,7 @@ def test_text_is_the_int8_llm_bit_for_bit(config, trained):
     """After training, as `sample.py --quantize int8` opens it; the base's files are untouched."""
     chat = Chat.load(f"{config.images}/whole", "fp32", "cpu", "int8")
     llm = load_frozen(Llama, config.llm, torch.float32)
-    exchange_matrices(llm, Int8Linear)
+    pack(llm, int8=True)
     wanted = llm.logits(llm(llm.embedding(TOKENS), llm.rope(TOKENS, torch.float32)))
     assert torch.equal(chat.model.logits(chat.model(TOKENS)), wanted)
     check_frozen(Llama, config.llm)

@@ -190,6 +190,12 @@ def test_the_hook_sees_every_layer_in_order():
         assert torch.equal(following, x_out * 2)
 
 
+def test_a_cache_too_large_for_the_memory():
+    """Torch has no kind of its own for it on a CPU: it becomes one that commands end well with."""
+    with pytest.raises(MemoryError, match="no memory for a KV cache of 1 x 1000000000000 tokens"):
+        KVCache(LLAMA, 4, 1, 10**12)
+
+
 def test_cache_misuse_raises():
     """Too many tokens, too many layers, too few layers: each raises and says what was asked for."""
     model, tokens = small()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -33,7 +34,7 @@ CODE = """
 from PIL import Image
 
 def pictures(doc):
-    return [Image.open(doc["picture"])] if doc["picture"] else []
+    return [Image.open(picture) for picture in doc["picture"].split()]
 
 def text(doc, lmms_eval_specific_kwargs=None):
     return doc["question"]
@@ -46,22 +47,21 @@ def results(doc, answers):
 def test_a_task_of_our_own(tmp_path, tiny_run, capsys, monkeypatch):
     """Each question gets the answer of being asked alone; figure and answers are saved.
 
-    Four questions, one of them without a picture. The expected answers are the model's own to all
-    but one.
+    Four questions, one of them without a picture, one with two. The expected answers are the
+    model's own to all but one.
     """
     tiny_run(tmp_path / "run")
     chat, rows = Chat.load(tmp_path / "run", "fp32"), []
-    for colour in ("red", "blue", "teal", ""):
-        path, image = str(tmp_path / f"{colour}.png"), None
-        if colour:
-            image = Image.new("RGB", (40, 20), colour)
+    for question in ("red?", "is <image> blue, <image> teal?", "teal?", ""):
+        colours = [word for word in ("red", "blue", "teal") if word in question]
+        images = [Image.new("RGB", (40, 20), colour) for colour in colours]
+        paths = [str(tmp_path / f"{colour}.png") for colour in colours]
+        for image, path in zip(images, paths, strict=True):
             image.save(path)
-        question = f"question {colour}?"
-        workflow = "mm" if image else "text"
-        alone = replace(chat, chosen=workflow, images=[image] if image else [], max_tokens=6)
-        alone = alone.ask(question)
-        rows.append({"question": question, "picture": path if image else "",
-                     "answer": alone.answer})
+        question = question or "no picture?"
+        workflow = "mm" if images else "text"
+        alone = replace(chat, chosen=workflow, images=images, max_tokens=6).ask(question)
+        rows.append({"question": question, "picture": " ".join(paths), "answer": alone.answer})
     rows[2]["answer"] = "something else"
     data = tmp_path / "shapes.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,8 +79,12 @@ def test_a_task_of_our_own(tmp_path, tiny_run, capsys, monkeypatch):
 
 
 def test_what_is_not_supported_is_said():
-    """Likelihoods and rounds raise."""
+    """Likelihoods and rounds raise; so does a film, which "text" would answer blind."""
     lm = PictureLM(None, 4)
     for method in (lm.loglikelihood, lm.generate_until_multi_round):
         with pytest.raises(ValueError, match="only"):
             method([])
+    lm.task_dict = {"t": {"test": [{}]}}
+    request = SimpleNamespace(args=("what?", {}, lambda doc: ["clip.mp4"], 0, "t", "test"))
+    with pytest.raises(ValueError, match="only pictures are supported.*clip.mp4"):
+        lm.workflow_of(request)

@@ -9,8 +9,7 @@ from clip import Clip, ClipConfig
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama
 from sample import generate
-from speed.int8 import FEW, Int8Linear
-from speed.packing import PackedLinear, pack
+from speed.packing import FEW, Int8Linear, PackedLinear, pack
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16],
                                      ids=["fp32", "bf16"])

@@ -18,7 +18,7 @@ from common.device import DTYPES, Ranks
 from data import UNSCORED, Batch
 from iaa import IAA, Adaptor
 from llama import Llama, LlamaConfig, set_recompute
-from speed.int8 import Int8Linear, exchange_matrices
+from speed.packing import pack
 from train import Loss, make_optimizer, train_step
 from training import plan as planned
 from training.config import Config, StageConfig, adaptor_config, read_config
@@ -50,7 +50,7 @@ def make_model(config: Config, stage: StageConfig) -> IAA:
     model.adaptors["mm"] = Adaptor(settings, LLAMA, CLIP.width)
     model.adaptors["mm"].init_from_frozen(model.llama)
     if config.frozen_dtype:
-        exchange_matrices(model.llama, Int8Linear)
+        pack(model.llama, int8=True)
     set_recompute(model, config.recompute)
     return model
 
@@ -101,7 +101,7 @@ def test_memory_of_a_step_is_as_planned(settings):
         config, stage = run_of(**settings, batch=batch)
         model = meta_model(config, stage, LLAMA, CLIP)
         if config.frozen_dtype:
-            exchange_matrices(model.llama, Int8Linear)
+            pack(model.llama, int8=True)
         held, sent = memory_and_traffic(model, config, stage, ROW, 1)
         measured, size = peak(settings | {"batch": batch}), sum(held.values())
         assert sent == 0

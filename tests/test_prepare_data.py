@@ -261,6 +261,8 @@ def test_hostile_pickles_are_refused(refer, fails):
     for content in (pickle.dumps([Path]), pickle.dumps([1] * 99)[:-5], pickle.dumps(7)):
         path.write_bytes(content)
         assert "refused" in fails("refcoco", path.parent)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    assert "not as published" in fails("refcoco", path.parent)
     for text in ("caf\\xe9", "caf\\xc3\\xa9"):  # Latin-1, UTF-8
         path.write_bytes(f"(lp0\nS'{text}'\np1\na.".encode())
         assert refer_list(path.parent) == ["café"]

@@ -374,7 +374,7 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
         ((*prompt, "--image", tmp_path / "nowhere.png"), "nowhere.png: no such file"),
         ((*prompt, "--image", tmp_path / "text.png"), "not a readable picture"),
         ((*prompt, "--workflow", "x"), "no adaptor named 'x'; there are: text, mm, grounding"),
-        ((*prompt, "--model", tmp_path / "none"), "train.py --config"),
+        ((*prompt, "--model", tmp_path / "none"), "run.sh demo makes one"),
         ((*prompt, "--dtype", "fp16"), "dtype 'fp16': one of auto, bf16, fp32"),
         ((*prompt, "--device", "gpu"), "device 'gpu' cannot be used here"),
         ((*prompt, "--boxes", tmp_path / "b.png"), "--image"),

@@ -101,6 +101,8 @@ def test_system_message(tokenizers, kind):
     form, tokenizer = TEMPLATES[kind], tokenizers[kind]
     ids, scored = render(tokenizer, [("user", "Q")])
     assert form.default_system in shown(tokenizer, ids, scored)
+    answer = [("user", "Q"), ("assistant", "<im<image>age>A")]  # taking one tag out makes another
+    assert tokenizer.image_id not in render(tokenizer, answer, image_tokens=3)[0]
     without = shown(tokenizer, *render(tokenizer, [("user", "Q")], system=""))
     start = {"llama3": "<|begin_of_text|>", "vicuna": "<s>"}.get(kind, "")
     assert without == f"{start}{form.user}{form.message_prefix}Q{form.answer}"
@@ -121,7 +123,7 @@ def test_a_prompt_begins_what_is_trained(tokenizers, kind):
 
 def test_what_cannot_be_rendered(tokenizers):
     """An unknown template, and one whose special tokens are not there."""
-    with pytest.raises(ValueError, match="'alpaca': there are llama3, chatml, vicuna, plain"):
+    with pytest.raises(ValueError, match="'alpaca': there are llama3, chatml, vicuna, plain, "):
         render(tokenizers["chatml"], [("user", "x")], template="alpaca")
     with pytest.raises(ValueError, match="no special token '<|start_header_id|>'"):
         render(tokenizers["chatml"], [("user", "x")], template="llama3")

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 import make_golden_tokens as golden
@@ -109,6 +110,9 @@ def test_text_is_text(all_kinds, kind, tmp_path):
     assert tokenizer.encode("") == []
     if kind != "vicuna":  # tiktoken alone panics
         assert tokenizer.decode(tokenizer.encode("x" + " " * 1_000_000)) == "x" + " " * 1_000_000
+        began, text = time.process_time(), (" " * 9_999 + "x") * 20
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert time.process_time() - began < 4  # a search at every space takes 10 s
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     for line in golden.lines(100):
@@ -226,16 +230,17 @@ BOTH = [*LLAMA3, IMAGE, "<|im_start|>", "<|im_end|>"]
     ([*LLAMA3, IMAGE], {}, {}, None, ("llama3", 256, (260, 257))),
     # ChatML on Llama 3; an end that is a record; the end by its id alone
     (BOTH, {"chat_template": CHATML, "bos_token": "<|begin_of_text|>",
-            "eos_token": {"content": "<|im_end|>"}}, {}, None, ("chatml", 256, (260, 263, 257))),
+            "eos_token": {"content": "<|im_end|>"}}, {}, None,
+     ("chatml_bare", 256, (260, 263, 257))),
     (BOTH, {"chat_template": "{{'<|im_start|>' + content + eos_token}}", "eos_token": "<|im_end|>"},
-     {}, None, ("chatml", 256, (260, 263, 257))),
+     {}, None, ("chatml_bare", 256, (260, 263, 257))),
     (BOTH, {"chat_template": [{"name": "default", "template": CHATML}], "add_bos_token": False},
-     {"bos_token_id": 256}, None, ("chatml", None, (260, 263, 257))),
+     {"bos_token_id": 256}, None, ("chatml_bare", None, (260, 263, 257))),
     (BOTH, {"chat_template": CHATML, "bos_token": None}, {"bos_token_id": 256}, None,
-     ("chatml", None, (260, 263, 257))),
+     ("chatml_bare", None, (260, 263, 257))),
     # SmolLM2 states a mark of its template as the start
     (BOTH, {"chat_template": CHATML, "bos_token": "<|im_start|>"}, {"eos_token_id": [263, 5]},
-     None, ("chatml", None, (260, 263, 257))),
+     None, ("chatml_bare", None, (260, 263, 257))),
     (["<R1>", "<R1End>", IMAGE, *LLAMA3[2:]], {"bos_token": "<R1>", "chat_template": R1},
      {"eos_token_id": 257}, "llama3", ("llama3", 256, (261, 257))),
 ])
@@ -260,15 +265,33 @@ def test_what_a_gguf_states_is_used():
             "bos_token_id": 256, "eos_token_id": 263}.items()}
     tokenizer = read_gguf_tokenizer(Path("x.gguf"), fields)
     facts = tokenizer.template, tokenizer.bos_id, tokenizer.stop_ids
-    assert facts == ("chatml", None, (260, 263, 257))
+    assert facts == ("chatml_bare", None, (260, 263, 257))
+    fields["tokenizer.chat_template"] += "You are a helpful AI assistant named SmolLM"
+    assert read_gguf_tokenizer(Path("x.gguf"), fields).template == "chatml"
     assert tokenizer.encode("taxpayer") == [264] and tokenizer.decode([264]) == "taxpayer"
+
+
+def test_a_regex_that_leaves_text_out(tmp_path):
+    """What lies between its matches is a piece too, as in `tokenizers`: no text is lost."""
+    content = json.loads((golden.GOLDEN / "tokens_llama3.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,3}"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer, text = read_hf_tokenizer(tmp_path), "Hello, world! It is 2024.\nBye"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_template_beside_the_processor(tmp_path):
+    """`chat_template.json`, as some LLaVAs have it."""
+    folder = write_bpe(tmp_path, BOTH, {}, {})
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert read_hf_tokenizer(folder).template == "chatml_bare"
 
 
 @pytest.mark.parametrize(("names", "said", "template", "message"), [
     (BOTH, {}, None, "chatml and llama3 would fit: --template"),
     (BOTH, {"chat_template": R1}, None, "tokenizer.json: chat template not recognised, none would"),
     (BOTH, {"chat_template": CHATML + "<|im_sep|>"}, None, "not recognised, none would"),
-    (["<s>", IMAGE], {}, None, "none would fit: --template llama3 or chatml or vicuna or plain"),
+    (["<s>", IMAGE], {}, None, "none would fit: --template llama3 or chatml or vicuna or plain or"),
     (LLAMA3[2:] + [IMAGE], {"chat_template": CHATML}, None, "no special token '<.im_start.>'"),
     (BOTH, {}, "vicuna", "no special token '</s>'"),
     (BOTH, {"chat_template": CHATML, "bos_token": "<x>"}, None, "no special token '<x>'"),

@@ -22,6 +22,7 @@ from clip import Clip
 from common import device
 from common.device import Ranks, fast_dtype
 from common.files import load_frozen, sha256_of
+from iaa import load_iaa
 from llama import Llama
 from train import lr_at, main, train
 from training import checkpoint
@@ -469,6 +470,7 @@ def test_bad_input_is_one_line_without_a_traceback(world, fails, tmp_path):
         (["--set", "insertion=99"], "insertion = 99"),
         (["--set", "insertion=[99]"], "insertion layer after layer 99, but the LLM ends at 2"),
         (["--set", "structure=d"], "structure = 'd'"),
+        (["--set", "stage.eps=0"], "eps = 0.0: must be above 0"),  # 0 / 0 without a gradient
         (["--set", f"vision={world}/llama"], "a model of kind 'llama', not 'clip'"),
         (["--set", "grounding.template=plian"], "template 'plian'"),
         (["--set", "grounding.template=llama3"], "no special token '<|start_header_id|>'"),
@@ -499,8 +501,18 @@ def test_changed_settings_do_not_resume(world, tmp_path, monkeypatch):
             ("insertion=1", "adaptor's configuration"), (f"llm={tmp_path}/llama", "base model")):
         with pytest.raises(ValueError, match=f"was made with another {key}: restore"):
             again(setting)
+    begun = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (begun["dtype"], begun["seed"]) == ("fp32", 0)  # what is refused changes nothing
     with pytest.raises(KeyboardInterrupt):  # goes on to the end
         again("stage.save_every=2", "stage.eval_every=1", "stage.eval_rows=1", "stage.zero=2")
+
+
+def test_a_run_may_lie_behind_a_link(world, tmp_path):
+    """`iaa.json` leads from the real folder to the frozen models."""
+    (tmp_path / "disk" / "far").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "far")
+    alone(world, tmp_path / "runs" / "a", "stage.steps=1")
+    assert [*load_iaa(tmp_path / "runs" / "a", torch.float32)[0].adaptors] == ["mm"]
 
 
 def test_a_stage_starts_from_none_but_its_own_kind(world, trained, fails, tmp_path):
@@ -516,20 +528,26 @@ def test_a_stage_starts_from_none_but_its_own_kind(world, trained, fails, tmp_pa
         assert said in fails("--set", f"out={tmp_path}/run", "--stage", "grounding")
 
 
-def test_rows_that_are_broken_or_long_do_not_stop_training(world, tmp_path, capsys):
+def test_rows_that_are_broken_or_long_do_not_stop_training(world, tmp_path, capsys, monkeypatch):
     """A broken picture, a broken row, also a held-out one, are named; rows that are cut counted."""
     rows = (world / "rows.jsonl").read_text().splitlines()
     (world / "broken.png").write_bytes((world / "0.png").read_bytes()[:100])
     (tmp_path / "held.jsonl").write_text("\n".join(["{not json", *rows[:4]]) + "\n")
     rows[0] = rows[0].replace("0.png", "broken.png")
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:6], "{not json"]) + "\n")
-    go(world, tmp_path / "run", f'stage.data=["{tmp_path}/rows.jsonl"]', "max_tokens=18",
-       f'stage.held_out=["{tmp_path}/held.jsonl"]', stage="pretrain_projector")
+    settings = (f'stage.data=["{tmp_path}/rows.jsonl"]', "max_tokens=18", "stage.save_every=1",
+                f'stage.held_out=["{tmp_path}/held.jsonl"]')
+    go(world, tmp_path / "run", *settings, stage="pretrain_projector")
     said = capsys.readouterr()
     assert "broken.png" in said.err and "rows.jsonl:7" in said.err and "(2 so far)" in said.err
     assert f"held out: skipped {tmp_path}/held.jsonl:1: " in said.out
     cut = read_log(tmp_path / "run" / "pretrain_projector" / "log.jsonl")[-1]["cut"]
     assert 0 < cut < 12 and f"{cut} rows cut" in said.out
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("iaa.Adaptor.save", Mock(side_effect=KeyboardInterrupt))
+        go(world, tmp_path / "killed", *settings, stage="pretrain_projector")
+    go(world, tmp_path / "killed", *settings, stage="pretrain_projector")  # counts on
+    assert read_log(tmp_path / "killed" / "pretrain_projector" / "log.jsonl")[-1]["cut"] == cut
 
 
 def test_llava_baseline_trains_its_own_llm(world, tmp_path, capsys, monkeypatch):
@@ -540,8 +558,8 @@ def test_llava_baseline_trains_its_own_llm(world, tmp_path, capsys, monkeypatch)
     name, frozen = "layers.0.ffn.down.weight", load_file(*(world / "llama").glob("*.safetensors"))
     assert not torch.equal(tensors(tmp_path, "", "instruct")[f"llm.{name}"], frozen[name])
     said = capsys.readouterr().out
-    assert said.count("\rinstruct") == 3 and said.count("\x1b[K") == 3
-    assert "\rinstruct 3/3  loss" in said and " min left, " in said
+    assert said.count("\r\x1b[?7linstruct") == 3 and said.count("\x1b[K") == 3
+    assert "linstruct 3/3  loss" in said and " min left, " in said
 
 
 def test_a_run_goes_on_in_its_own_dtype(world, tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ Sources: meta-llama/llama3, LLaVA (arXiv 2304.08485), the official IAA release, 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenization.tokenizer import Tokenizer
 
@@ -56,6 +56,7 @@ TEMPLATES = {
     # LLaVA's first stage: image, caption, newline.
     "plain": Template("", "", "", "", "\n", image_end="", drops_questions=True),
 }
+TEMPLATES["chatml_bare"] = replace(TEMPLATES["chatml"], default_system="")  # of other models
 
 
 def template_of(tokenizer: Tokenizer, name: str | None) -> Template:
@@ -64,6 +65,13 @@ def template_of(tokenizer: Tokenizer, name: str | None) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"template {name!r}: there are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def without_tags(text: str) -> str:
+    """The text without any TAG, also without those that taking one out makes."""
+    while TAG in text:
+        text = text.replace(TAG, "")
+    return text
 
 
 def encode_template(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -116,7 +124,7 @@ def render(
             ids += encode_template(tokenizer, (form.between_turns if turn else "") + form.user)
             text = TAG * text.count(TAG) if form.drops_questions else text
         if role == "assistant" or not image_tokens:
-            text = text.replace(TAG, "")
+            text = without_tags(text)
         ids += encode_message(tokenizer, form, text, image_tokens)
         ids += encode_template(tokenizer, form.answer if role == "user" else form.end)
         scored += [role == "assistant"] * (len(ids) - len(scored))

@@ -19,10 +19,12 @@ import tiktoken
 
 from common.files import parse_value, read_json, write_json
 
-LONG_SPACE = r"\s{10000}"  # text is cut there: a million overflow tiktoken's regex
+CUT = 10_000  # characters of white space at once: a million overflow tiktoken's regex
+LONG_SPACE = rf"(?<!\s)(?:\s{{{CUT}}})+"  # looked for only where white space begins
 STARTS = ("<|begin_of_text|>", "<s>")  # where a model's files do not say which
 STOPS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<|endoftext|>")
-# Settings in `tokenizer.json` that older files lack.
+# Settings in `tokenizer.json`; older files lack the later ones.
+FIRST = {"special_tokens": dict[str, int], "template": str, "image_token": str, "pattern": str}
 LATER = {"mergeable": int, "words": dict[str, int], "start": str, "stops": list[str]}
 
 
@@ -113,8 +115,8 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer.model` (lines in merge order, or the protobuf)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("kind", "pattern", "template", "image_token", "special_tokens", *LATER)
-        settings = {name: getattr(self, name) for name in names} | {"engine_size": len(self.model)}
+        settings = {name: getattr(self, name) for name in ("kind", *FIRST, *LATER)}
+        settings["engine_size"] = len(self.model)
         model = self.model
         if self.kind == "tiktoken":
             lines = (base64.b64encode(word) + b" %d\n" % token for word, token in model.items())
@@ -126,13 +128,14 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """What `save` wrote. FileNotFoundError, or ValueError for a foreign or damaged file."""
         path, model_path = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
-        settings = read_json(path, kind=str, special_tokens=dict[str, int], template=str,
-                             image_token=str, pattern=str, engine_size=int)
-        read = read_ranks if settings["kind"] == "tiktoken" else Path.read_bytes
-        names = ("special_tokens", "template", "image_token", "pattern")
+        settings = read_json(path, kind=str, **FIRST, engine_size=int)
+        model = (read_ranks if settings["kind"] == "tiktoken" else Path.read_bytes)(model_path)
         later = {name: parse_value(f"{path}: {name}", settings[name], kind)
                  for name, kind in LATER.items() if name in settings}
-        tokenizer = cls(read(model_path), *(settings[name] for name in names), **later)
+        try:
+            tokenizer = cls(model, *(settings[name] for name in FIRST), **later)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         found, saved = len(tokenizer.model), settings["engine_size"]
         if found != saved:
             raise ValueError(f"{model_path}: damaged, "
@@ -149,16 +152,16 @@ class Tokenizer:
             elif self.kind == "sentencepiece":
                 ids += self._sp.Encode(part)
             else:
-                ids += [self._ids[rank] for rank in self._bpe.encode_ordinary(part)]
+                step = CUT if part.isspace() else len(part) or 1
+                pieces = (part[i : i + step] for i in range(0, len(part), step))
+                ids += [self._ids[n] for piece in pieces for n in self._bpe.encode_ordinary(piece)]
         return [token for token in ids if token >= 0]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`; special tokens and ids past the vocabulary (a padded head) have none."""
-        return b"".join(self.token_bytes.get(token, b"") for token in ids)
-
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; incomplete UTF-8 becomes U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        """Text of `ids`; incomplete UTF-8 becomes U+FFFD. Special tokens have no text."""
+        # Nor have ids past the vocabulary, of a padded head.
+        words = (self.token_bytes.get(token, b"") for token in ids)
+        return b"".join(words).decode("utf-8", "replace")
 
     def special(self, name: str) -> int:
         """Id of a special token. ValueError where there is none of that name."""
@@ -190,7 +193,7 @@ class Stream:
 
     def add(self, token: int) -> None:
         """Take a token and pass on what is complete: half a character and white space wait."""
-        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        self.text += self.decoder.decode(self.tokenizer.token_bytes.get(token, b""))
         new = self.text.strip()[len(self.shown) :]
         self.shown += new
         if new:

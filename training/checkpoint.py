@@ -11,13 +11,11 @@ manifest, which makes the checkpoint complete. The newest two are kept. Nothing 
 and of random states: both follow from the seed and the step. At the stage's end rank 0 writes the
 finished `adaptor/` (train.py), and the checkpoints go.
 
-The same command resumes. A finished stage is passed over if its settings equal the present ones. An
-unfinished stage takes its newest checkpoint whose checksums (CRC-32) are right, and compares its
-settings before it loads a weight. A rank reads the slices that it needs from all shards, so the
-number of ranks and the ZeRO stage may change in between. The log is cut back to that step, the
-sampler starts at it. A folder without a manifest was left by a killed run, and is removed. On
-several machines `out` must be a shared folder. To save or to resume, one rank reads each shard once
-for its checksum.
+The same command resumes. A stage takes its newest checkpoint whose checksums (CRC-32) are right,
+and compares its settings with the present ones before it loads a weight. A rank reads the slices
+that it needs from all shards, so the number of ranks and the ZeRO stage may change in between. A
+folder without a manifest was left by a killed run, and is removed. To save or to resume, one rank
+reads each shard once for its checksum.
 """
 
 import json
@@ -77,9 +75,8 @@ def checksums(shards: list[Path], ranks: Ranks) -> list[int]:
 
 
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """A master weight and its two moments; before the first update it has none."""
-    values = optimizer.state.get(master, {})
-    return {"weight": master.detach(), **{key: values[key] for key in MOMENTS if values}}
+    """A master weight and its two moments. Before the first update nothing is saved."""
+    return {"weight": master.detach(), **{key: optimizer.state[master][key] for key in MOMENTS}}
 
 
 def save_state(
@@ -107,9 +104,8 @@ def save_state(
     written = checksums(shards, ranks)  # returns when all shards are on the disk
     if ranks.rank == 0:
         flush(new)
-        counts = [int(values["step"]) for values in optimizer.state.values()]
-        manifest = {"step": step, "updates": max(counts, default=0), "shards": written,
-                    "settings": settings}
+        updates = max(int(values["step"]) for values in optimizer.state.values())
+        manifest = {"step": step, "updates": updates, "shards": written, "settings": settings}
         # After `read_json`, `json.dumps` of the manifest gives these same bytes.
         manifest["crc32"] = zlib.crc32(json.dumps(manifest).encode())
         write_json(new / MANIFEST, manifest)
@@ -216,11 +212,10 @@ def resume_state(
     if ranks.rank == 0:  # all ranks have read them: `checksums` of the intact one waited for all
         remove_checkpoints(damaged)
     shards = [safe_open(path, "pt") for path in shard_paths(newest, len(manifest["shards"]))]
-    if manifest["updates"]:  # AdamW makes its state in the first update; here it is made empty
-        for master in state.masters.values():
-            moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
-            updates = torch.tensor(float(manifest["updates"]), device=master.device)
-            optimizer.state[master] = {"step": updates, **moments}
+    for master in state.masters.values():  # AdamW makes its state in the first update
+        moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+        updates = torch.tensor(float(manifest["updates"]), device=master.device)
+        optimizer.state[master] = {"step": updates, **moments}
     for name, master, there, here in state.owned_slices():
         for key, tensor in weight_and_moments(master, optimizer).items():
             tensor.view(-1)[here] = read_slice(shards, f"{key}.{name}", there).to(tensor.device)

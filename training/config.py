@@ -23,10 +23,10 @@ RULES = (  # keys of a stage or of the run, what is accepted, and the test
     ("stage", "at least one [[stage]]", len),
     ("steps batch micro_batch save_every eval_every eval_rows max_tokens timeout_s",
      "must be 1 or more, below 2^31", lambda value: 1 <= value < 2**31),
-    ("lr lr_projector eps weight_decay seed workers", "must be 0 or more, below 2^31",
+    ("lr lr_projector weight_decay seed workers", "must be 0 or more, below 2^31",
      lambda value: 0 <= value < 2**31),
     ("beta1 beta2", "0 or more, below 1", lambda value: 0 <= value < 1),
-    ("clip_norm", "must be above 0", lambda value: value > 0),
+    ("clip_norm eps", "must be above 0", lambda value: value > 0),
     ("warmup", "a share of the steps, 1 at most", lambda value: 0 <= value <= 1),
     ("trains", '"projector" or "adaptor"', ("projector", "adaptor").__contains__),
     ("zero", "0, 1, 2 or 3", range(4).__contains__),
@@ -148,7 +148,7 @@ def named_stages(stages: list[dict], name: str | None, where: str) -> list[dict]
 def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """The TOML file's values over those of its `base`. `above`: the files that lead here."""
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
     stages, above = values.setdefault("stage", []), (*above, path.resolve())

@@ -129,9 +129,10 @@ class Log:
     ):
         self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
         self.path = Path(config.out, stage.name, "log.jsonl")
-        self.first, self.printed, self.skipped, self.cut = first, 0.0, 0, 0
+        self.first, self.printed, self.skipped = first, 0.0, 0
         kept = [row for row in read_log(self.path) if row["step"] < first]
         self.flops = sum(row["flops"] for row in kept)
+        self.cut = kept[-1].get("cut", 0) if kept else 0
         if ranks.rank == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.events = None
@@ -190,7 +191,9 @@ class Log:
                 f"TFLOP/s{cut}  {stage_s / 60:.1f} min left, {run_s / 60:.1f} of the run")
         last = step + 1 == self.stage.steps
         if sys.stdout.isatty():
-            print(f"\r{line}\x1b[K", end="\n" if last or held_out else "", flush=True)
+            # Without wrapping: "\r" goes back to the beginning of the last row only.
+            print(f"\r\x1b[?7l{line}\x1b[K\x1b[?7h", end="\n" if last or held_out else "",
+                  flush=True)
         elif held_out or last or time.perf_counter() - self.printed > PRINT_S:
             self.printed = time.perf_counter()
             print(line, flush=True)

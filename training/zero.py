@@ -18,10 +18,9 @@ Bytes on a rank, for P trained and F frozen weights of c bytes each in the compu
 docs/distributed.md explains the table, has another for what is sent, and draws the timetable.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
-what a rank runs depends on its rows: without a picture it runs no projector. So no module starts a
-collective of its own. The timetable is a fixed list of stops. A stop is one part of the model (a
-layer, the head, ...) in its forward or its backward pass, with the collectives that it needs. The
-list depends on the model alone, not on the rows. Hooks on the modules call `advance_to(n)`, which
+what a rank runs depends on its rows: without a picture it runs no projector. So the collectives are
+a fixed list of stops, the timetable, which depends on the model alone. A stop is one part (a layer,
+the head, ...) in its forward or backward pass. Hooks on the modules call `advance_to(n)`, which
 runs all collectives up to stop n, also for parts that this rank does not use.
 """
 
@@ -259,13 +258,11 @@ class ZeroSharded:
         self.position = -1  # number of the stop that runs; -1 between micro-batches
         self.pending_reduce = None  # (unit, work, received) of a running reduce_scatter
         for number, stop in enumerate(self.stops):
-            if number < self.first_backward_stop:
-                stop.module.register_forward_pre_hook(lambda *_, n=number: self.advance_to(n))
-            elif number > self.first_backward_stop:  # `forward_backward` advances to the first
-                # Called with the gradient of the module's output. Autograd visits modules in
-                # reverse, so all later ones are done.
-                stop.module.register_full_backward_pre_hook(
-                    lambda *_, n=number: self.advance_to(n))
+            # A backward hook is called with the gradient of the module's output. Autograd visits
+            # modules in reverse, so all later ones are done.
+            register = (stop.module.register_forward_pre_hook if number < self.first_backward_stop
+                        else stop.module.register_full_backward_pre_hook)
+            register(lambda *_, n=number: self.advance_to(n))
 
     def advance_to(self, number: int) -> None:
         """Go on through the timetable up to that stop. RuntimeError where it has been passed."""

@@ -17,7 +17,7 @@ from common.files import one_line
 from data import GROUNDING_PROMPT
 from iaa import TEXT
 from sample import Chat, boxes_on, draw_boxes
-from tokenization.templates import IMAGE
+from tokenization.templates import IMAGE, without_tags
 
 PATIENCE_S = 30.0  # a question waits so long for those of other tabs
 EXAMPLES = [["data/easy-vqa/test/7.png", "mm", "what color is the shape?"],
@@ -30,19 +30,18 @@ def new_chats(chat: Chat, path: str | None = None) -> list[Chat]:
     return [replace(chat, images=images, turns=[]), replace(chat, chosen=TEXT, turns=[])]
 
 
-def stream(model_thread: ThreadPoolExecutor, chat: Chat, question: str) -> Iterator[str]:
+def stream(thread: ThreadPoolExecutor, chat: Chat, question: str) -> Iterator[str]:
     """The answer so far, ten times a second. It ends where the iterator is closed.
 
     Raises what `Chat.ask` raises; CancelledError if the model is not free within PATIENCE_S.
     """
     with io.StringIO() as said:  # once it is closed, the next piece of the answer raises ValueError
-        asked = model_thread.submit(chat.ask, question, said.write)
-        patience = time.monotonic() + PATIENCE_S
+        asked, end = thread.submit(chat.ask, question, said.write), time.monotonic() + PATIENCE_S
         try:
             while not asked.done():
                 time.sleep(0.1)
                 yield said.getvalue()
-                if time.monotonic() > patience:
+                if time.monotonic() > end:
                     asked.cancel()  # does nothing to a question under way
             yield asked.result().answer
         finally:
@@ -53,7 +52,7 @@ def serve(chat: Chat, host: str, port: int) -> None:
     """The page over a loaded model, until Ctrl-C."""
     import gradio as gr  # here: where it is missing, `main` says so in one line
 
-    model_thread, workflows = ThreadPoolExecutor(1), [*chat.model.adaptors]
+    thread, workflows = ThreadPoolExecutor(1), [*chat.model.adaptors]
 
     def look(file: dict | None) -> dict:
         """A new picture, or none, starts new histories. A bad one is none."""
@@ -66,14 +65,14 @@ def serve(chat: Chat, host: str, port: int) -> None:
 
     def answer(text: str, workflow: str, pair: list[Chat] | None) -> Iterator[dict]:
         """The answer of each chat, one after the other, piece by piece."""
-        pair = pair or new_chats(chat)
+        pair, questions = pair or new_chats(chat), (text, without_tags(text))
         pair[0].chosen = workflow
         shown = [[{"role": role, "content": said.removeprefix(IMAGE)}
                   for role, said in [*one.turns, ("user", text)]] for one in pair]
         yield {chats: pair, question: "", columns[0]: shown[0], columns[1]: shown[1]}
         try:
-            for one, column, turns in zip(pair, columns, shown, strict=True):
-                for said in stream(model_thread, one, text):
+            for one, column, turns, asks in zip(pair, columns, shown, questions, strict=True):
+                for said in stream(thread, one, asks):
                     yield {column: [*turns, {"role": "assistant", "content": said}]}
                 for image in one.images:
                     yield {picture: draw_boxes(image, boxes_on(image, said))}
@@ -87,17 +86,18 @@ def serve(chat: Chat, host: str, port: int) -> None:
             picture = gr.Image(sources=["upload", "clipboard"], label="Picture", scale=3)
             columns = [gr.Chatbot(label=label, scale=3, render_markdown=False, buttons=[])
                        for label in ("The chosen workflow", "Text workflow: the frozen LLM")]
-        workflow = gr.Radio(workflows, value=workflows[0], label="Workflow")
+        workflow = gr.Radio(workflows, value=next(iter(workflows), None), label="Workflow")
         question = gr.Textbox(label="Question", submit_btn="Ask", stop_btn="Stop")
         everything, events = [chats, question, picture, *columns], [picture.upload, picture.clear]
-        rows = [row for row in EXAMPLES if Path(row[0]).is_file() and row[1] in workflows]
-        if rows:
+        if rows := [row for row in EXAMPLES if Path(row[0]).is_file() and row[1] in workflows]:
             events.append(gr.Examples(rows, [picture, workflow, question]).load_input_event.then)
         asked = question.submit(answer, [question, workflow, chats], everything,
                                 concurrency_limit=None, show_progress="hidden")
         question.stop(None, cancels=asked)
         for number, column in enumerate(columns):
-            column.clear(lambda pair, n=number: pair[n].turns.clear(), chats, cancels=asked)
+            # An answer under way still joins the history of the chat that it began in.
+            column.clear(lambda pair, n=number: pair.insert(n, replace(pair.pop(n), turns=[])),
+                         chats, cancels=asked)
         for event in events:  # preprocess: Gradio would open the picture, and say less of errors
             event(look, picture, everything, cancels=asked, preprocess=False)
     print(f"open http://{host}:{port}", flush=True)
