@@ -211,8 +211,7 @@ class IAA(nn.Module):
         """The workflow's hidden states (Fig. 2). ValueError: images do not fit the placeholders."""
         adaptor = self.adaptor(workflow)
         llama = self.llm(adaptor)
-        own_embedding = None if adaptor is None else adaptor.embedding
-        embedding = llama.embedding if own_embedding is None else own_embedding
+        embedding = getattr(adaptor, "embedding", None) or llama.embedding
         x = embedding(tokens).to(self.llama.dtype)  # (B, T, D); a trained embedding is fp32
         past, new = 0 if cache is None else cache.length, tokens.shape[1]
         if adaptor is None and images is not None:

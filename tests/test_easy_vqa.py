@@ -73,6 +73,18 @@ def test_rows_are_valid_and_the_same_twice(package, tmp_path):
     assert len(row["conversations"]) == 4 and row["independent"]
 
 
+def test_small_shapes_are_trained_on_twice(package, tmp_path):
+    """Below a 16th of the picture, in captions and boxes; questions and held-out rows stay."""
+    for number, side in ((1, 15), (2, 16)):
+        shape = draw(*DRAWN[number][:2], [5, 5, 5 + side, 5 + side])
+        shape.save(package.get_train_image_paths()[number])
+    report = easy_vqa(tmp_path / "out")
+    assert {name: count for name, count in report.items() if count == 4} == {
+        "train: captions written": 4, "train: boxes written": 4}
+    boxes = (tmp_path / "out/train-boxes.jsonl").read_text().splitlines()
+    assert boxes[1] == boxes[2] and '"id": "easy-vqa/train/boxes/1"' in boxes[1]
+
+
 def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
     """Where the pixels contradict the answers, the picture is left out and counted."""
     draw("red", "rectangle", [5, 5, 20, 20]).save(package.get_train_image_paths()[0])

@@ -158,8 +158,7 @@ class Tokenizer:
         return [token for token in ids if token >= 0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; incomplete UTF-8 becomes U+FFFD. Special tokens have no text."""
-        # Nor have ids past the vocabulary, of a padded head.
+        """Text of `ids`; incomplete UTF-8 becomes U+FFFD; special tokens have no text."""
         words = (self.token_bytes.get(token, b"") for token in ids)
         return b"".join(words).decode("utf-8", "replace")
 
