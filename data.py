@@ -259,8 +259,8 @@ class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
     The stream is epoch after epoch, each a permutation of all rows. A window of `window` batches is
-    sorted by length, cut into batches, which need little padding then, and these are shuffled. With
-    rows of two epochs it is dealt out by row number, so that no batch of two or more has one twice.
+    sorted by length and cut into batches, which need little padding then. They are shuffled. One of
+    two epochs is dealt out by row number: no batch has a row twice, if the window has two or more.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):

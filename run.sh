@@ -3,7 +3,7 @@
 #     bash run.sh demo          train IAA on a laptop and ask it about pictures
 #     bash run.sh web           a page in the browser to ask it; --model RUN for another model
 #     bash run.sh test          the tests
-# Any of them again: installation, conversion, data and finished stages are not done twice. After `demo`, settings for train.py may follow
+# Installation, conversion, data and finished stages are not done twice. After `demo`, settings for train.py may follow
 # (bash run.sh demo --set stage.steps=2).
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -70,12 +70,12 @@ def reading(what: Path | str) -> Iterator[None]:
     except (OSError, ImportError, KeyboardInterrupt):
         raise
     except BaseException as error:  # of any kind: tiktoken's panic is not even an Exception
-        reason = str(error).strip().split("\n")[0].split(". ")[0]  # torch advises to run the file
+        reason = str(error).strip().split("\n")[0]
         if reason.startswith((f"{what}:", f"{what}/", f"{Path(what).parent}/")):
             raise ValueError(reason) from None  # it names a file already
         if not isinstance(error, ValueError):
             reason = ("cannot be read: a setting or a tensor is missing, or of another kind: "
-                      f"{type(error).__name__}: {reason}")
+                      f"{type(error).__name__}: {reason.split('. ')[0]}")  # then comes advice
         raise ValueError(f"{what}: {reason}") from None
 
 

@@ -1,6 +1,6 @@
 """Score a model, and show that its text is as it was.
 
-    python -m evaluation text-retention LICENSE --model runs/demo   against the LLM alone
+    python -m evaluation text-retention LICENSE --model runs/demo     against the LLM alone
     python -m evaluation easy-vqa data/easy-vqa --model runs/demo
     python -m evaluation sheet data/easy-vqa --model runs/demo        its answers as one picture
     python -m evaluation refcoco DATA --images coco/train2014 --model runs/iaa8

@@ -106,10 +106,11 @@ def ask(
             prompts = {}
             for n in some:
                 try:
-                    prompts[n] = make_prompt(chat, questions[n])
-                    if len(prompts[n][0]) + max_tokens > chat.model.llama.config.context:
-                        raise ValueError(f"{len(prompts.pop(n)[0])} tokens and {max_tokens} new "
-                                         "ones exceed the context")
+                    prompt = make_prompt(chat, questions[n])
+                    if len(prompt[0]) + max_tokens > chat.model.llama.config.context:
+                        raise ValueError(f"{len(prompt[0])} tokens and {max_tokens} new ones "
+                                         "exceed the context")
+                    prompts[n] = prompt
                 except ValueError as error:
                     print(f"\rskipped {questions[n]['key']}: {error}", file=sys.stderr)
             if not prompts:

@@ -6,8 +6,7 @@
     boxes       the official grounding prompt and the box
 
 Source: easy-VQA (PyPI easy-vqa, MIT): 5,000 pictures of one shape, 48,248 questions, 13 answers.
-The boxes are measured from the pixels: the published data have none. Training rows of captions and
-boxes have a small shape twice.
+The boxes are measured from the pixels: the published data have none.
 """
 
 import json
@@ -27,7 +26,7 @@ COLOURS = {
     "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
 }
 FILL = {"rectangle": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # share of its box that it covers
-SMALL_PX = 256  # below this area, a 16th of the picture, boxes are hard: they are trained on twice
+SMALL_PX = 256  # below this area, a 16th of the picture, boxes are hard: their rows come twice
 NEGATIONS, YES_NO = {"no", "not"}, {"yes", "no"}
 
 
