@@ -21,19 +21,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # No decoder of these starts a program. EPS's would: Ghostscript. "JPEG" opens MPO too.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 TURNS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
-MAX_PIXELS = 70_000_000  # A3 at 600 dpi; a small file may claim more than memory holds
+# A small file may claim more than memory holds. These limits keep a picture under 1 GB and 10 s.
+MAX_PIXELS = 70_000_000  # A3 at 600 dpi
+COSTLY = {"JPEG2000": 3, "WEBP": 2, "AVIF": 2}  # their decoders take so many times the memory
+MAX_BYTES, MAX_SCANS = 2**29, 200  # of a file; of a JPEG, each over all pixels
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher, and warns in lines of its own
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
 
@@ -159,11 +164,17 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     """
     if not os.path.isfile(path):  # a pipe would block whoever reads it
         raise FileNotFoundError(f"{path}: no such file, or no regular one")
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"{path}: over {MAX_BYTES} bytes")
     content = Path(path).read_bytes()  # first: an error below is then no error of the disk
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{file.width} x {file.height} is over {MAX_PIXELS} pixels")
+            limit, tags = MAX_PIXELS // COSTLY.get(file.format, 1), getattr(file, "tag_v2", {})
+            if file.width * file.height > limit:
+                raise ValueError(f"{file.width} x {file.height} is over {limit} pixels")
+            tile = tags.get(Tag.TileWidth, 0) * tags.get(Tag.TileLength, 0)  # of a TIFF
+            if tile > MAX_PIXELS // 4 or content.count(b"\xff\xda\0") > MAX_SCANS:
+                raise ValueError("its tiles are too large, or its scans too many")
             image = to_rgb(file)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a readable picture ({', '.join(FORMATS)})") from None
@@ -200,13 +211,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB without metadata from any Pillow mode; transparency becomes white."""
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(Tag.Orientation))
     except Exception:  # broken metadata raises many kinds; the pixels may be sound
         turn = None
-    if turn is not None:
-        image = image.transpose(turn)
     if image.mode[0] in "IF":
         image = to_grey(image)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         clear = ImageChops.invert(image.getchannel("A"))
@@ -221,12 +232,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_grey(image: Image.Image) -> Image.Image:
     """8-bit grey from 16-bit, 32-bit or float grey.
 
-    Of 16 bits, 0 is black and 65535 is white. Of the others, the picture's maximum is white.
-    Black is 0, or the minimum where that is below 0.
+    16 bits: 0 becomes black, 65535 white, or 4095 where a TIFF has 12 of them. Other modes: the
+    picture's maximum becomes white, and 0 becomes black, or the minimum where that is below 0.
     """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow heeds neither for such pictures
+    white = 4095 if tags.get(Tag.BitsPerSample) == (12,) else 65535
     # Pillow scales a PPM to 16 bits, and calls it 32. It knows no extrema of big-endian 16 bits.
     is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    low, high = (0, 65535) if is_16_bit else image.getextrema()
+    low, high = (0, white) if is_16_bit else image.getextrema()
     low = min(0, low)
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
@@ -235,6 +248,8 @@ def to_grey(image: Image.Image) -> Image.Image:
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
         levels = (values - low) * (255 / (high - low or 1))
+        if tags.get(Tag.PhotometricInterpretation) == 0:  # 0 is white
+            levels = 255 - levels
         grey.paste(Image.fromarray(levels.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey
 

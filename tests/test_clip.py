@@ -217,6 +217,22 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + checksum
 
 
+def tiff(bits: int, zero: int, pixels: bytes, **tags: int) -> bytes:
+    """A grey TIFF of 2 x 1 pixels."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: zero, 273: 0, 277: 1, 278: 1,
+            279: len(pixels)} | {int(tag[1:]): value for tag, value in tags.items()}
+    tags[273] = 14 + 12 * len(tags)  # the place of the pixels: behind the tags
+    return exif(*((tag, 4, 1, struct.pack("<I", value)) for tag, value in tags.items()))[
+        6:] + pixels
+
+
+@pytest.mark.parametrize(("bits", "zero", "pixels", "levels"), [
+    (12, 1, b"\xff\xff\xff", [255, 255]), (16, 0, b"\0\0\xff\xff", [255, 0])])
+def test_grey_tiffs_of_12_bits_or_whose_0_is_white(tmp_path, bits, zero, pixels, levels):
+    (tmp_path / "a.tif").write_bytes(tiff(bits, zero, pixels))
+    assert np.array(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == levels
+
+
 TURNED = (0x0112, 3, 1, b"\6")  # orientation 6
 UPRIGHT, AS_STORED = (16, 32), (32, 16)  # size where the orientation can be read, and where not
 BROKEN_METADATA = {
@@ -286,10 +302,17 @@ def test_broken_pictures_are_one_line(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "letters.ppm").write_text("P3 1 1 255 1 2 x")  # Pillow: ValueError without a path
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")  # refused before it is decoded
+    (tmp_path / "tile.tif").write_bytes(tiff(8, 1, b"ab", _322=46_336, _323=46_336))
+    scans = (tmp_path / "cut.jpg").read_bytes() + b"\xff\xda\0" * 201
+    (tmp_path / "scans.jpg").write_bytes(scans)
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(ValueError, match=f"{path.name}: not a readable picture") as error:
             open_image(path)
         assert "\n" not in str(error.value)
+    (tmp_path / "sparse.png").touch()
+    os.truncate(tmp_path / "sparse.png", 2**40)
+    with pytest.raises(ValueError, match="sparse.png: over 536870912 bytes"):
+        open_image(tmp_path / "sparse.png")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("none.png", "folder.png", "pipe.png"):
