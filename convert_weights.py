@@ -14,6 +14,7 @@ release, a GGUF file, or the ONNX file with the demo's DINOv2. The files in it t
 import argparse
 import math
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -31,7 +32,7 @@ from conversion import tensor_tables as tables
 from conversion import tokenizer_readers as tokenizers
 from iaa import Adaptor, AdaptorConfig, Index, official_layers
 from llama import Llama, LlamaConfig
-from tokenization.templates import TEMPLATES
+from tokenization.templates import CHATS
 from tokenization.tokenizer import Tokenizer
 
 KNOWN = ("Meta's Llama folder (with params.json), a Hugging Face folder (with config.json) of "
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="of a LLaVA: the converted Llama that it was "
                         "tuned from becomes the frozen LLM [LLaVA's own LLM]")
     parser.add_argument("--clip", type=Path, help="converted tower for an IAA release without one")
-    parser.add_argument("--template", choices=TEMPLATES, help="chat template [as the files say]")
+    parser.add_argument("--template", choices=CHATS, help="chat template [as the files say]")
     parser.add_argument("--heads", type=int, metavar="N", help="of a tower whose files do not say")
     parser.add_argument("--activation", help="the same: quick_gelu or gelu")
     parser.add_argument("--dtype", choices=DTYPES, help="of what is written [bf16; towers fp32]")
@@ -308,6 +309,7 @@ def main() -> None:
     parser.add_argument("--feature-layer", type=int, metavar="N", help="of a vision tower: -1 the "
                         "last, -2 the one before, ... [-2, as LLaVA and the paper]")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: OUT is cleaned up
     with files.one_line("convert_weights.py", "nothing is left in OUT"):
         if "check" in args:
             checked = [args.source]

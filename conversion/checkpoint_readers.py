@@ -114,7 +114,8 @@ def open_torch(path: Path) -> dict[str, Tensor]:
 
 def open_files(folder: Path, *patterns: str) -> list[tuple[Path, dict[str, Tensor]]]:
     """The files of the first pattern that has any, sorted, and the tensors of each, mapped."""
-    found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+    by_pattern = (sorted(filter(Path.is_file, folder.glob(pattern))) for pattern in patterns)
+    found = next(filter(None, by_pattern), [])  # no pipe, which would block
     if not found:
         raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)}")
     files = []
@@ -259,6 +260,15 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise EOFError("its counts claim more than it holds")
             return super()._get(offset, dtype, count, **order)
+
+        def _get_field_parts(self, offset, kind):
+            if kind == gguf.GGUFValueType.ARRAY:  # of numbers: all at once, not one by one
+                inner, count = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+                element = gguf.GGUFValueType(inner[0])
+                if dtype := self.gguf_scalar_to_np.get(element):
+                    values = self._get(offset + 12, dtype, count[0])
+                    return 12 + values.nbytes, [inner, count, values], [2], [kind, element]
+            return super()._get_field_parts(offset, kind)
 
     def read(tensor: gguf.ReaderTensor) -> Tensor:
         return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from common.files import read_json
 from conversion.checkpoint_readers import reading
-from tokenization.templates import TEMPLATES, render
+from tokenization.templates import CHATS, render
 from tokenization.tokenizer import STARTS, STOPS, Tokenizer, read_ranks
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ Added = list[tuple[str, int, bool]]  # tokens beside the model's own: name, id, 
 class Stated(NamedTuple):
     """What a source states of its tokenizer, or its user. Tokens are names or ids."""
 
-    template: str | None = None  # a key of TEMPLATES, that the user names
+    template: str | None = None  # of CHATS, that the user names
     jinja: str | None = None  # the model's own template
     start: str | int | None = None
     adds_start: bool | None = None
@@ -60,7 +60,7 @@ class Stated(NamedTuple):
 def choose_template(
     stated: Stated, specials: dict[str, int], stops: list[str]
 ) -> tuple[str, str]:
-    """A key of TEMPLATES, and how it is known: its marks stand in the model's own template.
+    """One of CHATS, and how it is known: its marks stand in the model's own template.
 
     Where there is none, they are special tokens; else it is Vicuna's, if there is </s>. Raises
     ValueError where not one alone fits. The model's own is Jinja, which is code: it is not run.
@@ -79,7 +79,7 @@ def choose_template(
         return found[0], "read from chat_template" if stated.jinja else "assumed by special tokens"
     if found or stated.jinja or "</s>" not in specials:
         raise ValueError(f"chat template not recognised, {' and '.join(found) or 'none'} would "
-                         f"fit: --template {' or '.join(TEMPLATES)} is needed")
+                         f"fit: --template {' or '.join(CHATS)} is needed")
     return "vicuna", "assumed"
 
 
@@ -154,9 +154,12 @@ def build_bpe(
 
     whole_words: text becomes also those of the rest that no merge makes.
     """
-    names = {name for name, _, _ in added}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     made = dict.fromkeys([*GPT2_BYTES, *("".join(pair) for pair in pairs)])
+    # Some name a token of text, such as "!", as the special token for padding: it stays text.
+    added = [(name, id, special) for name, id, special in added
+             if not (special and name in made and vocab.get(name) == id)]
+    names = {name for name, _, _ in added}
     order = [token for token in made | vocab if token in vocab and token not in names]
     mergeable = None if whole_words else sum(token in made for token in order)
     model = {bytes(GPT2_BYTES[c] for c in token): vocab[token] for token in order}

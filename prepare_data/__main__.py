@@ -7,6 +7,7 @@ when all is done, or not at all.
 """
 
 import argparse
+import signal
 from collections.abc import Set
 from functools import partial
 from itertools import chain
@@ -59,6 +60,7 @@ def main() -> None:
     add("--max-malformed", type=float, default=0.01, metavar="SHARE",
         help="of rows not as published: more is an error [0.01]")
     args = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: OUT is cleaned up
     if (args.command == "easy-vqa") == bool(args.inputs):
         parser.error("every command but easy-vqa takes at least one INPUT, then OUT")
     if args.command == "easy-vqa":

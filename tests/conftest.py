@@ -1,6 +1,7 @@
 """What the tests share: the path, one thread, no GPU, and a tiny model of each kind."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -49,8 +50,10 @@ def flip_bits(path: Path) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state. A command's handler of SIGTERM ends with it."""
     torch.manual_seed(0)
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -520,6 +521,14 @@ def test_truncated_files(tmp_path, llama, tokenizer_model, name, kept):
     refuse(source, f"{path.name}: cannot be read")
 
 
+def test_a_pipe_in_a_folder_is_not_opened(tmp_path, llama, tokenizer_model):
+    path = save_hf(tmp_path / "in", rename(llama), HF_LLAMA, tokenizer_model)
+    (path / "model-1-of-1.safetensors").unlink()
+    os.mkfifo(path / "model-1-of-1.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"in: no model\*.safetensors or pytorch_model"):
+        convert(path, tmp_path / "out")
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"rms_norm_eps": "small"}, "norm_eps = 'small': expected float"),
     ({"hidden_size": "wide"}, "of another kind: TypeError"),
@@ -552,20 +561,21 @@ def hostile(folder: Path) -> dict[str, Path]:
             new.writestr(entry.filename, old.read(entry))
     header = b"GGUF" + np.array([3], "<u4").tobytes()
     array = b"\1\0\0\0\0\0\0\0a" + np.array([9, 0], "<u4").tobytes()  # "a": an array of bytes
-    counts = {"tensors": [2**40, 0], "array": [0, 1, 2**40]}
+    counts = {"tensors": [2**40, 0], "array": [0, 1, 2**40], "numbers": [0, 1, 2**20]}
     for name, values in counts.items():
         parts = [np.array([value], "<u8").tobytes() for value in values]
-        content = header + b"".join(parts[:2]) + array * (name == "array") + b"".join(parts[2:])
-        (folder / f"{name}.gguf").write_bytes(content)
+        content = header + b"".join(parts[:2]) + array * (name != "tensors") + b"".join(parts[2:])
+        (folder / f"{name}.gguf").write_bytes(content + bytes(2**20 * (name == "numbers")))
     return {path.stem: path for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("view", "tensors of 4000000000 bytes in a file of "), ("pickle", "cannot be read"),
     ("code", "TorchScript, which is code"), ("packed", "not made by torch.save: compressed"),
-    ("tensors", "claim more than it holds"), ("array", "claim more than it holds")])
+    ("tensors", "claim more than it holds"), ("array", "claim more than it holds"),
+    ("numbers", "cannot be read")])
 def test_cost_is_bounded_by_the_file(tmp_path, name, message):
-    """Files of less than 10 kB: one line, in memory that the file's length bounds."""
+    """Files of 1 MB at most: one line, in memory that the file's length bounds."""
     (tmp_path / "all").mkdir()
     path = hostile(tmp_path / "all")[name]
     source = tmp_path / path.name
@@ -638,8 +648,9 @@ def test_command_line(tmp_path, llama, tokenizer_model, monkeypatch):
     said = error(tmp_path / "odd" / "ViT.pt", tmp_path / "out")
     assert "TorchScript, which is code: convert the same weights in Hugging Face's" in said
     save_hf(tmp_path / "in", rename(llama), HF_LLAMA, tokenizer_model)
-    with monkeypatch.context() as patch:  # Ctrl-C halfway
-        patch.setattr(convert_weights, "make_tensor", Mock(side_effect=KeyboardInterrupt))
+    with monkeypatch.context() as patch:  # SIGTERM halfway, which ends it as Ctrl-C does
+        patch.setattr(convert_weights, "make_tensor",
+                      lambda *_: signal.raise_signal(signal.SIGTERM))
         assert "stopped; nothing is left in" in error(tmp_path / "in", tmp_path / "out")
     assert "there already" in error(tmp_path / "in", tmp_path / "odd")
     assert {path.name for path in tmp_path.iterdir()} == {"in", "odd"}

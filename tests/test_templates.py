@@ -77,7 +77,7 @@ def shown(tokenizer: Tokenizer, ids: list[int], scored: list[bool]) -> str:
      "<|start_header_id|>assistant<|end_header_id|>\n\n{B<|eot_id|>}"),
     ("chatml", SEVERAL, {"system": "", "image_tokens": 0},
      "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{A<|im_end|>}\n"
-     "<|im_start|>user\nR\n and .<|im_end|>\n<|im_start|>assistant\n{B<|im_end|>}"),
+     "<|im_start|>user\nR\n  and  .<|im_end|>\n<|im_start|>assistant\n{B<|im_end|>}"),
     ("chatml", SEVERAL, {"template": "plain"}, "####{A\n}"),
 ])
 def test_letter_by_letter(tokenizers, kind, turns, options, wanted):

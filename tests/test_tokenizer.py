@@ -291,7 +291,7 @@ def test_a_template_beside_the_processor(tmp_path):
     (BOTH, {}, None, "chatml and llama3 would fit: --template"),
     (BOTH, {"chat_template": R1}, None, "tokenizer.json: chat template not recognised, none would"),
     (BOTH, {"chat_template": CHATML + "<|im_sep|>"}, None, "not recognised, none would"),
-    (["<s>", IMAGE], {}, None, "none would fit: --template llama3 or chatml or vicuna or plain or"),
+    (["<s>", IMAGE], {}, None, "none would fit: --template llama3 or chatml or vicuna or chatml_"),
     (LLAMA3[2:] + [IMAGE], {"chat_template": CHATML}, None, "no special token '<.im_start.>'"),
     (BOTH, {}, "vicuna", "no special token '</s>'"),
     (BOTH, {"chat_template": CHATML, "bos_token": "<x>"}, None, "no special token '<x>'"),
@@ -333,6 +333,13 @@ def test_added_words(tmp_path):
     assert tokenizer.encode("ataxpayers<think>tax") == [a, 263, s, 10**9, 262]
     assert tokenizer.decode([a, 263, 264, 10**9]) == "ataxpayer<think>"
     assert tokenizer.vocab_size == 10**9 + 1 and 264 not in tokenizer.encode("<|im_start|>")
+
+
+def test_a_pad_token_of_text(tmp_path):
+    """A special token whose name is a token of text stays one."""
+    pad = {"content": "!", "id": 33, "special": True}
+    tokenizer = read_hf_tokenizer(write_bpe(tmp_path, [*LLAMA3, IMAGE, pad], {}, {}))
+    assert tokenizer.encode("a!") == [97, 33] and tokenizer.decode([97, 33]) == "a!"
 
 
 @pytest.mark.parametrize("whole_words", [True, False])

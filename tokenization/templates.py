@@ -57,6 +57,7 @@ TEMPLATES = {
     "plain": Template("", "", "", "", "\n", image_end="", drops_questions=True),
 }
 TEMPLATES["chatml_bare"] = replace(TEMPLATES["chatml"], default_system="")  # of other models
+CHATS = [name for name, form in TEMPLATES.items() if not form.drops_questions]
 
 
 def template_of(tokenizer: Tokenizer, name: str | None) -> Template:
@@ -68,10 +69,8 @@ def template_of(tokenizer: Tokenizer, name: str | None) -> Template:
 
 
 def without_tags(text: str) -> str:
-    """The text without any TAG, also without those that taking one out makes."""
-    while TAG in text:
-        text = text.replace(TAG, "")
-    return text
+    """The text with a space for each TAG: taking it out could make another one."""
+    return text.replace(TAG, " ")
 
 
 def encode_template(tokenizer: Tokenizer, text: str) -> list[int]:
