@@ -4,8 +4,9 @@
     torchrun --nproc_per_node N train.py --config ...    the same on N processes (training/zero.py)
 
 - Everything random is a function of the seed and the step, so the step number is all that a
-  checkpoint must keep of the data and of the random state. A run that was killed and started again
-  on as many ranks ends with the same bits as one that was never killed.
+  checkpoint must keep of the data and of the random state. On CPUs, a run that was killed and
+  started again on as many ranks ends with the same bits as one that was never killed. (On GPUs,
+  torch's attention sums a gradient in an order that changes.)
 - Trained weights are kept in fp32. Layers cast them to the dtype of the frozen model to compute.
   ZeRO stages 1 to 3 keep shards of them and compute with copies in that dtype.
 - The loss is a sum over the global batch, divided by the number of scored tokens in the global
@@ -58,9 +59,12 @@ def lr_at(step: int, stage: StageConfig) -> float:
 
 
 def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW over all trained weights. The projector may have a rate of its own."""
-    projector = [m for name, m in masters.items() if name.startswith("projector.")]  # starts random
-    rest = [m for name, m in masters.items() if not name.startswith("projector.")]  # as copies
+    """AdamW over all trained weights. The projector may have a rate of its own.
+
+    The projector starts random, all other weights as copies of frozen ones.
+    """
+    projector = [m for name, m in masters.items() if name.startswith("projector.")]
+    rest = [m for name, m in masters.items() if not name.startswith("projector.")]
     groups = [{"params": projector, "peak": stage.lr_projector or stage.lr}]
     groups += [{"params": rest, "peak": stage.lr}] if rest else []
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps,
@@ -93,7 +97,7 @@ def train_step(
 ) -> tuple[float, float, bool]:
     """One update. Returns the mean loss, the gradient's norm, and whether both were finite.
 
-    Where they were not finite, nothing is updated, which is said.
+    Where they were not finite, nothing is updated, and a line says so.
     """
     scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # in the global batch
     total = torch.zeros((), device=ranks.device)  # on the device: adding does not wait
@@ -268,9 +272,10 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
         log.step(step, values, batches, wait)
         if last:
             break
+        if not finite:  # not saved: such checkpoints would push out the last two good ones
+            continue
         leave = ranks.sum(SIGTERM.is_set()) > 0  # all ranks in the same step
-        # A skipped step is not saved: such checkpoints would push out the last two good ones.
-        if finite and (leave or (step + 1) % stage.save_every == 0):
+        if leave or (step + 1) % stage.save_every == 0:
             checkpoint.save_state(folder, ranks, state, optimizer, settings, step + 1)
         if leave:
             ranks.print0(f"SIGTERM: {ranks.progress} is done; the same command goes on")
@@ -287,7 +292,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
     """FLOPs of each unfinished stage. Raises where a stage will not find what it needs.
 
-    Of a finished stage, settings and those data files that are still there must be the same.
+    A finished stage must have the same settings and data files. A missing data file is ignored.
     """
     flops, ready = {}, []
     for stage in stages:
@@ -347,6 +352,7 @@ def train(config: Config, only: str | None) -> None:
         flops = check_run(config, stages)
         ranks.progress = "the check of the frozen models"
         if ranks.rank == 0:
+            held = checkpoint.lock(Path(config.out))  # noqa: F841  (kept until the run ends)
             for kind, folder in ((Llama, config.llm), (Clip, config.vision)):
                 files.check_frozen(kind, folder)
         ranks.barrier()  # every rank has read the folders

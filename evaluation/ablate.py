@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             settings = settings_of_run(args.set, variants[name], folder, seed)
             flags = [word for setting in settings for word in ("--set", setting)]
             run("train.py", "--config", BUDGET, *flags)  # refuses a folder of other settings
-            if not scores.is_file():
+            adaptor = folder / whole.stage[-1].name / "adaptor"
+            if not scores.is_file() or scores.stat().st_mtime < adaptor.stat().st_mtime:
                 run("-m", "evaluation", "easy-vqa", whole.images, "--model", str(folder),
                     "--limit", QUESTIONS)
             log = read_log(folder / whole.stage[-1].name / "log.jsonl")

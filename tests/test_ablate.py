@@ -56,7 +56,7 @@ def test_runs_and_table(monkeypatch, tmp_path, capsys):
             out = [word for word in command if word.startswith("out=")][-1].removeprefix("out=")
             row = {"step": 0, "loss": 1.0, "lr": 0.1, "flops": 1,
                    "held_out": 0.25 + 0.5 * (out[-1] == "1")}
-            Path(out, "instruct").mkdir(parents=True, exist_ok=True)
+            Path(out, "instruct/adaptor").mkdir(parents=True, exist_ok=True)
             Path(out, "instruct/log.jsonl").write_text(json.dumps(row) + "\n")
         else:
             folder = Path(command[command.index("--model") + 1], "eval/easy-vqa")

@@ -116,10 +116,8 @@ def fails(world, monkeypatch):
     def call(*arguments) -> str:
         monkeypatch.setattr(sys, "argv",
                             ["train.py", "--config", str(world / "config.toml"), *arguments])
-        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as stopped:
             main()
-        signal.signal(signal.SIGTERM, handler)
         assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
         return stopped.value.code
 
@@ -426,14 +424,16 @@ def test_data_that_changed_is_named(world, trained, stopped, tmp_path, fails, ca
     """Between a kill and a resume, and under a finished stage, which runs without its data."""
     shutil.copytree(stopped, tmp_path / "stopped")
     shutil.copytree(world / "run", tmp_path / "run")
-    rows = world / "rows.jsonl"
-    kept = rows.read_bytes()
-    rows.write_bytes(kept.replace(b"What?", b"Who? ", 1))
-    try:
+    rows, words = world / "rows.jsonl", world / "llama" / "tokenizer.json"
+    for path, name in ((words, words.name), (rows, rows)):
+        kept = path.read_bytes()
+        path.write_bytes(kept.replace(b"What?", b"Who? ", 1) + b"\n" * (path == words))
         for arguments in (["--stage", "instruct", "--set", "instruct.start=none", "--set",
                            f"out={tmp_path}/stopped"], ["--set", f"out={tmp_path}/run"]):
-            assert f"was made with another data file {rows}: restore it" in fails(*arguments)
-        rows.unlink()
+            assert f"was made with another data file {name}: restore it" in fails(*arguments)
+        path.write_bytes(kept)
+    rows.unlink()
+    try:
         go(world, tmp_path / "run")
         assert capsys.readouterr().out.count("finished before") == 3
         with pytest.raises(FileNotFoundError, match="rows.jsonl: no such data file"):
@@ -479,6 +479,17 @@ def test_bad_input_is_one_line_without_a_traceback(world, fails, tmp_path):
     for number, (arguments, message) in enumerate(cases):
         assert message in fails("--set", f"out={tmp_path}/{number}", *arguments)
         assert not list((tmp_path / str(number)).glob("*/adaptor"))
+
+
+def test_two_runs_in_one_folder(world, tmp_path, fails):
+    """The second ends at once: it would remove the first one's checkpoint in the making."""
+    code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('locked', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "locked\n"
+        assert f"{tmp_path}: another train.py is at work in" in fails("--set", f"out={tmp_path}")
+        other.stdin.close()
 
 
 def test_changed_settings_do_not_resume(world, tmp_path, monkeypatch):

@@ -14,16 +14,18 @@ finished `adaptor/` (train.py), and the checkpoints go.
 The same command resumes. A stage takes its newest checkpoint whose checksums (CRC-32) are right,
 and compares its settings with the present ones before it loads a weight. A rank reads the slices
 that it needs from all shards, so the number of ranks and the ZeRO stage may change in between. A
-folder without a manifest was left by a killed run, and is removed. To save or to resume, one rank
-reads each shard once for its checksum.
+folder without a manifest was left by a killed run, and is removed. For its checksum, each shard
+is read by one rank only, when it is saved and when the run resumes.
 """
 
+import fcntl
 import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -43,9 +45,25 @@ MANIFEST = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 # Settings of the run that a stage depends on.
 SHARED = ("seed", "system", "max_tokens", "dtype", "frozen_dtype")
-DATA_FILE = "data file "  # how the settings begin that tell a data file's fingerprint
+DATA_FILE = "data file "  # beginning of the settings that hold a data file's fingerprint
 # Settings that may change when a stage is resumed: the result is the same, up to rounding.
 FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zero")
+
+
+def lock(out: Path) -> TextIO:
+    """Lock a run's folder as long as the result lives. ValueError where another run has it.
+
+    The other run would lose its checkpoint in the making, which looks like a killed run's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    held = open(out / ".lock", "w")  # noqa: SIM115  (closing it would end the lock)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, also a killed one
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out}: another train.py is at work in this folder") from None
+    except OSError as error:
+        print(f"{out}: a second train.py would not be noticed: the disk has no locks ({error})")
+    return held
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -75,7 +93,7 @@ def checksums(shards: list[Path], ranks: Ranks) -> list[int]:
 
 
 def weight_and_moments(master: Tensor, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """A master weight and its two moments. Before the first update nothing is saved."""
+    """A master weight and its two moments, which AdamW has after its first update."""
     return {"weight": master.detach(), **{key: optimizer.state[master][key] for key in MOMENTS}}
 
 
@@ -130,9 +148,11 @@ def finished_settings(folder: Path) -> dict:
 
 
 def settings_of(config: Config, stage: StageConfig) -> dict:
-    """What the stage's result depends on. "beginning": those of the stage it starts from."""
+    """What the stage's result depends on. "beginning" holds the settings of its source stage."""
     sizes, llama = read_frozen(LlamaConfig, config.llm)
     data = fingerprint(path for path in stage.data if Path(path).is_file())
+    words = fingerprint(sorted(Path(config.llm).glob("tokenizer.*")))
+    data |= {Path(path).name: how for path, how in words.items()}  # the folder may have moved
     found = {**asdict(stage), **{key: getattr(config, key) for key in SHARED},
              **{DATA_FILE + path: how for path, how in data.items()},
              "adaptor's configuration": asdict(adaptor_config(config, stage, sizes.layers)),
@@ -149,7 +169,7 @@ def settings_of(config: Config, stage: StageConfig) -> dict:
 def check_settings(folder: Path, was: dict, now: dict) -> None:
     """Raise ValueError naming the settings, `FREE` aside, that differ from those of `folder`.
 
-    was: as JSON gave them back.
+    was: read from JSON.
     """
 
     def differing(was, now) -> list[str]:
@@ -160,7 +180,7 @@ def check_settings(folder: Path, was: dict, now: dict) -> None:
         return [key for key, (a, b) in pairs.items()
                 if (differing(a, b) if isinstance(a, dict) and isinstance(b, dict) else a != b)]
 
-    changed = differing(was, json.loads(json.dumps(now)))  # tuples: now lists
+    changed = differing(was, json.loads(json.dumps(now)))  # tuples become lists
     if changed:
         raise ValueError(f"{folder} was made with another {', '.join(changed)}: restore it, "
                          "or remove that folder to train the stage again")

@@ -135,6 +135,8 @@ class Log:
         self.cut = kept[-1].get("cut", 0) if kept else 0
         if ranks.rank == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # else an earlier stage's peak would be shown
         self.events = None
         if config.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # optional: all ranks stop without it
@@ -155,7 +157,7 @@ class Log:
         tokens = sum(int(b.lengths.sum()) for b in batches)
         padded = sum(b.tokens.numel() for b in batches)
         self.flops += flops
-        self.cut += sum(b.cut for b in batches)
+        self.cut += int(self.ranks.sum(sum(b.cut for b in batches)))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.ranks.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()

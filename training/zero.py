@@ -18,10 +18,11 @@ Bytes on a rank, for P trained and F frozen weights of c bytes each in the compu
 docs/distributed.md explains the table, has another for what is sent, and draws the timetable.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
-what a rank runs depends on its rows: without a picture it runs no projector. So the collectives are
-a fixed list of stops, the timetable, which depends on the model alone. A stop is one part (a layer,
-the head, ...) in its forward or backward pass. Hooks on the modules call `advance_to(n)`, which
-runs all collectives up to stop n, also for parts that this rank does not use.
+what a rank runs depends on its rows: without a picture it runs no projector. So a fixed
+list, the timetable, says when collectives run. It depends on the model alone. An entry is a stop:
+one part (a layer, the head, ...) in its forward or backward pass. Collectives run at the beginning
+and the end of a stop. Hooks on the modules call `advance_to(n)`, which runs all collectives up to
+stop n, also for parts that this rank does not use.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from iaa import IAA
 
 
 class TouchesAllWeights(nn.Module):
-    """The loss of a batch, plus 0 x each weight where it has no gradient: DDP waits for all."""
+    """The loss of a batch. One that depends on no weight gets 0 x each added: DDP waits for all."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -65,7 +66,8 @@ class DataParallel:
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
         """Return a micro-batch's loss, and add its gradient, divided by `scored`, to the step's.
 
-        batch: None where this rank has no rows left. last: the step's last one, when DDP sends.
+        batch: None where this rank has no rows left. last: whether it is the step's last one. Only
+        then DDP sends.
         """
         if self.world > 1:
             self.run.require_backward_grad_sync = last
@@ -105,7 +107,7 @@ class Part:
     module: nn.Module
     weights: list[nn.Parameter]
     trained: bool  # all trained, or all frozen
-    read_in_backward: bool  # the backward pass reads the weights; not of embeddings and CLIP
+    read_in_backward: bool  # by the backward pass; False for embeddings and the tower
 
 
 def model_parts(model: IAA, workflow: str) -> list[Part]:
@@ -259,7 +261,7 @@ class ZeroSharded:
         self.pending_reduce = None  # (unit, work, received) of a running reduce_scatter
         for number, stop in enumerate(self.stops):
             # A backward hook is called with the gradient of the module's output. Autograd visits
-            # modules in reverse, so all later ones are done.
+            # modules in reverse, so the backward passes of all later modules are done by then.
             register = (stop.module.register_forward_pre_hook if number < self.first_backward_stop
                         else stop.module.register_full_backward_pre_hook)
             register(lambda *_, n=number: self.advance_to(n))
