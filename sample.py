@@ -11,14 +11,14 @@ reads the whole conversation anew, because a KV cache fits one workflow only.
 Boxes in an answer are fractions of the last picture, padded to a square. `Answer.boxes` are in that
 picture's own pixels. The drawing enlarges a small picture.
 
-Letters: B batch, T tokens, S tokens so far (of an image: its side), V vocabulary, N images, P image
-tokens.
+Letters: B batch, T tokens, S tokens so far, V vocabulary, N images, P image tokens.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -223,7 +223,9 @@ class Chat:
         return ids, torch.stack(pixels) if pixels else None
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
-        """Answer `text`, piece by piece to `on_text`. Both join the history once a token has come.
+        """Answer `text`, piece by piece to `on_text`.
+
+        Question and answer join the history once a token has come.
 
         Raises ValueError for an unknown workflow, or a prompt that leaves no room in the context.
         """
@@ -290,7 +292,8 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> No
 def command(chat: Chat, line: str) -> str:
     """Carry out a chat command, but /quit, and return what to say. Raises ValueError, OSError."""
     name, _, argument = line.partition(" ")
-    argument = argument.strip().strip("'\"")  # a path dragged into a terminal comes in quotes
+    # A path dragged into a terminal comes in quotes, or with backslashes.
+    argument = re.sub(r"\\(.)", r"\1", argument.strip().strip("'\""))
     if name == "/image" and argument:
         image = open_image(os.path.expanduser(argument))  # here is no shell to expand "~"
         chat.images.append(image)
@@ -307,19 +310,21 @@ def command(chat: Chat, line: str) -> str:
 
 def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
     """Read questions and commands until /quit, the end of input, or Ctrl-C at the prompt."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(AttributeError, ImportError):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the chat
         import readline  # noqa: F401  (gives `input` its arrow keys; not on every system)
-    print("/help lists the commands")
+    said = sys.stderr if as_json else sys.stdout  # which then holds JSON alone
+    print("/help lists the commands", file=said)
     while True:
         try:
-            line = input(f"{chat.workflow}> ").strip()
+            line = input("" if as_json else f"{chat.workflow}> ").strip()
         except (EOFError, KeyboardInterrupt):
-            return print()
+            return print(file=said)
         if line == "/quit":
             return None
         try:
             if line.startswith("/"):
-                print(command(chat, line))
+                print(command(chat, line), file=said)
             elif line:
                 answer_aloud(chat, line, boxes, as_json)
         except KeyboardInterrupt:
