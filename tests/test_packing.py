@@ -9,7 +9,7 @@ from clip import Clip, ClipConfig
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama
 from sample import generate
-from speed.packing import FEW, Int8Linear, PackedLinear, pack
+from speed.packing import FEW, HalfLinear, Int8Linear, PackedLinear, pack, packed_linear
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16],
                                      ids=["fp32", "bf16"])
@@ -18,11 +18,11 @@ TOKENS = torch.arange(9)[None]
 
 
 def model(dtype: torch.dtype) -> IAA:
-    """A tiny model with an adaptor; the same weights each time."""
+    """A tiny model with an adaptor; the same weights each time, as a bf16 file has them."""
     torch.manual_seed(0)
     iaa = IAA(Llama(LLAMA_TIED), Clip(ClipConfig(20, 2, 4, 28, 4, 8)), 510)
     iaa.adaptors["mm"] = Adaptor(AdaptorConfig((0, 2), "b"), LLAMA_TIED, 20)
-    return iaa.requires_grad_(False).to(dtype).eval()
+    return iaa.requires_grad_(False).bfloat16().to(dtype).eval()
 
 
 def packed(dtype: torch.dtype, int8: bool = False) -> IAA:
@@ -40,8 +40,18 @@ def logits(iaa: IAA, workflow: str) -> torch.Tensor:
 def test_every_matrix_is_exchanged():
     """LLM, tied head, insertion layers, gates, own head; not the projector, which has biases."""
     kinds = [type(module) for module in packed(torch.float32).modules()]
-    assert kinds.count(PackedLinear) == 4 * 4 + 1 + 2 * 4 + 2 + 1
+    assert kinds.count(HalfLinear) == 4 * 4 + 1 + 2 * 4 + 2 + 1
     assert kinds.count(Linear) == 2
+
+
+@pytest.mark.parametrize(("weight", "kind"), [
+    (torch.randn(48, 64).bfloat16().float(), HalfLinear),
+    (torch.randn(48, 64), PackedLinear), (torch.full((48, 64), 2.0**17), PackedLinear)])
+def test_fp16_is_only_for_values_that_it_holds(weight, kind):
+    """Those of an fp32 file would lose bits, large ones everything."""
+    layer, x = packed_linear(weight), torch.randn(2, 5, 64)
+    assert type(layer) is kind
+    torch.testing.assert_close(layer(x), F.linear(x, weight))
 
 
 @each_dtype
