@@ -112,7 +112,7 @@ def encode_row(
     """Tokens and targets of a checked row, cut at `max_tokens`. RowError: nothing scored is left.
 
     A conversation is plain causal text, however many turns it has. With `"independent": true` each
-    question is a segment behind the prefix, which has all pictures, just as if it were asked alone.
+    question is a segment that sees itself and a prefix with all pictures, as if asked alone.
     """
     pictures = IMAGE * len(pictures_of(row))
     turns = [("user" if turn["from"] == "human" else "assistant", turn["value"])
@@ -123,7 +123,7 @@ def encode_row(
             raise RowError(f"no word of an answer within {max_tokens} tokens")
         asked = [[("user", pictures + without_tags(text)), answer]
                  for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
-    # The prefix must hold no word, even where all questions begin alike: hence the empty one.
+    # An empty question too: the common prefix then ends ahead of the first word of all others.
     rendered = [render(tokenizer, each, template, system, image_tokens)
                 for each in ([("user", pictures)], *asked)]
     prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
@@ -259,8 +259,8 @@ class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
     The stream is epoch after epoch, each a permutation of all rows. A window of `window` batches is
-    sorted by length and cut into batches, which need little padding then. They are shuffled. One of
-    two epochs is dealt out by row number: no batch has a row twice, if the window has two or more.
+    sorted by length and cut into batches, which need little padding then and are shuffled. A window
+    across two epochs is dealt out by row number: no batch has a row twice, if there are several.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):

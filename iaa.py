@@ -11,8 +11,9 @@
 - The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
 - There are three structures (Fig. 3, Table 5). In c, an insertion layer reads the output of its
-  frozen layer, and its own output replaces that (Eq. 2). In b, its output passes a gate and is
-  added to that. In a, it reads the insertion layer before it (Eq. 1), and adds as in b.
+  frozen layer, and its own output replaces that (Eq. 2). In b, it reads the same. Its own output
+  passes a gate, a linear layer that starts at zero, and is added to the frozen layer's. In a, an
+  insertion layer reads the insertion layer before it (Eq. 1), and is added as in b.
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
@@ -53,7 +54,7 @@ from llama import (
 )
 
 TEXT = "text"
-LOSS_ROWS = 1024  # scored positions at once: with gradients 2 GB of logits where V is 128K
+LOSS_ROWS = 1024  # scored positions at once: at V = 128K, logits and gradients of 2 GB
 
 
 def official_layers(layers: int) -> tuple[int, ...]:
@@ -126,7 +127,7 @@ class Adaptor(nn.Module):
         self.norm = RMSNorm(width, llama.norm_eps) if config.own_head else None
         self.head = Linear(width, vocab) if config.own_head else None
         self.llm = Llama(llama) if config.own_llm else None
-        self.prompt = {"template": None, "system": None}  # as its training rows had them
+        self.prompt = {"template": None, "system": None}  # of the rows that it was trained on
 
     @torch.no_grad()
     def init_from_frozen(self, llama: Llama) -> None:
@@ -340,7 +341,7 @@ def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, str
     written = meta.pop("sha256", None)  # None: saved before there were digests
     if written is not None and written != sha256_of(meta, sorted(tensors.items())):
         raise ValueError(f"{path}, or config.json beside it, has changed since it was saved: its "
-                         "SHA-256 is another; without \"sha256\" in config.json it loads as it is")
+                         "SHA-256 does not fit. To load it unchecked, delete \"sha256\" there")
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     unknown = fill(adaptor, tensors, path, strict).unexpected_keys
     if unknown:
