@@ -171,13 +171,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     dtype = q.dtype
     if q.device.type == "cpu":  # bf16 attention takes up to twice as long, backward included
         q, k, v = q.float(), k.float(), v.float()
-    if mask is None:
-        # is_causal in place of a mask: fused kernels then skip the half that is not visible.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    else:  # fused GPU kernels with a mask know no groups: repeat k and v
+    # Fused GPU kernels know no groups with a mask or in fp32. Repeat k and v there, as the kernel
+    # that is left would hold all B x H x T x S scores.
+    if mask is not None or (q.dtype == torch.float32 and q.device.type != "cpu"):
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
-        y = F.scaled_dot_product_attention(q, k, v, mask)
-    return y.to(dtype)
+    # is_causal in place of a mask: fused kernels then skip the half that is not visible.
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                          enable_gqa=k.shape[1] < heads).to(dtype)
 
 
 class KVCache:
