@@ -34,10 +34,10 @@ TURNS = {  # EXIF orientation -> what makes the picture upright
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
-# A small file may claim more than memory holds. These limits keep a picture under 1 GB and 10 s.
+# A small file may claim more than memory holds. These limits keep a picture to about 1 GB and 10 s.
 MAX_PIXELS = 70_000_000  # A3 at 600 dpi
-COSTLY = {"JPEG2000": 3, "WEBP": 2, "AVIF": 2}  # their decoders take so many times the memory
-MAX_BYTES, MAX_SCANS = 2**29, 200  # of a file; of a JPEG, each over all pixels
+LESS_PIXELS = {"JPEG2000": 25_000_000, "WEBP": 35_000_000, "AVIF": 35_000_000}  # costly decoders
+MAX_BYTES, MAX_SCANS = 2**29, 100  # of a file; of a JPEG, each over all pixels
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher, and warns in lines of its own
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
@@ -169,11 +169,12 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     content = Path(path).read_bytes()  # first: an error below is then no error of the disk
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
-            limit, tags = MAX_PIXELS // COSTLY.get(file.format, 1), getattr(file, "tag_v2", {})
+            limit, tags = LESS_PIXELS.get(file.format, MAX_PIXELS), getattr(file, "tag_v2", {})
             if file.width * file.height > limit:
                 raise ValueError(f"{file.width} x {file.height} is over {limit} pixels")
             tile = tags.get(Tag.TileWidth, 0) * tags.get(Tag.TileLength, 0)  # of a TIFF
-            if tile > MAX_PIXELS // 4 or content.count(b"\xff\xda\0") > MAX_SCANS:
+            scans = file.format in ("JPEG", "MPO") and content.count(b"\xff\xda\0")
+            if tile > MAX_PIXELS // 4 or scans > MAX_SCANS:
                 raise ValueError("its tiles are too large, or its scans too many")
             image = to_rgb(file)
     except UnidentifiedImageError:

@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import json
 import os
-import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -292,10 +292,13 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> No
 def command(chat: Chat, line: str) -> str:
     """Carry out a chat command, but /quit, and return what to say. Raises ValueError, OSError."""
     name, _, argument = line.partition(" ")
-    # A path dragged into a terminal comes in quotes, or with backslashes.
-    argument = re.sub(r"\\(.)", r"\1", argument.strip().strip("'\""))
+    argument = argument.strip()
     if name == "/image" and argument:
-        image = open_image(os.path.expanduser(argument))  # here is no shell to expand "~"
+        path = os.path.expanduser(argument)  # here is no shell to expand "~"
+        if not os.path.exists(path):  # dragged into a terminal, it is spelled as for a shell
+            with contextlib.suppress(ValueError):  # of a quote without its fellow
+                path = os.path.expanduser(" ".join(shlex.split(argument)))
+        image = open_image(path)
         chat.images.append(image)
         return f"{argument}: {image.width} x {image.height} pixels; workflow {chat.workflow}"
     if name == "/workflow" and argument:
@@ -328,7 +331,7 @@ def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
             elif line:
                 answer_aloud(chat, line, boxes, as_json)
         except KeyboardInterrupt:
-            print(" [stopped]")
+            print(" [stopped]", file=said)
         except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             print(error, file=sys.stderr)  # a mistake does not end the chat
 

@@ -348,11 +348,12 @@ def train(config: Config, only: str | None) -> None:
     if not stages:
         raise ValueError(f"no stage {only!r}; there are: {', '.join(s.name for s in config.stage)}")
     with Ranks(config.timeout_s) as ranks:
+        if ranks.rank == 0:
+            held = checkpoint.lock(Path(config.out))  # noqa: F841  (kept until the run ends)
         config = with_dtype(config, ranks)
         flops = check_run(config, stages)
         ranks.progress = "the check of the frozen models"
         if ranks.rank == 0:
-            held = checkpoint.lock(Path(config.out))  # noqa: F841  (kept until the run ends)
             for kind, folder in ((Llama, config.llm), (Clip, config.vision)):
                 files.check_frozen(kind, folder)
         ranks.barrier()  # every rank has read the folders

@@ -303,8 +303,13 @@ def test_broken_pictures_are_one_line(tmp_path):
     (tmp_path / "letters.ppm").write_text("P3 1 1 255 1 2 x")  # Pillow: ValueError without a path
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")  # refused before it is decoded
     (tmp_path / "tile.tif").write_bytes(tiff(8, 1, b"ab", _322=46_336, _323=46_336))
-    scans = (tmp_path / "cut.jpg").read_bytes() + b"\xff\xda\0" * 201
-    (tmp_path / "scans.jpg").write_bytes(scans)
+    Image.new("RGB", (99, 99), (255, 218, 0)).save(tmp_path / "yellow.ppm")
+    assert open_image(tmp_path / "yellow.ppm").size == (99, 99)  # its pixels are a scan's mark
+    (tmp_path / "yellow.ppm").rename(tmp_path / "cut.ppm")
+    os.truncate(tmp_path / "cut.ppm", 9999)
+    scans = tmp_path / "scans.jpg"
+    Image.new("L", (9, 9)).save(scans)
+    scans.write_bytes(scans.read_bytes() + b"\xff\xda\0" * 100)
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(ValueError, match=f"{path.name}: not a readable picture") as error:
             open_image(path)

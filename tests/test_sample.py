@@ -1,6 +1,7 @@
 """sample.py: generation, streaming, chat, boxes, errors; on tiny random models."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -236,8 +237,9 @@ def test_pictures_and_workflow_change_between_turns(run, picture, other, script,
     is not in the prompt under text. After /reset there is neither history nor picture.
     """
     calls = script("one", "two <image>", "three", "four", "five")
+    dragged = shutil.copy(other, other.with_name("it's a.png"))
     feed(monkeypatch, "first", f"/image {picture}", "second", "/workflow text", "third",
-         f"/image '{other}'", "/workflow grounding", f"/image {picture}",
+         f"/image {shlex.quote(str(dragged))}", "/workflow grounding", f"/image {picture}",
          "See <image>, <image>", "/reset", "fifth")
     main(run)
     assert [call["workflow"] for call in calls] == ["text", "mm", "text", *["grounding"] * 2]
