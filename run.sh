@@ -35,6 +35,7 @@ packaged() { # packaged PATH: where an installed package keeps the file
 
 ask() { # ask OPTION...: one answer of $model, below its question
     local word shown=""
+    [ "$model" = runs/demo ] || shown=" --model $model" # sample.py's own choice need not be named
     for word; do
         [[ $word == *\ * ]] && word="\"$word\""
         shown+=" $word"

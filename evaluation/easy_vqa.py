@@ -17,8 +17,9 @@ from statistics import fmean
 from PIL import Image, ImageDraw, ImageFont
 
 from clip import open_image
-from data import GROUNDING_PROMPT, TAG, check_row, iou, path_below, text_to_boxes
+from data import GROUNDING_PROMPT, check_row, iou, path_below, text_to_boxes
 from evaluation.answers import Record, Table, read_lines
+from tokenization.templates import without_tags
 
 BOXES = "boxes, IoU 0.5"
 SHEET = {"colour": 2, "shape": 2, "yes/no": 4, BOXES: 4}  # how many of each kind, in rows of 4
@@ -42,7 +43,7 @@ def answer_kind(answer: str) -> str:
 
 def pairs(row: dict) -> list[tuple[str, str]]:
     """The questions and answers of a row. RowError where it is no row."""
-    texts = [turn["value"].replace(TAG, "").strip() for turn in check_row(row)["conversations"]]
+    texts = [without_tags(turn["value"]).strip() for turn in check_row(row)["conversations"]]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

@@ -9,8 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from data import GROUNDING_PROMPT, TAG, check_row, iou, padded_square, path_below
+from data import GROUNDING_PROMPT, check_row, iou, padded_square, path_below
 from evaluation.answers import Record, Table, read_lines
+from tokenization.templates import without_tags
 
 
 def read(data: Path, images: Path | None) -> list[Record]:
@@ -35,7 +36,7 @@ def make_question(row: dict, stem: str, number: int, images: Path) -> Record:
     else:
         question = check_row(row)["conversations"][0]["value"]
         stem, key, picture = f"{row['source']} {row['split']}", row["id"], row["image"]
-        text = question.replace(TAG, "").strip().removesuffix(".")
+        text = without_tags(question).strip().removesuffix(".")
         box, = row["boxes"]
     width, height = row["width"], row["height"]
     x1, y1, x2, y2 = box
