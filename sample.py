@@ -65,7 +65,7 @@ def sample_token(
     logits = logits.cpu()  # generators are the CPU's: a seed draws the same on every device
     sharpened = logits / max(temperature, 1e-30)  # 1e-30 is greedy, and does not overflow
     probs, order = sharpened.softmax(-1).sort(-1, descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely token always stays
+    probs[probs.cumsum(-1) - probs > top_p] = 0  # the most likely token always stays
     drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)]
     return order.gather(-1, torch.stack(drawn))[:, 0]
 

@@ -191,7 +191,7 @@ def micro_batches(
     for step in range(first, stage.steps):
         rows = sampler.rows(step)
         cuts = [rows[i : i + stage.micro_batch] for i in range(0, stage.batch, stage.micro_batch)]
-        yield from cuts[ranks.rank :: ranks.world]  # spreads long rows over the ranks
+        yield from cuts[ranks.rank :: ranks.world]  # rows of similar length, on different ranks
 
 
 def held_out_batches(run: Run, stage: StageConfig) -> list[Batch]:
@@ -218,8 +218,8 @@ def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
     signal.signal(signal.SIGALRM, give_up)
     # A limit of torch's own would not cover a worker that freezes while it hands over a batch.
     signal.alarm(limit_s)  # 0: none
-    try:
-        return [next(stream) for _ in range(number)]
+    try:  # copies: each tensor of a worker holds an open file, and a system allows some 1000
+        return [next(stream).to("cpu", copy=True) for _ in range(number)]
     except RuntimeError as error:
         raise ChildProcessError(f"{run.ranks.where_stopped}: {error}") from None
     finally:
@@ -231,6 +231,7 @@ def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
 def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     """Train one stage to its end and save its adaptor. later: FLOPs of later stages."""
     ranks, config, began = run.ranks, run.config, time.perf_counter()
+    ranks.progress = f"the start of stage {stage.name}"
     folder = Path(config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
@@ -299,7 +300,7 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
         folder, source = adaptor_folder(config, stage.name), source_folder(config, stage)
         ready.append(folder)
         if folder.is_dir():
-            was = checkpoint.finished_settings(folder)
+            was = files.read_json(folder / "config.json", settings=dict)["settings"]
             checkpoint.check_settings(folder.parent, was, settings_of(config, stage))
             continue
         for path in (*stage.data, *stage.held_out):
@@ -358,6 +359,9 @@ def train(config: Config, only: str | None) -> None:
                 files.check_frozen(kind, folder)
         ranks.barrier()  # every rank has read the folders
         for stage in stages:
+            if ranks.sum(SIGTERM.is_set()):  # since a stage's last step: no other one begins
+                ranks.print0("SIGTERM: the same command goes on")
+                sys.exit(128 + signal.SIGTERM)
             folder = Path(config.out, stage.name)
             if stage.name in flops:
                 del flops[stage.name]

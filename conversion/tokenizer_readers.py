@@ -103,8 +103,8 @@ def build_tokenizer(
     images = [name for name in (image, *IMAGE_TOKENS) if name in specials]
     if not images:
         raise ValueError(f"no special token for images: {' or '.join(IMAGE_TOKENS)} is needed")
-    # In a chat, bos_token in the model's template decides. ChatML's models often state a mark of
-    # the template or the stop token as start, which is no start.
+    # A template with bos_token keeps the start token. ChatML's models often state a mark of the
+    # template or the stop token as start, which is no start.
     if "bos_token" not in (stated.jinja or "") and (
             stated.adds_start is False or start in (*TEMPLATE_MARKS["chatml"], *stops)):
         start = ""
@@ -198,8 +198,9 @@ def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
             *({"content": name, "id": number} for name, number in added.items()),
             *({"id": int(number)} | token
               for number, token in said.get("added_tokens_decoder", {}).items())]
-        odd = [token["content"] for token in records if not token.get("special") and (
-            token.get("lstrip") or token.get("rstrip") or token.get("single_word"))]
+        odd = [token["content"] for token in records
+               if not (token.get("special") or token["content"] in CONTROL)
+               and any(map(token.get, ("lstrip", "rstrip", "single_word")))]
         if odd:
             raise ValueError(f"added word {odd[0]!r}: lstrip, rstrip and single_word are not "
                              "supported")

@@ -56,7 +56,8 @@ def run(*command: str) -> None:
 
 def spread(values: list[float]) -> str:
     """The mean of some runs, and the standard deviation where there are several."""
-    return f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+    several = len(values) > 1 and math.isfinite(sum(values))  # NaN: no held-out data
+    return f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if several else "")
 
 
 @one_line("evaluation.ablate", "the same command goes on")

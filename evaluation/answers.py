@@ -145,6 +145,7 @@ class GreedyModel:
             if settings.get("do_sample") and settings.get("temperature", 1) != 0:
                 raise ValueError("a task wants sampling: only greedy answers are supported")
             length = settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256
+            length = min(length, self.chat.model.llama.config.context // 2)  # room for the question
             questions.append({"workflow": self.workflow_of(request), "max_tokens": length,
                               "prompt": text, "request": request, "key": len(questions)})
         answers = ask(self.chat, questions, self.batch, self.prompt)
@@ -167,10 +168,9 @@ def ask_on_all_ranks(
     chat = load(args, list({question["workflow"] for question in asked}))
     mine = range(ranks.rank, len(asked), ranks.world)  # spreads long answers over the ranks
     said = ask(chat, [asked[n] for n in mine], args.batch)
-    parts = [{mine[n]: text.strip() for n, text in said.items()}]
+    parts = [{mine[n]: text.strip() for n, text in said.items()}] * ranks.world
     if ranks.world > 1:
-        own, parts = parts[0], [None] * ranks.world
-        dist.all_gather_object(parts, own)
+        dist.all_gather_object(parts, parts[0])
     answers = {n: text for part in parts for n, text in part.items()}
     records = [asked[n] | {"answer": answers[n]} for n in sorted(answers)]
     if not records:

@@ -23,6 +23,8 @@ from tokenization.templates import without_tags
 
 BOXES = "boxes, IoU 0.5"
 SHEET = {"colour": 2, "shape": 2, "yes/no": 4, BOXES: 4}  # how many of each kind, in rows of 4
+KINDS = {"yes": "yes/no", "no": "yes/no", "rectangle": "shape", "circle": "shape",
+         "triangle": "shape"}  # last word of an answer -> kind of its question
 TILE = (256, 324)  # width and height in pixels
 RED, GREEN, BLUE = "#d0021b", "#0a8f3c", "#1f5fff"
 
@@ -34,11 +36,7 @@ def last_word(answer: str) -> str:
 
 def answer_kind(answer: str) -> str:
     """The kind of question that has this answer: a key of SHEET."""
-    if answer.startswith("["):
-        return BOXES
-    if last_word(answer) in ("yes", "no"):
-        return "yes/no"
-    return "shape" if last_word(answer) in ("rectangle", "circle", "triangle") else "colour"
+    return BOXES if answer.startswith("[") else KINDS.get(last_word(answer), "colour")
 
 
 def pairs(row: dict) -> list[tuple[str, str]]:

@@ -36,11 +36,17 @@ def excluded_images(args: argparse.Namespace) -> Set[int]:
     """COCO numbers of the pictures to leave out; for RefCOCO's own train rows it is the default."""
     folder = args.exclude_images
     if folder is None and args.command == "refcoco" and args.split == "train":
-        folder = args.inputs[0].parent
+        folder = args.inputs[0].parent  # REFER, which holds all three sets
     if folder is None and args.command == "coco":
         raise ValueError("COCO holds the pictures that RefCOCO is evaluated on: give "
                          "--exclude-images REFER, or --exclude-images none")
-    return boxes.evaluation_images(Path(folder)) if folder not in (None, "none") else set()
+    if folder in (None, "none"):
+        return set()
+    try:
+        return boxes.evaluation_images(Path(folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing: it names pictures that grounding is "
+                         "evaluated on; --exclude-images none keeps them in training") from None
 
 
 @one_line("prepare_data")
@@ -56,7 +62,7 @@ def main() -> None:
     add("--images", type=Path, metavar="ROOT", help="root of all pictures: DocVQA's go there")
     add("--exclude-images", metavar="REFER", help="folder with refcoco/, refcoco+/, refcocog/: "
         "leave out each picture that they are evaluated on; or none")
-    add("--split", default="train", help="of RefCOCO [train]")
+    add("--split", help="of RefCOCO [train]")
     add("--max-malformed", type=float, default=0.01, metavar="SHARE",
         help="of rows not as published: more is an error [0.01]")
     args = parser.parse_intermixed_args()
@@ -67,6 +73,9 @@ def main() -> None:
         for what, count in easy_vqa(args.out).items():
             print(f"{what}: {count}")
         return
+    if args.split and args.command != "refcoco":
+        parser.error("--split is for refcoco")
+    args.split = args.split or "train"
     if args.images is None and args.command == "docvqa-cmarkea":
         raise ValueError("--images ROOT is missing: the folder that all pictures are below")
     own = {"docvqa-cmarkea": {"root": args.images}, "refcoco": {"split": args.split}}

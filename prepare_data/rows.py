@@ -63,10 +63,11 @@ def make_row(
     workflow: str = "mm", **fields,
 ) -> dict:
     """A row of questions and answers. Tags stay where they are; without any, pictures come first.
+    ValueError for an empty text.
 
-    key: unique in its source and split. fields: those that not every row has.
+    key: unique in its file. fields: those that not every row has.
     """
-    texts = [text.strip() for pair in pairs for text in pair]
+    texts = [clean(text) for pair in pairs for text in pair]
     if not any(TAG in text for text in texts):
         texts[0] = IMAGE * len(images) + texts[0]
     image = images[0] if len(images) == 1 else images or None

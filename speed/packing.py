@@ -76,38 +76,28 @@ class Int8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-class HalfLinear(nn.Module):
-    """A `Linear` without bias with fp16 weights in FBGEMM's layout. x and the sums are fp32."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.detach(), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs), fp32."""
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
-
-
 class PackedLinear(nn.Module):
-    """A `Linear` without bias in oneDNN's layout, which `F.linear` makes anew at each call."""
+    """A `Linear` without bias in the faster of a library's layouts that hold its values.
+
+    FBGEMM's has fp16 weights and computes in fp32. Else it is oneDNN's, which `F.linear` makes anew
+    at each call.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        # The layout depends on a number of tokens. That for 16 is good for one, and for a prompt.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+        weight, engines = weight.detach(), torch.backends.quantized.supported_engines
+        if weight.dtype == torch.float32 and "fbgemm" in engines and (
+                # Half of the smallest fp16 number: of bf16 values only tiny ones change.
+                (weight.half().float() - weight).abs().max() <= 2**-25):
+            self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
+            self.product = torch.ops.quantized.linear_dynamic_fp16
+        else:  # the layout for 16 tokens, which is good for one, and for a prompt
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+            self.product = onednn_linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype, which must be the weight's."""
-        return onednn_linear(x, self.weight)
-
-
-def packed_linear(weight: Tensor) -> nn.Module:
-    """A matrix that oneDNN computes with, in the faster layout that holds its values."""
-    if weight.dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
-        lost = (weight.half().float() - weight).abs().max()
-        if lost <= 2**-25:  # half of the smallest fp16 number: of bf16 values only tiny ones change
-            return HalfLinear(weight)
-    return PackedLinear(weight)
+        return self.product(x, self.weight)
 
 
 def pack(model: nn.Module, int8: bool = False) -> None:
@@ -116,7 +106,7 @@ def pack(model: nn.Module, int8: bool = False) -> None:
     A tied head becomes a matrix of its own. Linear layers with a bias stay, and so do embeddings.
     Without int8, a model stays as it is where oneDNN has no kernels for its dtype and device.
     """
-    weight, new = next(model.parameters()), Int8Linear if int8 else packed_linear
+    weight, new = next(model.parameters()), Int8Linear if int8 else PackedLinear
     if not int8 and not onednn_computes(weight.dtype, weight.device):
         return
     # Without the matrices themselves: the list would keep all old ones until the end.

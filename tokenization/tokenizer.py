@@ -100,15 +100,14 @@ class Tokenizer:
         try:
             self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"not a sentencepiece model: {error}") from None
+            raise ValueError(f"tokenizer.model: not of sentencepiece: {error}") from None
         pieces = {token: sp.IdToPiece(token) for token in range(sp.GetPieceSize())}
         first = [pieces.get(token) for token in range(3)]
         if first != [*self.special_tokens][:3] or not sp.IsByte(3):
-            raise ValueError("another kind of sentencepiece model: "
+            raise ValueError("tokenizer.model: another kind of sentencepiece model: "
                              "Llama's has <unk>, <s>, </s>, then bytes")
-        words = {token: piece.replace("\u2581", " ").encode() for token, piece in pieces.items()}
-        bytewise = [token for token in pieces if sp.IsByte(token)]  # spelled <0x0A>
-        words |= {token: bytes.fromhex(pieces[token][3:5]) for token in bytewise}
+        words = {token: bytes.fromhex(piece[3:5]) if sp.IsByte(token)  # spelled <0x0A>
+                 else piece.replace("\u2581", " ").encode() for token, piece in pieces.items()}
         return words | dict.fromkeys(self.special_tokens.values(), b"")
 
     def save(self, folder: str | Path) -> None:

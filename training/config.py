@@ -111,15 +111,16 @@ class Config:
         names = [s.name for s in self.stage]
         if len(set(names)) < len(names):
             raise ValueError(f"two stages have the same name: {names}")
-        for place, stage in enumerate(self.stage):
-            if stage.start not in ("", "none", *names[:place]):
-                raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
-                                 f"stage before it ({', '.join(names[:place])})")
         if self.stages is not None:
             if not self.stages or set(self.stages) - set(names):
                 raise ValueError(f"stages = {self.stages}: one or more of {', '.join(names)}")
-            kept = [s for s in self.stage if s.name in self.stages]
+            names = [name for name in names if name in self.stages]
+            kept = [s for s in self.stage if s.name in names]
             object.__setattr__(self, "stage", kept)  # past `frozen`
+        for place, stage in enumerate(self.stage):
+            if stage.start not in ("", "none", *names[:place]):
+                raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
+                                 f"stage before it in the run ({', '.join(names[:place])})")
         if self.frozen_dtype and self.shard_frozen and any(s.zero == 3 for s in self.stage):
             raise ValueError("frozen_dtype = 'int8': zero = 3 cannot shard int8 weights: "
                              "set shard_frozen = false, or zero = 2")
@@ -129,10 +130,9 @@ def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorCo
     """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
     if stage.trains == "projector":
         return AdaptorConfig((), own_embedding=False, own_head=False)
-    insertion = config.insertion
-    if isinstance(insertion, int):
-        insertion = evenly_spaced_layers(insertion, layers)
-    return AdaptorConfig(insertion, config.structure, config.own_embedding, config.own_head,
+    number = config.insertion  # or a list of layers
+    insertion = evenly_spaced_layers(number, layers) if isinstance(number, int) else number
+    return AdaptorConfig(tuple(insertion), config.structure, config.own_embedding, config.own_head,
                          config.own_llm)
 
 

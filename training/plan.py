@@ -188,8 +188,9 @@ def main(argv: list[str] | None = None) -> None:
                         help="override a key, as for train.py")
     parser.add_argument("--world", type=int, default=8, help="ranks [%(default)s]")
     parser.add_argument("--memory-gb", type=float, default=80, help="of a rank [%(default)s]")
-    parser.add_argument("--tflops", type=float, default=100, help="TFLOP/s of a rank, as log.jsonl "
-                        "counts them [%(default)s: a third of an A100's peak in bf16]")
+    parser.add_argument("--tflops", type=float, default=100, help="TFLOP/s of a rank: those in "
+                        "log.jsonl, which are of all ranks, divided by their number [%(default)s: "
+                        "a third of an A100's peak in bf16]")
     args = parser.parse_args(argv)
     if min(args.world, args.memory_gb, args.tflops) <= 0:
         parser.error("--world, --memory-gb, --tflops: above 0")

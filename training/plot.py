@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of the run: `out` of its configuration")
     run = parser.parse_args(argv).run
     names = [stage["name"] for stage in read_json(run / "config.json", stage=list)["stage"]]
-    logs = {name: read_log(run / name / "log.jsonl") for name in names}
-    stages = {name: rows for name, rows in logs.items() if rows}
+    stages = {name: rows for name in names if (rows := read_log(run / name / "log.jsonl"))}
     if not stages:
         raise ValueError(f"{run}: nothing logged yet in {', '.join(names)}")
     draw(stages, str(run), run / "curves.png")

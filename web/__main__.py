@@ -78,7 +78,7 @@ def serve(chat: Chat, host: str, port: int) -> None:
                     yield {picture: draw_boxes(image, boxes_on(image, said))}
         except (ValueError, OSError, CancelledError) as error:
             gr.Warning(str(error) or f"the model was busy for {PATIENCE_S:g} s; ask again later")
-            yield {question: text}
+            yield {question: text if one is pair[0] else ""}  # else the adaptor has answered it
 
     with gr.Blocks(title="IAA", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         chats = gr.State()  # of the tab; None before its first event
@@ -94,8 +94,7 @@ def serve(chat: Chat, host: str, port: int) -> None:
         asked = question.submit(answer, [question, workflow, chats], everything,
                                 concurrency_limit=None, show_progress="hidden")
         question.stop(None, cancels=asked)
-        for number, column in enumerate(columns):
-            # An answer under way still joins the history of the chat that it began in.
+        for number, column in enumerate(columns):  # an answer under way joins its old chat only
             column.clear(lambda pair, n=number: pair.insert(n, replace(pair.pop(n), turns=[])),
                          chats, cancels=asked)
         for event in events:  # preprocess: Gradio would open the picture, and say less of errors
@@ -112,8 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="runs/demo", help="folder of a run [%(default)s]")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for all [%(default)s]")
     parser.add_argument("--port", type=int, default=7860, help="[%(default)s]")
+    parser.add_argument("--quantize", choices=["int8"], help="as of sample.py")
     args = parser.parse_args(argv)
-    serve(Chat.load(args.model, max_tokens=256), args.host, args.port)
+    serve(Chat.load(args.model, quantize=args.quantize, max_tokens=256), args.host, args.port)
 
 
 if __name__ == "__main__":
