@@ -135,6 +135,7 @@ class Run:
 
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models. With ZeRO-3 they go to the CPU first: a rank keeps only its shard."""
+    ranks.progress = f"the start of stage {stage.name}"
     in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # a GPU may be small
     device = "cpu" if in_shards else ranks.device
     dtype = DTYPES[config.dtype]
@@ -231,7 +232,6 @@ def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
 def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     """Train one stage to its end and save its adaptor. later: FLOPs of later stages."""
     ranks, config, began = run.ranks, run.config, time.perf_counter()
-    ranks.progress = f"the start of stage {stage.name}"
     folder = Path(config.out, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)

@@ -65,6 +65,8 @@ def test_a_file_goes_over_its_base(write):
     ('base = "base.toml"\n[stage]\nname = "one"', "write [[stage]], with two brackets"),
     ('base = "base.toml"\nstages = ["three"]', "stages = ['three']: one or more of one, two"),
     ('base = "base.toml"\nstages = "one"', "stages = 'one': expected list[str] | None"),
+    ('base = "base.toml"\nstages = ["two"]\n[[stage]]\nname = "two"\nstart = "one"',
+     "top.toml: stage two: start = 'one': \"\", \"none\" or a stage before it in the run ()"),
     ('base = "base.toml"\nstructur = "a"', "unknown key 'structur'"),
 ])
 def test_errors_of_a_file_are_one_line(write, text, message):

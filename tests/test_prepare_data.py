@@ -94,12 +94,13 @@ def test_records_of_llava(tmp_path, run):
         {"id": "q_0", "conversations": talk("ahead", "Erkläre", "„Rekursion“", first=1)},
         {"id": "2", "image": two, "conversations": talk("See <image>.", "A", "And\n<image>", "B")},
         {"id": "e", "image": "vg/a.jpg", "conversations": talk("<image>\nWhat?", " ")},
+        {"id": "f", "image": "vg/a.jpg", "conversations": talk("", "That.")},
         {"id": "t", "conversations": talk("a", "b", "last")},
         {"id": 7, "image": 7, "conversations": pair}])
     counts, rows = run("llava-mix665k", source, "--max-malformed", 0.8)
     assert counts == {
         "written": 3,
-        "malformed: RowError: a turn has no text": 1,
+        "malformed: ValueError: a text is empty": 2,
         "malformed: ValueError: human and gpt do not take turns": 1,
         "malformed: RowError: 'image' must be a path, a list of paths, or null": 1}
     assert brief(rows) == [
@@ -150,7 +151,8 @@ def test_docvqa(tmp_path, run):
 
     picture, root, part = tmp_path / "p.png", tmp_path / "root", tmp_path / "set/train-0.parquet"
     Image.new("P", (4, 3)).save(picture)
-    pairs = {"en": [{"question": "Total?", "answer": "42"}, {"question": "Whose?", "answer": "A"}]}
+    pairs = {"en": [{"question": "Total?", "answer": "42"}, {"question": "", "answer": "B"},
+                    {"question": "Whose?", "answer": "A"}]}
     contents = {"d1": picture.read_bytes(), "d2": b"<html>", "../d3": b""}
     records = [{"id": name, "qa": pairs, "image": {"bytes": content, "path": None}}
                for name, content in contents.items()]
@@ -158,10 +160,11 @@ def test_docvqa(tmp_path, run):
     counts, rows = run("docvqa-cmarkea", part.parent, "--images", str(root),
                        "--max-malformed", 0.7)
     assert counts == {"written": 2, "malformed: KeyError: b'<ht'": 1,
+                      "malformed: ValueError: a text is empty": 1,
                       "malformed: ValueError: 'id' is no file name": 1}
     assert brief(rows) == [
         ("docvqa_cmarkea/train/d1/0", "docvqa/train/d1.png", "<image>\nTotal?", "42"),
-        ("docvqa_cmarkea/train/d1/1", "docvqa/train/d1.png", "<image>\nWhose?", "A")]
+        ("docvqa_cmarkea/train/d1/2", "docvqa/train/d1.png", "<image>\nWhose?", "A")]
     (written,) = root.rglob("*.*")
     assert written.name == "d1.png" and written.read_bytes() == picture.read_bytes()
 
@@ -289,6 +292,7 @@ def test_coco(tmp_path, refer, run, fails):
     """A row a picture and category; crowds, long lists and tiny boxes drop the whole row."""
     source = write(tmp_path / "instances_train2017.json", COCO)
     assert "--exclude-images REFER" in fails("coco", source)
+    assert "refs(unc).p is missing: it names" in fails("refcoco", tmp_path / "only/refcoco")
     accept = ("--max-malformed", 0.5, "--exclude-images")
     counts, (first, second, third) = run("coco", source, *accept, "none")
     assert counts == {

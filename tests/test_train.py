@@ -345,6 +345,25 @@ def test_sigterm_finishes_the_step_and_saves(world, whole, tmp_path, ranks, save
         check_same(world, tmp_path / "run", whole)
 
 
+def test_sigterm_between_stages_begins_no_other(world, tmp_path, monkeypatch):
+    """Sent in a stage's last step, it is heeded before the next one loads; code 143."""
+    monkeypatch.setattr("train.SIGTERM.is_set", lambda: True)
+    with pytest.raises(SystemExit) as stop:
+        go(world, tmp_path / "run")
+    assert stop.value.code == 143 and not (tmp_path / "run/pretrain_projector").exists()
+
+
+def test_a_step_of_many_micro_batches_needs_few_open_files(world, tmp_path):
+    """Four tensors each come from a worker's shared memory, which keeps a file open for each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        alone(world, tmp_path / "run", "workers=1", "instruct.batch=32", "instruct.micro_batch=1",
+              "instruct.steps=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # Files that have changed
 
 
