@@ -136,6 +136,11 @@ class Adaptor(nn.Module):
         if self.llm is not None:
             self.llm.load_state_dict(llama.state_dict())
 
+    def hold_ends(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Leave embedding, norm and head out of training: constants in `dtype`, on `device`."""
+        for part in filter(None, (self.embedding, self.norm, self.head)):
+            part.requires_grad_(False).to(device, dtype)
+
     def after_layer(self, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> AfterLayer:
         """The hook for `Llama.forward`: insertion layer n runs after frozen layer insertion[n]."""
         number = {index: n for n, index in enumerate(self.config.insertion)}

@@ -168,6 +168,8 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     # "plain" has no question in it. Such an adaptor is asked in the LLM's own template.
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     adaptor.prompt = {"template": template, "system": run.config.system}
+    if stage.trains == "layers":
+        adaptor.hold_ends(llama.dtype, llama.device)
     run.model.adaptors[stage.adaptor] = adaptor
     if run.config.frozen_dtype == "int8":  # now that insertion layers are exact copies
         from speed.packing import pack  # no other setting needs it
@@ -244,7 +246,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     first = checkpoint.resume_state(folder, ranks, state, optimizer, settings)
     if ranks.rank == 0:  # only now: a refused command must change nothing
         files.write_json(Path(config.out, "config.json"), asdict(config))
-    size = count(adaptor.parameters())
+    size = count(weight for weight in adaptor.parameters() if weight.requires_grad)
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
     dataset = open_data(run, stage, stage.data)
     sampler = Sampler(dataset.lengths, stage.batch, config.seed)

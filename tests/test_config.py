@@ -81,7 +81,7 @@ def test_errors_of_a_file_are_one_line(write, text, message):
     ("two.steps='many'", "stage[1].steps = 'many': expected int"),
     ("two.steps=0", "stage two: steps = 0: must be 1 or more"),
     ("two.lr=nan", "stage two: lr = nan: must be 0 or more"),
-    ("two.trains=all", "trains = 'all': \"projector\" or \"adaptor\""),
+    ("two.trains=all", "trains = 'all': \"projector\", \"layers\" or \"adaptor\""),
     ("two.micro_batch=3", "batch = 128 is not a multiple of micro_batch = 3"),
     ("two.data=[]", "data = []: at least one JSONL file"),
     ("two.warmup=3", "warmup = 3.0: a share of the steps, 1 at most"),

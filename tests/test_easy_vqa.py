@@ -85,14 +85,6 @@ def test_small_shapes_are_trained_on_twice(package, tmp_path):
     assert boxes[1] == boxes[2] and '"id": "easy-vqa/train/boxes/1"' in boxes[1]
 
 
-def test_a_picture_of_another_colour_is_dropped_with_a_reason(package, tmp_path):
-    """Where the pixels contradict the answers, the picture is left out and counted."""
-    draw("red", "rectangle", [5, 5, 20, 20]).save(package.get_train_image_paths()[0])
-    report = easy_vqa(tmp_path / "out")
-    assert report["train: dropped, the pixels contradict the answers"] == 1
-    assert report["train: questions written"] == 2
-
-
 @pytest.mark.parametrize(("question", "answer", "right", "taught"), [
     ("what is the red shape?", "circle", True, "circle"),
     ("what color is the circle?", "blue", False, "blue"),

@@ -60,7 +60,8 @@ def world(tmp_path_factory, tiny_base):
     for stage in ({"name": "pretrain_projector", "trains": "projector", "template": "plain",
                    "held_out": [f"{folder}/rows.jsonl"], "steps": 3, "batch": 4, "eval_rows": 4},
                   {"name": "instruct", "steps": 8, "batch": 8, "save_every": 2},
-                  {"name": "grounding", "adaptor": "grounding", "steps": 2, "batch": 4}):
+                  {"name": "grounding", "adaptor": "grounding", "trains": "layers", "steps": 2,
+                   "batch": 4}):
         stage |= {"data": [f"{folder}/rows.jsonl"], "micro_batch": 4, "lr": 1e-3}
         lines += ["[[stage]]", *(f"{key} = {json.dumps(value)}" for key, value in stage.items())]
     (folder / "config.toml").write_text("\n".join(lines))
@@ -125,14 +126,17 @@ def fails(world, monkeypatch):
 
 
 def test_stages_build_on_each_other(world, trained):
-    """Each stage starts from the one before; the first trains only the projector. The log has a
-    line a step, and a loss that fell."""
+    """Each stage starts from the one before; the first trains only the projector, the last leaves
+    embedding, norm and head. The log has a line a step, and a loss that fell."""
     stages = ("pretrain_projector", "instruct", "grounding")
     first, second, third = (tensors(world, "run", name) for name in stages)
     assert set(first) == {f"projector.{part}" for part in
                           ("up.weight", "up.bias", "down.weight", "down.bias")}
     assert second.keys() == third.keys() > first.keys()
     assert not torch.equal(first["projector.up.weight"], second["projector.up.weight"])
+    for name in second:
+        ends = name in ("embedding.weight", "norm.weight", "head.weight")
+        assert torch.equal(second[name], third[name]) == ends
     index = json.loads((world / "run" / "iaa.json").read_text())
     assert index["adaptors"] == {"mm": "instruct/adaptor", "grounding": "grounding/adaptor"}
     lines = read_log(world / "run" / "instruct" / "log.jsonl")

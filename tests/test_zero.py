@@ -34,6 +34,7 @@ ADAPTORS = {  # what is trained
     "a": AdaptorConfig((0, 1), "a", own_embedding=False),
     "tied": AdaptorConfig(own_llm=True, own_embedding=False, own_head=False),  # all but one weight
     "projector": AdaptorConfig(own_embedding=False, own_head=False),
+    "layers": AdaptorConfig((0, 2), "c"),  # its ends are constants
 }
 AS_ONE = [  # ranks, kind, ZeRO stage, rows, micro-batches, settings
     (1, "c", 0, 16, 4, {}),
@@ -42,6 +43,8 @@ AS_ONE = [  # ranks, kind, ZeRO stage, rows, micro-batches, settings
     (2, "c", 3, 16, 2, {"shard_frozen": False}),
     (2, "projector", 1, 16, 8, {}),  # a rank whose loss reaches no trained weight
     (2, "tied", 3, 16, 8, {"recompute": True}),
+    (2, "layers", 2, 16, 4, {}),
+    (2, "layers", 3, 16, 4, {}),
     (3, "a", 0, 12, 4, {}),  # 4 micro-batches among 3 ranks
     (3, "tied", 2, 12, 4, {"reduce_fp32": True}),
     (4, "projector", 3, 16, 2, {}),  # two ranks without any rows
@@ -59,6 +62,8 @@ def tiny(kind: str) -> tuple[IAA, Adaptor]:
     adaptor.init_from_frozen(model.llama)
     for gate in adaptor.gates:
         torch.nn.init.normal_(gate.weight, std=0.1)
+    if kind == "layers":
+        adaptor.hold_ends(torch.float32, "cpu")
     model.adaptors["mm"] = adaptor
     return model, adaptor
 
@@ -143,11 +148,12 @@ def measured(state, adaptor: Adaptor, optimizer: torch.optim.AdamW) -> Iterator[
 
     def held(*_) -> None:
         weights = [*state.masters.values(), *adaptor.parameters()]
-        frozen = [*model.llama.parameters(), *model.clip.parameters()]
+        trained = [w for w in adaptor.parameters() if w.requires_grad]
+        frozen = [w for w in model.parameters() if not w.requires_grad]
         if state.zero == 3 and len(state.units) > len(state.trained):
             frozen = [unit.shard for unit in state.units if not unit.trained]
         found.update({"frozen weights": stored(frozen),
-                      "trained weights": stored(adaptor.parameters()) if state.zero else 0,
+                      "trained weights": stored(trained) if state.zero else 0,
                       "fp32 masters": stored(state.masters.values()),
                       "gradients": stored(w.grad for w in weights if w.grad is not None)})
 

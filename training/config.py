@@ -28,7 +28,8 @@ RULES = (  # keys of a stage or of the run, what is accepted, and the test
     ("beta1 beta2", "0 or more, below 1", lambda value: 0 <= value < 1),
     ("clip_norm eps", "must be above 0", lambda value: value > 0),
     ("warmup", "a share of the steps, 1 at most", lambda value: 0 <= value <= 1),
-    ("trains", '"projector" or "adaptor"', ("projector", "adaptor").__contains__),
+    ("trains", '"projector", "layers" or "adaptor"',
+     ("projector", "layers", "adaptor").__contains__),
     ("zero", "0, 1, 2 or 3", range(4).__contains__),
     ("dtype", f"one of {', '.join(CHOICES)}", CHOICES.__contains__),
     ("frozen_dtype", 'leave it out, or "int8"', (None, "int8").__contains__),
@@ -54,7 +55,9 @@ class StageConfig:
     held_out: list[str] = ()  # JSONL files for the held-out loss
     adaptor: str = "mm"  # the workflow that it trains
     start: str = ""  # stage to start from; "" the one before, "none" the frozen model
-    trains: str = "adaptor"  # "projector" (text embedding and head, nothing inserted) or "adaptor"
+    # "projector": alone, with the text embedding and head and no insertion layers. "layers": it and
+    # the insertion layers, while embedding, norm and head stay as the start left them. "adaptor".
+    trains: str = "adaptor"
     template: str = ""  # "" the tokenizer's own, "plain" picture then caption
     lr: float = 2e-5
     lr_projector: float = 0.0  # 0 = lr

@@ -50,7 +50,8 @@ def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int) -
     inserted = layer * len(adaptor.layers) + count(adaptor.gates.parameters())
     matrices = layer * len(llm.layers) + inserted
     trained = inserted if adaptor.llm is None else matrices
-    head_trained = adaptor.head is not None or adaptor.llm is not None
+    own_head = adaptor.head or adaptor.llm  # None: the frozen LLM's
+    head_trained = own_head is not None and next(own_head.parameters()).requires_grad
     head = scored * sizes.vocab_size * sizes.width * (6 if head_trained else 4)
     return (rows * tokens * (4 * matrices + 2 * trained) + head
             + 14 * attention * rows * tokens**2 * layers)
@@ -70,8 +71,10 @@ def meta_model(config: Config, stage: StageConfig, sizes: LlamaConfig, vision: C
     dtype = DTYPES["bf16" if config.dtype == "auto" else config.dtype]
     with torch.device("meta"):
         model = IAA(Llama(sizes).to(dtype), Clip(vision).to(dtype), 0)
-        settings = adaptor_config(config, stage, sizes.layers)
-        model.adaptors[stage.adaptor] = Adaptor(settings, sizes, vision.width)
+        adaptor = Adaptor(adaptor_config(config, stage, sizes.layers), sizes, vision.width)
+        if stage.trains == "layers":
+            adaptor.hold_ends(dtype, "meta")
+        model.adaptors[stage.adaptor] = adaptor
     return model
 
 

@@ -102,7 +102,7 @@ def memory_and_traffic(
     size = {unit: unit.padded(world if zero else 1) for unit in units}  # stage 0 does not pad
     trained = sum(size[unit] for unit in units if unit.trained)
     in_shards = sum(size[unit] for unit in units if not unit.trained)
-    frozen = in_shards // world or count([*model.llama.parameters(), *model.clip.parameters()])
+    frozen = in_shards // world or count(w for w in model.parameters() if not w.requires_grad)
     int8 = sum(buffer.nbytes for buffer in model.llama.buffers())  # never in shards
     shard, buckets = trained // world, trained if world > 1 else 0  # DDP sends from its buckets
     before = [None, *(stop.unit for stop in stops)]  # what a stop finds gathered already
@@ -157,8 +157,8 @@ def plan(config: Config, world: int, memory_gb: float, tflops: float) -> str:
         sizes = frozen_config(config.llm, "llama"), frozen_config(config.vision, "clip")
         model = meta_model(config, stage, *sizes)
         row = average_row(config, stage, model)
-        frozen_llm, tower, trained = (count(part.parameters()) for part in (
-            model.llama, model.clip, model.adaptors[stage.adaptor]))
+        frozen_llm, tower = (count(part.parameters()) for part in (model.llama, model.clip))
+        trained = count(w for w in model.adaptors[stage.adaptor].parameters() if w.requires_grad)
         flops = step_flops(model, stage.adaptor, stage.batch, row.tokens, stage.batch * row.scored)
         if config.frozen_dtype == "int8":
             from speed.packing import pack

@@ -257,6 +257,7 @@ class ZeroSharded:
                 unit.free()
         self.trained = [unit for unit in self.units if unit.trained]
         self.masters = {self.names[unit.weights[0]]: unit.shard for unit in self.trained}
+        self.adaptor = [unit for unit in self.units if unit.weights[0] in self.names]
         self.position = -1  # number of the stop that runs; -1 between micro-batches
         self.pending_reduce = None  # (unit, work, received) of a running reduce_scatter
         for number, stop in enumerate(self.stops):
@@ -348,12 +349,12 @@ class ZeroSharded:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """A context in which every rank has all trained weights."""
-        for unit in self.trained:
+        """A context in which every rank has all weights of the adaptor."""
+        for unit in self.adaptor:
             unit.gather_if_freed()
             unit.wait_gathered()
         yield
-        for unit in self.trained if self.zero == 3 else []:
+        for unit in self.adaptor if self.zero == 3 else []:
             unit.free()
 
     def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
@@ -380,4 +381,5 @@ def build_state(
     if world > 1 and zero > 0:
         return ZeroSharded(loss, model, workflow, zero, device, shard_frozen, reduce_fp32)
     adaptor = model.adaptors[workflow].to(device)
-    return DataParallel(loss, dict(adaptor.named_parameters()), world)
+    trained = {name: w for name, w in adaptor.named_parameters() if w.requires_grad}
+    return DataParallel(loss, trained, world)
