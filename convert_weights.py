@@ -313,6 +313,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: OUT is cleaned up
     with files.one_line("convert_weights.py", "nothing is left in OUT"):
         if "check" in args:
+            if args.out or len(vars(args)) > 3:  # beside source, out and check
+                raise ValueError("--check takes SOURCE alone")
             checked = [args.source]
             if (args.source / "iaa.json").is_file():  # a whole model: its two frozen parts
                 index = Index.read(args.source)

@@ -25,7 +25,7 @@ from clip import Clip, ClipConfig
 from common.files import check_frozen, load_frozen
 from conversion import tensor_tables as tables
 from conversion.checkpoint_readers import DINOV2_SETTINGS, Stored, meta_config
-from conversion.tokenizer_readers import Stated, read_sentencepiece
+from conversion.tokenizer_readers import Stated, read_meta_tokenizer, read_sentencepiece
 from convert_weights import convert
 from iaa import Adaptor, AdaptorConfig, load_iaa
 from llama import SIZES, Llama, LlamaConfig, RopeScaling, rope_frequencies
@@ -527,6 +527,9 @@ def test_a_pipe_in_a_folder_is_not_opened(tmp_path, llama, tokenizer_model):
     os.mkfifo(path / "model-1-of-1.safetensors")
     with pytest.raises(FileNotFoundError, match=r"in: no model\*.safetensors or pytorch_model"):
         convert(path, tmp_path / "out")
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such file"):
+        read_meta_tokenizer(tmp_path / "tokenizer.model", "3")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -538,6 +541,9 @@ def test_a_pipe_in_a_folder_is_not_opened(tmp_path, llama, tokenizer_model):
     ({"rope_scaling": {"type": "llama3", "factor": "8"}}, "rope_scaling.factor = '8': expected"),
     ({"tie_word_embeddings": True}, "lm_head.weight should equal model.embed_tokens.weight"),
     ({"model_type": "mistral"}, "model_type = 'mistral' is not supported"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantised (awq): of such only GGUF"),
+    ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}},
+     "rope type = 'yarn' is not supported"),
     ({"num_hidden_layers": 2}, "tensors left over"),
     ({"num_hidden_layers": 10**6}, "config.json: layers = 1000000, but there are 30 tensors"),
     ({"num_hidden_layers": None}, "config.json: missing .* 'layers'"),
@@ -627,6 +633,10 @@ def test_check(tmp_path, tower, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(tmp_path / "out"), "--check"])
     convert_weights.main()
     assert "as it was converted, by its SHA-256" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dtype", "fp32"])
+    with pytest.raises(SystemExit, match="--check takes SOURCE alone"):
+        convert_weights.main()
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
     path = tmp_path / "out" / "config.json"
     path.write_text(path.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 1e-06'))
     with pytest.raises(SystemExit, match="out: the weights do not have the SHA-256"):

@@ -172,6 +172,8 @@ class Tokenizer:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """tiktoken's file in merge order, lines of base64 and id. ValueError names a broken line."""
     ranks = {}
+    if not path.is_file():  # a pipe would block
+        raise FileNotFoundError(f"{path}: no such file")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             word, token = line.split()
