@@ -209,8 +209,9 @@ def check_frozen(kind: type[nn.Module], folder: str | Path) -> None:
     model = load_frozen(kind, folder)
     sizes = read_json(Path(folder, "config.json"))["config"]
     if sha256_of(sizes, model.state_dict().items()) != model.sha256:
-        raise ValueError(f"{folder}: the weights do not have the SHA-256 of its config.json: one "
-                         "of the files has changed; convert the model again")
+        names = ", ".join(file.name for file in weight_files(folder))
+        raise ValueError(f"{folder}: the weights do not have the SHA-256 of its config.json: "
+                         f"{names} or config.json has changed; convert the model again")
 
 
 def parse_value(where: str, value, kind):

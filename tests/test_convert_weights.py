@@ -541,7 +541,7 @@ def test_a_pipe_in_a_folder_is_not_opened(tmp_path, llama, tokenizer_model):
     ({"rope_scaling": {"type": "llama3", "factor": "8"}}, "rope_scaling.factor = '8': expected"),
     ({"tie_word_embeddings": True}, "lm_head.weight should equal model.embed_tokens.weight"),
     ({"model_type": "mistral"}, "model_type = 'mistral' is not supported"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantised (awq): of such only GGUF"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq.: of such only GGUF"),
     ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}},
      "rope type = 'yarn' is not supported"),
     ({"num_hidden_layers": 2}, "tensors left over"),
