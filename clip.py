@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# No decoder of these starts a program. EPS's would: Ghostscript. "JPEG" opens MPO too.
+# None of these decoders starts a program (EPS's starts Ghostscript). "JPEG" opens MPO too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 TURNS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -37,7 +37,7 @@ TURNS = {  # EXIF orientation -> what makes the picture upright
 # A small file may claim more than memory holds. These limits keep a picture to about 1 GB and 10 s.
 MAX_PIXELS = 70_000_000  # A3 at 600 dpi
 LESS_PIXELS = {"JPEG2000": 25_000_000, "WEBP": 35_000_000, "AVIF": 35_000_000}  # costly decoders
-MAX_BYTES, MAX_SCANS = 2**29, 100  # of a file; of a JPEG, each over all pixels
+MAX_BYTES, MAX_SCANS = 2**29, 100  # of a file; of a JPEG, where a scan may decode every pixel
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher, and warns in lines of its own
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
@@ -233,12 +233,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_grey(image: Image.Image) -> Image.Image:
     """8-bit grey from 16-bit, 32-bit or float grey.
 
-    16 bits: 0 becomes black, 65535 white, or 4095 where a TIFF has 12 of them. Other modes: the
+    16 bits: 0 becomes black and 65535 white (in a TIFF of 12 bits 4095). Other modes: the
     picture's maximum becomes white, and 0 becomes black, or the minimum where that is below 0.
     """
-    tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow heeds neither for such pictures
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; Pillow ignores the two that are read below
     white = 4095 if tags.get(Tag.BitsPerSample) == (12,) else 65535
-    # Pillow scales a PPM to 16 bits, and calls it 32. It knows no extrema of big-endian 16 bits.
+    # Pillow scales a PPM to 16 bits, in its mode of 32. It finds no extrema in mode "I;16B".
     is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     low, high = (0, white) if is_16_bit else image.getextrema()
     low = min(0, low)

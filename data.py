@@ -101,7 +101,7 @@ def check_row(row) -> dict:
     asked, answered = sum(tags[::2]), sum(tags[1::2])
     if asked != pictures or answered:  # else a question about a picture that nobody sees
         raise RowError(f"{pictures} pictures, but '<image>' {asked} times in questions and "
-                       f"{answered} in answers: it stands for each once, in a question")
+                       f"{answered} in answers: each picture needs one, in a question")
     return row
 
 
@@ -123,13 +123,13 @@ def encode_row(
             raise RowError(f"no word of an answer within {max_tokens} tokens")
         asked = [[("user", pictures + without_tags(text)), answer]
                  for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
-    # An empty question too: the common prefix then ends ahead of the first word of all others.
+    # An empty question too, so that the common prefix ends ahead of any question's first word.
     rendered = [render(tokenizer, each, template, system, image_tokens)
                 for each in ([("user", pictures)], *asked)]
     prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
     tokens, targets, positions, segments = [], [], [], []
     for segment, (ids, scored) in enumerate(rendered[1:], 1):
-        places = range(prefix if tokens else 0, len(ids) - 1)  # the prefix once; last id: a target
+        places = range(prefix if tokens else 0, len(ids) - 1)  # the last id is only a target
         tokens += [ids[t] for t in places]
         targets += [ids[t + 1] if scored[t + 1] else UNSCORED for t in places]
         positions += places  # each question restarts behind the prefix
@@ -168,7 +168,7 @@ def find_rows(paths: Iterable[str | Path]) -> Iterator[tuple[int, int, int, int]
 
 
 def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Path -> size, and SHA-256 of blocks spread evenly over it: of all bytes up to 16 MiB."""
+    """Path -> size, and SHA-256 of evenly spread blocks: of the whole file up to 16 MiB."""
     found = {}
     for path in paths:
         size, digest = os.path.getsize(path), hashlib.sha256()
@@ -184,8 +184,8 @@ def fingerprint(paths: Iterable[str | Path]) -> dict[str, str]:
 class JsonlDataset(Dataset):
     """Rows of JSONL files, read from disk when asked for.
 
-    `lengths` (rows,) are bytes a row. A missing file, or no row at all, raises at once. A broken
-    row raises when it is read.
+    `lengths` (rows,) are the rows' bytes. A missing file, or no row at all, raises at once. `row`
+    raises for a broken row, an index skips it.
     """
 
     paths: list[str | Path]
@@ -259,13 +259,13 @@ class Sampler:
     """The rows of a step's batch: a function of (seed, step).
 
     The stream is epoch after epoch, each a permutation of all rows. A window of `window` batches is
-    sorted by length and cut into batches, which need little padding then and are shuffled. A window
-    across two epochs is dealt out by row number: no batch has a row twice, if there are several.
+    sorted by length and cut into batches, which then need little padding; their order is random. A
+    window across two epochs is dealt by row number: of several batches, none has a row twice.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        # Not longer than an epoch: a row comes twice at most, where two epochs meet.
+        # At most an epoch, if a batch is: a row is then in a window twice at most.
         self.window = max(1, min(window, len(lengths) // batch_size))
 
     def rows(self, step: int) -> list[int]:
@@ -337,7 +337,7 @@ def loader(
 ) -> Iterator[Batch]:
     """A `Batch` for each list of rows, prepared ahead by `workers` processes (0: on demand, here).
 
-    Workers end with the iterator, and ignore SIGTERM. One that dies is a RuntimeError.
+    Workers end with the iterator, and ignore SIGTERM. RuntimeError if one dies.
     """
     try:
         yield from DataLoader(
@@ -349,7 +349,7 @@ def loader(
     except (EOFError, ConnectionError):  # a worker died as it handed over a batch
         raise RuntimeError("DataLoader worker exited unexpectedly") from None
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        error.__traceback__ = None  # it holds torch's iterator in a cycle: no worker would end
+        error.__traceback__ = None  # it keeps torch's iterator alive, and so the workers
         kind = type(error)  # a worker's text is a whole traceback: keep its last line
         text = str(error).rpartition(f"{kind.__name__}: ")[2].strip()
         raise kind(text.rpartition("\n")[2]) from None

@@ -10,10 +10,10 @@
   gives one *workflow*, which has its name ("mm", "grounding", ...).
 - The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
-- There are three structures (Fig. 3, Table 5). In c, an insertion layer reads the output of its
-  frozen layer, and its own output replaces that (Eq. 2). In b, it reads the same. Its own output
-  passes a gate, a linear layer that starts at zero, and is added to the frozen layer's. In a, an
-  insertion layer reads the insertion layer before it (Eq. 1), and is added as in b.
+- There are three structures (Fig. 3, Table 5). In c, an insertion layer reads its frozen layer's
+  output, and its own output replaces it (Eq. 2). In b, it reads the same, but its own output goes
+  through a gate, a linear layer that starts at zero, and is added. In a, it is added as in b, but
+  reads the insertion layer before it (Eq. 1); the first one reads its frozen layer's input.
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
@@ -136,8 +136,8 @@ class Adaptor(nn.Module):
         if self.llm is not None:
             self.llm.load_state_dict(llama.state_dict())
 
-    def hold_ends(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Leave embedding, norm and head out of training: constants in `dtype`, on `device`."""
+    def freeze_embedding_and_head(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Leave embedding, norm and head out of training, in `dtype`, on `device`."""
         for part in filter(None, (self.embedding, self.norm, self.head)):
             part.requires_grad_(False).to(device, dtype)
 
@@ -155,9 +155,9 @@ class Adaptor(nn.Module):
                 return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
             if side is None:  # a: the first insertion layer reads its frozen layer's input
                 side = x_in
-            x = x_out if structure == "b" else side  # b reads the main stream
-            side = self.layers[n](x, rope, mask, cache)  # Eq. 1, where x is the side stream
-            return x_out + self.gates[n](side)  # zero at first: the frozen model's x_out
+            x = x_out if structure == "b" else side  # b reads the frozen layer's output
+            side = self.layers[n](x, rope, mask, cache)  # in a, this is Eq. 1
+            return x_out + self.gates[n](side)  # gates start at zero: at first this is x_out
 
         return hook
 

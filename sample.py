@@ -181,11 +181,11 @@ class Chat:
         name, why = choose_dtype(dtype, place)
         print(f"computing in {name} on {place.type}: {why}", file=sys.stderr)
         model, tokenizer = load_iaa(folder, DTYPES[name], place, workflows)
-        pack(model, quantize == "int8")  # else repacked for the CPU
+        pack(model, quantize == "int8")  # not int8: another layout for the CPU
         metas = [read_json(Path(folder, path, "config.json"))
                  for name, path in Index.read(folder).adaptors.items() if name in model.adaptors]
         if not quantize and any(m.get("settings", {}).get("frozen_dtype") for m in metas):
-            print("an adaptor was trained on the LLM in int8: --quantize int8 asks that LLM",
+            print("an adaptor was trained on the LLM in int8: --quantize int8 loads it so",
                   file=sys.stderr)
         return cls(model, Tokenizer.load(tokenizer), **settings)
 
@@ -198,14 +198,14 @@ class Chat:
         """The turn ("user", text) with a TAG for each picture that no turn has yet.
 
         Without a TAG in `text`, the tags are put in front. Raises ValueError where `text` has tags,
-        but not one for each new picture.
+        but not one for each new picture, or has any for the workflow "text".
         """
         asked = sum(said.count(TAG) for role, said in self.turns if role == "user")
         new, tags = len(self.images) - asked, text.count(TAG)
         shown = 0 if self.workflow == TEXT else new  # the frozen LLM cannot see
         if tags not in (0, shown):
-            raise ValueError(f"{tags} times {TAG} in a question about {shown} pictures: leave it "
-                             "out; --image, or /image in a chat, shows a picture")
+            raise ValueError(f"{tags} times {TAG} in a question about {shown} new pictures: leave "
+                             "it out. To show a picture: --image, or /image in a chat")
         return "user", text if tags else IMAGE * new + text
 
     def prompt(self, text: str) -> tuple[list[int], Tensor | None]:
@@ -290,13 +290,13 @@ def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> No
 
 
 def command(chat: Chat, line: str) -> str:
-    """Carry out a chat command, but /quit, and return what to say. Raises ValueError, OSError."""
+    """Carry out a chat command other than /quit; return what to say. Raises ValueError, OSError."""
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     if name == "/image" and argument:
-        path = os.path.expanduser(argument)  # here is no shell to expand "~"
-        if not os.path.exists(path):  # dragged into a terminal, it is spelled as for a shell
-            with contextlib.suppress(ValueError):  # of a quote without its fellow
+        path = os.path.expanduser(argument)  # no shell has expanded "~"
+        if not os.path.exists(path):  # dragged into a terminal, it is quoted as for a shell
+            with contextlib.suppress(ValueError):  # an unbalanced quote
                 path = os.path.expanduser(" ".join(shlex.split(argument)))
         image = open_image(path)
         chat.images.append(image)
@@ -316,7 +316,7 @@ def converse(chat: Chat, boxes: Path | None, as_json: bool) -> None:
     with contextlib.suppress(AttributeError, ImportError):
         sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 does not end the chat
         import readline  # noqa: F401  (gives `input` its arrow keys; not on every system)
-    said = sys.stderr if as_json else sys.stdout  # which then holds JSON alone
+    said = sys.stderr if as_json else sys.stdout  # with JSON, nothing else is on stdout
     print("/help lists the commands", file=said)
     while True:
         try:

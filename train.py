@@ -1,12 +1,12 @@
-"""Train IAA: the stages of a TOML file in order, each from an earlier stage's result (Table 1).
+"""Train IAA: the stages of a TOML file in order, each from the result of one before (Table 1).
 
     python train.py --config configs/demo.toml [--stage NAME] [--set key=value ...]
     torchrun --nproc_per_node N train.py --config ...    the same on N processes (training/zero.py)
 
 - Everything random is a function of the seed and the step, so the step number is all that a
   checkpoint must keep of the data and of the random state. On CPUs, a run that was killed and
-  started again on as many ranks ends with the same bits as one that was never killed. (On GPUs,
-  torch's attention sums a gradient in an order that changes.)
+  resumed on as many ranks, with the same `zero`, ends with the same bits as one that was never
+  killed. (On GPUs, torch's attention sums a gradient in an order that varies.)
 - Trained weights are kept in fp32. Layers cast them to the dtype of the frozen model to compute.
   ZeRO stages 1 to 3 keep shards of them and compute with copies in that dtype.
 - The loss is a sum over the global batch, divided by the number of scored tokens in the global
@@ -109,7 +109,7 @@ def train_step(
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, stage)
-        optimizer.step()  # at ZeRO 1 to 3 of this rank's shards only
+        optimizer.step()  # at ZeRO 1 to 3, only this rank's shards
         state.all_gather_weights()
     else:
         ranks.print0(f"step {step + 1}: loss {mean}, gradient norm {norm}: skipped")
@@ -146,7 +146,7 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
-    """Add the stage's adaptor to the model, in fp32.
+    """Add the stage's adaptor to the model, in fp32 as far as it is trained.
 
     Copies of frozen weights come first. Weights of the source stage then replace them. With
     `frozen_dtype = "int8"` the frozen LLM is int8 afterwards.
@@ -169,7 +169,7 @@ def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
     template = run.tokenizer.template if stage.template in ("", "plain") else stage.template
     adaptor.prompt = {"template": template, "system": run.config.system}
     if stage.trains == "layers":
-        adaptor.hold_ends(llama.dtype, llama.device)
+        adaptor.freeze_embedding_and_head(llama.dtype, llama.device)
     run.model.adaptors[stage.adaptor] = adaptor
     if run.config.frozen_dtype == "int8":  # now that insertion layers are exact copies
         from speed.packing import pack  # no other setting needs it
@@ -227,7 +227,7 @@ def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
         raise ChildProcessError(f"{run.ranks.where_stopped}: {error}") from None
     finally:
         signal.alarm(0)
-        # Torch's handler would raise at any line. A dead worker is noticed here, at the next call.
+        # Torch's handler would raise at any line. The call of `next` notices a dead worker as well.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
@@ -244,7 +244,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
     first = checkpoint.resume_state(folder, ranks, state, optimizer, settings)
-    if ranks.rank == 0:  # only now: a refused command must change nothing
+    if ranks.rank == 0:  # only now: refused settings must not replace the old ones
         files.write_json(Path(config.out, "config.json"), asdict(config))
     size = count(weight for weight in adaptor.parameters() if weight.requires_grad)
     ranks.print0(f"stage {stage.name}: trains {size:,} weights, from step {first}")
@@ -295,7 +295,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
     """FLOPs of each unfinished stage. Raises where a stage will not find what it needs.
 
-    A finished stage must have the same settings and data files. A missing data file is ignored.
+    A finished stage must have the same settings and data files, which may be gone by now.
     """
     flops, ready = {}, []
     for stage in stages:
@@ -311,12 +311,12 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
         if source not in (None, *ready) and not source.is_dir():
             raise ValueError(f"stage {stage.name} starts from stage {source.parent.name!r}, "
                              f"which is not finished in {config.out}")
-        flops[stage.name] = stage_flops(config, stage)  # raises for layers, templates that misfit
+        flops[stage.name] = stage_flops(config, stage)  # raises if layers or templates do not fit
     return flops
 
 
 def with_dtype(config: Config, ranks: Ranks) -> Config:
-    """The configuration with its dtype chosen: "auto" is the run's own, else the faster one."""
+    """The configuration with "auto" resolved: to the run's dtype so far, else the faster one."""
     name, why = choose_dtype(config.dtype, ranks.device)
     path = Path(config.out, "config.json")
     begun = files.read_json(path).get("dtype") if path.is_file() else None
@@ -359,9 +359,9 @@ def train(config: Config, only: str | None) -> None:
         if ranks.rank == 0:
             for kind, folder in ((Llama, config.llm), (Clip, config.vision)):
                 files.check_frozen(kind, folder)
-        ranks.barrier()  # every rank has read the folders
+        ranks.barrier()  # all have read `out` in check_run: now rank 0 may write there
         for stage in stages:
-            if ranks.sum(SIGTERM.is_set()):  # since a stage's last step: no other one begins
+            if ranks.sum(SIGTERM.is_set()):  # since the last check: begin no other stage
                 ranks.print0("SIGTERM: the same command goes on")
                 sys.exit(128 + signal.SIGTERM)
             folder = Path(config.out, stage.name)
@@ -371,9 +371,9 @@ def train(config: Config, only: str | None) -> None:
                 gc.collect()  # frees the model: its hooks form a cycle with it
             else:
                 ranks.print0(f"stage {stage.name}: finished before (remove {folder} to redo it)")
-            if ranks.rank == 0:  # for a finished one too: a kill may have come between
+            if ranks.rank == 0:  # for a finished stage too: a kill may have prevented this
                 write_index(config)
-                # They are far larger than the adaptor.
+                # Checkpoints are far larger than the adaptor, and no longer needed.
                 checkpoint.remove_checkpoints(checkpoint.list_checkpoints(folder))
 
 

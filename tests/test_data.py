@@ -199,7 +199,7 @@ BAD_ROWS = {
     bad(conversations=[]): "turns must be of human and gpt in turn",
     bad("Q", " "): "a turn has no text",
     json.dumps(make_row("Q", "A", image=None) | {"image": FIVE[:2]}):
-        "2 pictures, but '<image>' 0 times in questions and 0 in answers: it stands for each once",
+        "2 pictures, but '<image>' 0 times in questions and 0 in answers: each picture needs one",
     json.dumps(make_row("Q", "A") | {"image": None}): "0 pictures, but '<image>' 1 times in quest",
     bad("Q", "A <image>"): "1 pictures, but '<image>' 0 times in questions and 1 in answers",
     bad("<image>", "A", "<image>\nR", "B"): "1 pictures, but '<image>' 2 times in questions",

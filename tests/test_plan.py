@@ -50,7 +50,7 @@ def make_model(config: Config, stage: StageConfig) -> IAA:
     model.adaptors["mm"] = Adaptor(settings, LLAMA, CLIP.width)
     model.adaptors["mm"].init_from_frozen(model.llama)
     if stage.trains == "layers":
-        model.adaptors["mm"].hold_ends(dtype, "cpu")
+        model.adaptors["mm"].freeze_embedding_and_head(dtype, "cpu")
     if config.frozen_dtype:
         pack(model.llama, int8=True)
     set_recompute(model, config.recompute)

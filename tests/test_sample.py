@@ -268,9 +268,9 @@ def test_chat_commands(run, picture, script, monkeypatch, capsys):
     assert "40 x 30 pixels; workflow mm" in said.out and "mm> fine\n" in said.out
     for line in ("/nowhere.png: no such file", "~nobody-of-that-name/a.png: no such file",
                  "no adaptor named 'sound'; there are: text, mm, grounding",
-                 "2 times <image> in a question about 1 pictures: leave it out; --image"):
+                 "2 times <image> in a question about 1 new pictures: leave it out. To"):
         assert line in said.err
-    assert said.err.count("1 times <image> in a question about 0 pictures") == 2
+    assert said.err.count("1 times <image> in a question about 0 new pictures") == 2
     assert len(calls) == 1
 
 

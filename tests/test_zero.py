@@ -63,7 +63,7 @@ def tiny(kind: str) -> tuple[IAA, Adaptor]:
     for gate in adaptor.gates:
         torch.nn.init.normal_(gate.weight, std=0.1)
     if kind == "layers":
-        adaptor.hold_ends(torch.float32, "cpu")
+        adaptor.freeze_embedding_and_head(torch.float32, "cpu")
     model.adaptors["mm"] = adaptor
     return model, adaptor
 

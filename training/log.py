@@ -73,7 +73,7 @@ def meta_model(config: Config, stage: StageConfig, sizes: LlamaConfig, vision: C
         model = IAA(Llama(sizes).to(dtype), Clip(vision).to(dtype), 0)
         adaptor = Adaptor(adaptor_config(config, stage, sizes.layers), sizes, vision.width)
         if stage.trains == "layers":
-            adaptor.hold_ends(dtype, "meta")
+            adaptor.freeze_embedding_and_head(dtype, "meta")
         model.adaptors[stage.adaptor] = adaptor
     return model
 

@@ -18,8 +18,8 @@ Bytes on a rank, for P trained and F frozen weights of c bytes each in the compu
 docs/distributed.md explains the table, has another for what is sent, and draws the timetable.
 
 **Why no rank waits forever.** A collective hangs where ranks disagree on which one comes next, and
-what a rank runs depends on its rows: without a picture it runs no projector. So a fixed
-list, the timetable, says when collectives run. It depends on the model alone. An entry is a stop:
+what a rank runs depends on its rows: without a picture it runs no projector. So a fixed list, the
+timetable, says when collectives run. It depends on model and settings alone. An entry is a stop:
 one part (a layer, the head, ...) in its forward or backward pass. Collectives run at the beginning
 and the end of a stop. Hooks on the modules call `advance_to(n)`, which runs all collectives up to
 stop n, also for parts that this rank does not use.
@@ -38,7 +38,7 @@ from iaa import IAA
 
 
 class TouchesAllWeights(nn.Module):
-    """The loss of a batch. One that depends on no weight gets 0 x each added: DDP waits for all."""
+    """The loss of a batch. If it has no gradient, 0 x each weight is added: DDP waits for those."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -238,7 +238,7 @@ def timetable(
 class ZeroSharded:
     """Stages 1 to 3: the workflow's trained weights in shards, at stage 3 also the frozen ones.
 
-    All weights move to `device`. Trained ones, in fp32 before, become copies in the model's dtype.
+    Weights in units move to `device`. Trained ones, fp32 before, become copies in model's dtype.
     """
 
     def __init__(
@@ -360,7 +360,7 @@ class ZeroSharded:
     def owned_slices(self) -> Iterator[tuple[str, Tensor, slice, slice]]:
         """(name, master, slice of the flat weight, slice of the master) of this rank's shard."""
         for unit in self.trained:
-            offset = -unit.start  # of the weight's start from the shard's
+            offset = -unit.start  # where the weight begins, counted from the shard's beginning
             for weight in unit.weights:
                 low, high = max(offset, 0), min(offset + weight.numel(), unit.size)
                 if low < high:
