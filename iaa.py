@@ -317,7 +317,7 @@ def read_adaptor_config(folder: Path, base: dict[str, str]) -> dict:
     Raises ValueError where the adaptor was trained on other frozen models than `base`.
     """
     meta = files.read_json(folder / "config.json", adaptor=AdaptorConfig, base=dict[str, str],
-                     prompt=dict[str, str | None])
+                           prompt=dict[str, str | None])
     for part, sha256 in base.items():
         trained = meta["base"].get(part, "unknown")
         if trained != sha256:

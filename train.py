@@ -100,9 +100,8 @@ def train_step(
     Where they were not finite, nothing is updated, and a line says so.
     """
     scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # in the global batch
-    total = torch.zeros((), device=ranks.device)  # on the device: adding does not wait
-    for i, batch in enumerate(batches):
-        total += state.forward_backward(batch, scored, last=i == len(batches) - 1)
+    total = sum(state.forward_backward(batch, scored, last=number == len(batches))
+                for number, batch in enumerate(batches, 1))  # of tensors: adding does not wait
     norm = state.clip(stage.clip_norm)  # one bad batch cannot throw the weights far off
     mean, norm = ranks.sum(total.item()) / scored, norm.item()
     finite = math.isfinite(norm) and math.isfinite(mean)  # global values, so all ranks agree
@@ -302,7 +301,7 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
         folder, source = adaptor_folder(config, stage.name), source_folder(config, stage)
         ready.append(folder)
         if folder.is_dir():
-            was = files.read_json(folder / "config.json", settings=dict)["settings"]
+            was = checkpoint.finished_settings(folder)
             checkpoint.check_settings(folder.parent, was, settings_of(config, stage))
             continue
         for path in (*stage.data, *stage.held_out):

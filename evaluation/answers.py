@@ -194,7 +194,6 @@ def print_table(title: str, table: Table, form: str = ".1f") -> None:
     first = max(map(len, (title, *table)))
     print(f"\n{title:<{first}}" + "".join(f"  {column:>8}" for column in columns))
     for name, row in table.items():
-        cells = [f"{row[c]:{form}}" if isinstance(row.get(c), float) else str(row.get(c, ""))
-                 for c in columns]
-        print(f"{name:<{first}}" + "".join(f"  {cell:>{max(8, len(c))}}"
-                                           for cell, c in zip(cells, columns, strict=True)))
+        cells = {c: f"{row[c]:{form}}" if isinstance(row.get(c), float) else str(row.get(c, ""))
+                 for c in columns}
+        print(f"{name:<{first}}" + "".join(f"  {cells[c]:>{max(8, len(c))}}" for c in columns))

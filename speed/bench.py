@@ -43,7 +43,6 @@ ROWS, ROW_TEXT, SCORED = 4, 300, 20  # of a training step; tokens of a row besid
 TURNS, SECONDS = 6, 45  # of a variant at most; a turn that has begun is not cut off
 DEMO = ("weights/smollm2", "weights/dinov2-84px")
 WORKFLOW = "mm"
-Peer = tuple[str, Work]  # its name, and the same work done by it
 
 
 def build_model(args: argparse.Namespace, inserted: int) -> IAA:
@@ -154,7 +153,7 @@ def variants(args: argparse.Namespace) -> Iterator[tuple]:
                 yield f"llama.cpp, {name}", theirs, ("ours, int8", int8), tokens
 
 
-def measure(name: str, work: Work, peer: Peer | None, tokens: dict[str, int]) -> None:
+def measure(name: str, work: Work, peer: tuple[str, Work] | None, tokens: dict[str, int]) -> None:
     """Let a variant take turns with its peer, which does the same work; print its rows.
 
     tokens: for each of the seconds that `work` returns, its name and how many tokens it is for. The

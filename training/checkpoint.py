@@ -142,6 +142,11 @@ def source_folder(config: Config, stage: StageConfig) -> Path | None:
     return None if source == "none" else adaptor_folder(config, source)
 
 
+def finished_settings(folder: Path) -> dict:
+    """The `settings_of` with which the adaptor in `folder` was trained."""
+    return read_json(folder / "config.json", settings=dict)["settings"]
+
+
 def settings_of(config: Config, stage: StageConfig) -> dict:
     """What the stage's result depends on. "beginning" holds the settings of its source stage."""
     sizes, llama = read_frozen(LlamaConfig, config.llm)
@@ -155,7 +160,7 @@ def settings_of(config: Config, stage: StageConfig) -> dict:
     source = source_folder(config, stage)
     before = [s for s in config.stage if adaptor_folder(config, s.name) == source]
     if source is not None and source.is_dir():  # as it was trained, whatever is configured now
-        found["beginning"] = read_json(source / "config.json", settings=dict)["settings"]
+        found["beginning"] = finished_settings(source)
     elif before:
         found["beginning"] = settings_of(config, before[0])  # that stage is still to run
     return found

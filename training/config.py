@@ -117,9 +117,9 @@ class Config:
         if self.stages is not None:
             if not self.stages or set(self.stages) - set(names):
                 raise ValueError(f"stages = {self.stages}: one or more of {', '.join(names)}")
-            names = [name for name in names if name in self.stages]
-            kept = [s for s in self.stage if s.name in names]
+            kept = [s for s in self.stage if s.name in self.stages]
             object.__setattr__(self, "stage", kept)  # past `frozen`
+            names = [s.name for s in kept]
         for place, stage in enumerate(self.stage):
             if stage.start not in ("", "none", *names[:place]):
                 raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
