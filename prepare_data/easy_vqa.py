@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from clip import open_image
 from common.files import new_folder
@@ -30,16 +31,14 @@ SMALL_PX = 256  # below this area, a 16th of the picture, boxes are hard: their 
 NEGATIONS, YES_NO = {"no", "not"}, {"yes", "no"}
 
 
-def measure_shape(pixels: np.ndarray) -> tuple[str, float, list[int]]:
-    """Colour, share of its box that the shape fills, box [x1, y1, x2, y2] in a picture.
+def measure_shape(image: Image.Image) -> tuple[str, float, list[int]]:
+    """Colour, share of its box that the shape fills, box [x1, y1, x2, y2] in an RGB picture.
 
-    pixels: (H, W, 3) uint8. The ends of the box are exclusive.
-
-    The background is the commonest colour; the box holds all that is nearer to the shape's colour.
+    The ends of the box are exclusive. The background is the commonest colour. The box holds all
+    that is nearer to the shape's colour.
     """
-    pixels = pixels.astype(int)
-    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    background = colours[counts.argmax()]
+    _, background = max(image.getcolors(image.width * image.height))
+    pixels = np.asarray(image, int)  # (H, W, 3)
     paint = {name: np.abs(pixels - rgb).sum(-1) for name, rgb in COLOURS.items()}  # (H, W) each
     colour = max(paint, key=lambda name: (paint[name] <= 6).sum())
     inside = paint[colour] < np.abs(pixels - background).sum(-1)
@@ -93,7 +92,7 @@ def choose_to_teach(asked: list, number: int, colour: str, shape: str) -> list:
 def picture_rows(split: str, number: int, path: Path, asked: list) -> dict[str, dict]:
     """The rows about a picture by kind."""
     image = open_image(path)
-    colour, fill, box = measure_shape(np.asarray(image))
+    colour, fill, box = measure_shape(image)
     # The answers come before the measure: a small circle fills its box like a rectangle.
     shapes = [shape for shape in FILL if all(is_right(*pair, colour, shape) for pair in asked)]
     shape = min(shapes, key=lambda name: abs(FILL[name] - fill))

@@ -4,7 +4,6 @@ import json
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -50,7 +49,7 @@ def package(tmp_path, monkeypatch):
 def test_measured_as_drawn(number):
     """Colour, shape and box are those that were drawn."""
     colour, shape, box = DRAWN[number]
-    measured, fill, around = measure_shape(np.asarray(draw(colour, shape, box)))
+    measured, fill, around = measure_shape(draw(colour, shape, box))
     assert (measured, around) == (colour, box) and fill == pytest.approx(FILL[shape], abs=0.06)
 
 
