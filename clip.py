@@ -12,6 +12,7 @@ Sources: openai/CLIP, LLaVA-1.5 (arXiv 2310.03744: last layer but one, patches o
 """
 
 import io
+import math
 import os
 import struct
 import zlib
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 from torch import Tensor, nn
 
@@ -29,15 +30,10 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # None of these decoders starts a program (EPS's starts Ghostscript). "JPEG" opens MPO too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-TURNS = {  # EXIF orientation -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}
 # A small file may claim more than memory holds. These limits keep a picture to about 1 GB and 10 s.
 MAX_PIXELS = 70_000_000  # A3 at 600 dpi
 LESS_PIXELS = {"JPEG2000": 25_000_000, "WEBP": 35_000_000, "AVIF": 35_000_000}  # costly decoders
-MAX_BYTES, MAX_SCANS = 2**29, 100  # of a file; of a JPEG, where a scan may decode every pixel
+MAX_BYTES, MAX_SCANS = 2**29, 100  # per file; per JPEG, whose scans may each decode all pixels
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher, and warns in lines of its own
 MAX_SIDE = 8192  # pixels; a longer picture is scaled to this before it is padded to a square
 
@@ -66,8 +62,10 @@ class ClipConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be a whole number, 1 or more")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean, std = {self.mean}, {self.std}: three numbers each, std > 0")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean, std = {self.mean}, {self.std}: three finite numbers each")
+        if not all(0 < value < math.inf for value in (*self.std, self.norm_eps)):
+            raise ValueError(f"std = {self.std}, norm_eps = {self.norm_eps}: above 0, and finite")
         for whole, part in (("image_px", "patch"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of "
@@ -166,7 +164,7 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file, or no regular one")
     if os.path.getsize(path) > MAX_BYTES:
         raise ValueError(f"{path}: over {MAX_BYTES} bytes")
-    content = Path(path).read_bytes()  # first: an error below is then no error of the disk
+    content = Path(path).read_bytes()  # read first: errors below are then the picture's
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
             limit, tags = LESS_PIXELS.get(file.format, MAX_PIXELS), getattr(file, "tag_v2", {})
@@ -200,7 +198,7 @@ def pixel_chunks(content: bytes) -> bytes:
     while place + 8 <= len(content):
         length, name = struct.unpack_from(">I4s", content, place)
         chunk = content[place : place + length + 12]
-        # Critical chunks are in upper case. Pillow refuses the file where EXIF's checksum is wrong.
+        # A critical chunk's name begins with a capital. Pillow refuses a wrong checksum of EXIF.
         if name[:1].isupper() or name == b"tRNS" or (
                 name == b"eXIf" and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])):
             chunks.append(chunk)
@@ -209,16 +207,16 @@ def pixel_chunks(content: bytes) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB without metadata from any Pillow mode; transparency becomes white."""
+    """Upright RGB, without metadata, from any mode; transparency is white. Turns `image` too."""
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(Tag.Orientation))
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     except Exception:  # broken metadata raises many kinds; the pixels may be sound
-        turn = None
+        pass
     if image.mode[0] in "IF":
         image = to_grey(image)
-    if turn is not None:
-        image = image.transpose(turn)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         clear = ImageChops.invert(image.getchannel("A"))
@@ -238,7 +236,7 @@ def to_grey(image: Image.Image) -> Image.Image:
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF; Pillow ignores the two that are read below
     white = 4095 if tags.get(Tag.BitsPerSample) == (12,) else 65535
-    # Pillow scales a PPM to 16 bits, in its mode of 32. It finds no extrema in mode "I;16B".
+    # Pillow scales a PPM to 16 bits, in the 32-bit mode "I". It finds no extrema in mode "I;16B".
     is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     low, high = (0, white) if is_16_bit else image.getextrema()
     low = min(0, low)

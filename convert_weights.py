@@ -43,7 +43,7 @@ SHARD_BYTES = 512 * 2**20
 
 
 class Part(NamedTuple):
-    """One of the models in a source: ours on the meta device, and a table row for each tensor."""
+    """A model in the source: ours, on the meta device, and the table row of each of its tensors."""
 
     model: nn.Module
     rows: dict[str, tables.Row]
@@ -128,7 +128,7 @@ def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaCon
         if not torch.equal(source[head].read(), source[embedding].read()):
             raise ValueError(f"{head} should equal {embedding}, as it is tied, and does not")
         del source[head]  # else it would be left over
-    if config.layers > len(source):  # before so many are made, if without storage
+    if config.layers > len(source):  # said before so many are built
         raise ValueError(f"layers = {config.layers}, but there are {len(source)} tensors")
     return make_part(table, Llama, config)
 
@@ -136,9 +136,9 @@ def llama_part(source: readers.Source, table: list[tables.Row], config: LlamaCon
 def open_release(
     source: readers.Source, config: dict, folder: Path, options: dict
 ) -> Checkpoint:
-    """The official IAA release: a Llama, two adaptors, and the tower unless it is --clip."""
+    """The official IAA release: a Llama, two adaptors, and the tower (or --clip)."""
     readers.allow_only(config, {"mm_vision_select_feature": ("patch",),  # as in their training
-                                "image_aspect_ratio": ("pad",)})
+                                "image_aspect_ratio": ("pad",), "mm_use_im_start_end": (False,)})
     llama = readers.hf_llama_config(config)
     parts = {"llama": llama_part(source, tables.HF_LLAMA, llama)}
     read = {"feature_layer": config.get("mm_vision_select_layer", -2)}
@@ -194,12 +194,12 @@ def open_llava(source: readers.Source, config: dict, folder: Path, options: dict
 def open_hf(folder: Path, options: dict) -> Checkpoint:
     """A Hugging Face folder; as `open_checkpoint`."""
     source, config = readers.open_hf(folder), files.read_json(folder / "config.json")
-    if any(name.startswith("model.condition_layers.") for name in source):
-        return open_release(source, config, folder, options)
-    # A Mistral's tensors have the names of a Llama's.
-    readers.allow_only(config, {"model_type": ("llama", "llava", "clip", "clip_vision_model")})
     if quantised := config.get("quantization_config"):
         raise ValueError(f"quantised ({quantised.get('quant_method')}): of such only GGUF is read")
+    if any(name.startswith("model.condition_layers.") for name in source):
+        return open_release(source, config, folder, options)
+    # Tensor names do not tell the kind: a Mistral's are those of a Llama.
+    readers.allow_only(config, {"model_type": ("llama", "llava", "clip", "clip_vision_model")})
     if config["model_type"] == "llava":
         return open_llava(source, config, folder, options)
     if config["model_type"] == "llama":
@@ -219,7 +219,7 @@ def open_checkpoint(path: Path, options: dict) -> Checkpoint:
     """
     if (path / "config.json").is_file():
         return open_hf(path, options)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         source, table = readers.open_onnx(path), tables.DINOV2
         clip = readers.clip_config(source, table, options, {}, readers.DINOV2_SETTINGS)
         return source, {"clip": make_part(table, Clip, clip)}, None
@@ -231,7 +231,7 @@ def open_checkpoint(path: Path, options: dict) -> Checkpoint:
         (source, config), table = readers.open_meta(path), tables.META_LLAMA
         version = "3.1" if config.rope_scaling else "3"  # 3.1 has other special tokens
         tokenizer = tokenizers.read_meta_tokenizer(path / "tokenizer.model", version, template)
-    elif path.suffix == ".gguf":
+    elif path.suffix.lower() == ".gguf":
         (source, config, fields), table = readers.open_gguf(path), tables.GGUF_LLAMA
         tokenizer = tokenizers.read_gguf_tokenizer(path, fields, template)
     else:

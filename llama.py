@@ -7,9 +7,9 @@ Where it differs from a textbook Llama:
   i + 1. IAA puts its insertion layers there (iaa.py).
 - The caller creates the KV cache and passes it in. Each layer takes the next slot of the cache, in
   the order in which layers run.
-- A linear layer casts its weight to the dtype of its input. Trained weights stay in fp32, as their
-  own master copies, while the model computes in bf16. A frozen bf16 weight needs no cast. ZeRO 1 to
-  3 keep their masters elsewhere (training/zero.py).
+- A linear layer casts its weight to the dtype of its input. A trained weight stays in fp32: it is
+  its own master weight, and the model still computes in bf16. A frozen bf16 weight needs no cast.
+  ZeRO 1 to 3 keep the master weights elsewhere (training/zero.py).
 
 Letters: B batch, T tokens, S tokens so far (cache included), D width, H query heads, K key/value
 heads, G = H / K, E head size, F feed-forward width, V vocabulary, L layers.
@@ -59,8 +59,8 @@ class LlamaConfig:
     tied: bool = False  # the LM head is the embedding
 
     def __post_init__(self):
-        for size in fields(self):
-            value = getattr(self, size.name)
+        parts = [self] if self.rope_scaling is None else [self, self.rope_scaling]
+        for size, value in [(f, getattr(part, f.name)) for part in parts for f in fields(part)]:
             if size.type is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{size.name} = {value!r}: must be a whole number, 1 or more")
             if isinstance(value, float) and not 0 < value < math.inf:  # NaN is refused too
@@ -88,7 +88,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in x's dtype."""
-        # A trained weight is its own fp32 master; the cast passes its gradient on in fp32.
+        # A trained weight is its own fp32 master: the backward pass of the cast returns fp32.
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -101,20 +101,15 @@ def new_embedding(vocab_size: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension. The norm is in fp32, the result in x's dtype."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
-@functools.cache  # one copy a device, not one a pass
+@functools.cache  # once per device, not once per pass
 def rope_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
     """The angle by which each pair of dimensions turns per token, in radians: (E/2,) fp32.
 
@@ -146,8 +141,8 @@ def attention_mask(
     """Which token sees which: bool (B or 1, 1, T, S) with S = past + T, True = visible.
 
     None means plain causal attention, and is returned only where past = 0 or T = 1.
-    segments (B, S) has a column for each cached token too. In causal order, a token sees segment 0
-    and its own segment. Padding is segment -1. A pad sees itself, so its softmax is never 0 / 0.
+    segments (B, S) covers the cached tokens too. In causal order, a token sees segment 0 and its
+    own segment. Padding is segment -1. A pad sees itself, so its softmax is never 0 / 0.
     """
     if segments is None and (past == 0 or tokens == 1):  # one new token sees the cache
         return None
@@ -171,8 +166,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     dtype = q.dtype
     if q.device.type == "cpu":  # bf16 attention takes up to twice as long, backward included
         q, k, v = q.float(), k.float(), v.float()
-    # Fused GPU kernels know no groups with a mask or in fp32. Repeat k and v there, as the kernel
-    # that is left would hold all B x H x T x S scores.
+    # Fused GPU kernels support no GQA with a mask or in fp32. Repeat k and v there: the fallback
+    # kernel would hold all B x H x T x S scores.
     if mask is not None or (q.dtype == torch.float32 and q.device.type != "cpu"):
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))  # (B, H, S, E)
     # is_causal in place of a mask: fused kernels then skip the half that is not visible.
@@ -195,7 +190,7 @@ class KVCache:
         shape = (slots, 2, batch, config.kv_heads, length, config.head_size)
         try:  # uninitialised: only stored tokens are ever read
             self.data = torch.empty(shape, dtype=dtype, device=device)
-        except RuntimeError:  # torch has no kind of its own for a lack of the CPU's memory
+        except RuntimeError:  # torch raises no MemoryError where the CPU's is full
             raise MemoryError(f"no memory for a KV cache of {batch} x {length} tokens") from None
         self.length = 0  # tokens stored
         self.slot = 0  # next slot of the running pass

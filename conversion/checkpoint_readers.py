@@ -99,9 +99,13 @@ def open_torch(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of torch.save. ValueError where they claim more bytes than it has."""
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\3\4"  # torch's own test; before 1.6 there was no zip
-    if zipped and any(entry.compress_type or entry.filename.endswith("constants.pkl")
-                      for entry in zipfile.ZipFile(path).infolist()):
+    entries = zipfile.ZipFile(path).infolist() if zipped else []
+    # Where torch would read another list of entries than Python, the first is not at the beginning.
+    if entries and entries[0].header_offset or any(
+            entry.compress_type or entry.filename.endswith("constants.pkl") for entry in entries):
         raise ValueError("not made by torch.save: compressed, or TorchScript, which is code")
+    for name in ("builtins.bytearray", "_codecs.encode"):  # a few bytes could ask them for memory
+        torch._weights_only_unpickler._get_allowed_globals().pop(name, None)
     # A pickle may claim any length. A read from memory makes room for no more than there is.
     data = path if zipped else io.BytesIO(path.read_bytes())
     tensors = torch.load(data, map_location="cpu", mmap=zipped, weights_only=True)
@@ -248,12 +252,12 @@ def open_meta(folder: Path) -> tuple[Source, LlamaConfig]:
     return source, meta_config(read_json(folder / "params.json"), source)
 
 
-def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
-    """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
+def gguf_reader(path: Path):
+    """The package gguf's reader of a file, its costs bounded by the file's length."""
     import gguf
 
     class Reader(gguf.GGUFReader):
-        """Reads no further than the file: a count that claims more ends at once."""
+        """Reads no further than the file, and the elements of an array without an array each."""
 
         def _get(self, offset, dtype, count=1, **order):
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
@@ -261,19 +265,36 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
             return super()._get(offset, dtype, count, **order)
 
         def _get_field_parts(self, offset, kind):
-            if kind == gguf.GGUFValueType.ARRAY:  # of numbers: all at once, not one by one
-                inner, count = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
-                element = gguf.GGUFValueType(inner[0])
-                if dtype := self.gguf_scalar_to_np.get(element):
-                    values = self._get(offset + 12, dtype, count[0])
-                    return 12 + values.nbytes, [inner, count, values], [2], [kind, element]
-            return super()._get_field_parts(offset, kind)
+            if self.byte_order == "S":  # `dequantize` would read little-endian values
+                raise ValueError("big-endian: convert it with gguf-convert-endian first")
+            if kind != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(offset, kind)
+            inner, count = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+            element, view = gguf.GGUFValueType(inner[0]), memoryview(self.data)
+            parts, end = [], offset + 12
+            if element != gguf.GGUFValueType.STRING:  # numbers, all at once
+                parts = [self._get(end, self.gguf_scalar_to_np[element], count[0])]
+                end += parts[0].nbytes
+            for _ in range(0 if parts else int(count[0])):
+                start, end = end + 8, end + 8 + int.from_bytes(view[end : end + 8], "little")
+                if end > len(view):
+                    raise EOFError("its counts claim more than it holds")
+                parts.append(view[start:end])
+            places = [*range(2, 2 + len(parts))]
+            return end - offset, [inner, count, *parts], places, [kind, element]
+
+    return Reader(path)
+
+
+def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
+    """llama.cpp's format, and its metadata by name. The package gguf dequantises all its types."""
+    import gguf
 
     def read(tensor: gguf.ReaderTensor) -> Tensor:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         return torch.from_numpy(np.require(values, requirements="W"))  # copies what is mapped
 
-    reader = Reader(path)
+    reader = gguf_reader(path)
     source = {tensor.name: Stored(path, partial(read, tensor)) for tensor in reader.tensors}
     rows = {tensor.name: len(tensor.data) for tensor in reader.tensors}  # of any type
     fields = {name.removeprefix("llama."): field.contents()
@@ -282,7 +303,7 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
         raise ValueError(f"part {fields['split.no'] + 1} of {fields['split.count']}: join them "
                          "with llama-gguf-split --merge")
     allow_only(fields, {"general.architecture": ("llama",), "rope.scaling.type": ("none",),
-                        "rope.scale_linear": (1.0,)})
+                        "rope.scaling.factor": (1.0,), "rope.scale_linear": (1.0,)})
     # Each frequency is divided by one of these; the largest is the config's factor.
     factors = source["rope_freqs.weight"].read() if "rope_freqs.weight" in source else None
     config = llama_config(
@@ -305,7 +326,9 @@ def open_onnx(path: Path) -> Source:
     """
     import onnx
 
-    graph, read = onnx.load(path).graph, onnx.numpy_helper.to_array
+    graph, read = onnx.load(path, load_external_data=False).graph, onnx.numpy_helper.to_array
+    if any(t.data_location for t in graph.initializer):  # many could name one file
+        raise ValueError("weights in a file beside it are not read")
     tensors = {t.name: torch.from_numpy(read(t).copy()) for t in graph.initializer}
     for node in graph.node:
         module = ".".join(node.name.strip("/").split("/")[:-1])

@@ -133,7 +133,8 @@ def hf_clip_table(source: Iterable[str]) -> list[Row]:
     mark = "embeddings.patch_embedding.weight"
     prefixes = [name.removesuffix(mark) for name in source if name.endswith(mark)]
     if not prefixes:
-        raise ValueError("no vision tower inside: convert CLIP ViT-L/14-336, name it by --clip")
+        raise ValueError("no vision tower inside; with the official release of IAA, --clip names a "
+                         "converted one")
     return within("", prefixes[0], HF_CLIP)
 
 

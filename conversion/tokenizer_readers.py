@@ -35,6 +35,9 @@ GPT2_BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enume
 LLAMA3_TOKENS = 128000  # ahead of the special ones
 TEMPLATE_MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("USER:", "ASSISTANT:"),
                   "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+# A mark, then neither Jinja nor a usual role, such as "<|start_header_id|>GPT4 Correct User".
+FOREIGN_ROLE = re.compile(
+    r"<\|(?:start_header_id|im_start)\|>(?!['\"{]|system|user|assistant|ipython|tool)")
 # The first that exists stands for an image: no text makes it.
 IMAGE_TOKENS = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>",
                 "<unk>")
@@ -71,8 +74,8 @@ def choose_template(
         "['role'].upper() + ': '", "USER:")  # so it is spelled in llava-hf/llava-1.5-7b-hf
     found = [template for template, marks in TEMPLATE_MARKS.items()
              if all(mark in (jinja or specials) for mark in marks)]
-    if set(re.findall(r"<\|\w+\|>", jinja or "")) - CONTROL:  # a mark that none of ours has
-        found = []
+    if set(re.findall(r"<\|\w+\|>", jinja or "")) - CONTROL or FOREIGN_ROLE.search(jinja or ""):
+        found = []  # a mark that none of ours has, or a role
     if found == ["chatml"] and "named SmolLM" not in (jinja or ""):  # its message is not theirs
         found = ["chatml_bare"]
     if len(found) == 1:
@@ -183,7 +186,8 @@ def hf_split(tokenizer: dict) -> str:
                   {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
                 return rf"{pattern}|(?:(?!{pattern})[\s\S])+"  # tiktoken drops what does not match
     raise ValueError(f"{model.get('type')}: supported is plain BPE after ByteLevel, Split and "
-                     f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space")
+                     f"ByteLevel or Digits and ByteLevel, without {', '.join(odd)}, prefix space; "
+                     "a Llama 2 or Vicuna needs its tokenizer.model of sentencepiece")
 
 
 def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
@@ -222,7 +226,7 @@ def read_hf_tokenizer(folder: Path, template: str | None = None) -> Tokenizer:
         if tokenizer := read_sentencepiece(folder / "tokenizer.model", added, stated):
             return tokenizer
         if not content:
-            raise FileNotFoundError(f"{path}: no such file")
+            raise FileNotFoundError(f"{path}: no such file, nor a sentencepiece tokenizer.model")
         pattern, model = hf_split(content), content["model"]
         return build_bpe(model["vocab"], model["merges"], model.get("ignore_merges", False), added,
                          stated, pattern)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -40,6 +41,8 @@ HF_LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False}
+SCALING = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192}
 HF_VISION = {"model_type": "clip_vision_model", "num_attention_heads": 2,
              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # the shapes tell the rest
 
@@ -239,6 +242,7 @@ def test_gguf_of_vicuna(tmp_path, llama, tokenizer_model):
 @pytest.mark.parametrize(("tensors", "fields", "message"), [
     ({}, {"add_rope_dimension_count": 8}, "rope.dimension_count = 8 is not supported, only 16"),
     ({}, {"add_rope_scaling_type": Mock(value="yarn")}, "rope.scaling.type = 'yarn' is not supp"),
+    ({}, {"add_float32": ("llama.rope.scaling.factor", 4.0)}, "scaling.factor = 4.0 is not supp"),
     ({}, {"add_uint16": ("split.count", 3), "add_uint32": ("split.no", 1)}, "part 2 of 3: join"),
     ({}, {"add_tokenizer_model": "llama"}, "'llama' .* convert the Hugging Face folder instead"),
     ({"rope_freqs.weight": torch.full((3,), 8.0)}, {}, "another scaling than that of Llama 3.1")])
@@ -247,10 +251,19 @@ def test_settings_of_gguf_that_are_refused(tmp_path, llama, tensors, fields, mes
     refuse(tmp_path / "in.gguf", message)
 
 
-def save_gguf(path: Path, tensors: dict, kind: str, more: dict | None = None) -> None:
-    """A GGUF file. more: values by name of the writer's method."""
+def test_a_big_endian_gguf_is_refused(tmp_path, llama):
+    """The package reads its header, but its values as little-endian."""
     gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
+    save_gguf(tmp_path / "in.gguf", rename(llama, tables.GGUF_LLAMA), "F32",
+              order=gguf.GGUFEndian.BIG)
+    refuse(tmp_path / "in.gguf", "big-endian: convert it with gguf-convert-endian first")
+
+
+def save_gguf(path: Path, tensors: dict, kind: str, more: dict | None = None, order=0) -> None:
+    """A GGUF file. more: values by name of the writer's method. order: of bytes, 0 little-endian.
+    """
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian(order))
     codes = (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))
     fields = {
         "add_block_count": 3, "add_context_length": 8192, "add_embedding_length": 64,
@@ -539,6 +552,9 @@ def test_a_pipe_in_a_folder_is_not_opened(tmp_path, llama, tokenizer_model):
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type = 'linear' is not supported"),
     ({"rope_scaling": {"type": "llama3", "factor": "8"}}, "rope_scaling.factor = '8': expected"),
+    ({"rope_scaling": SCALING | {"factor": 0.0}}, "factor = 0.0: must be above 0, and finite"),
+    ({"rope_scaling": SCALING | {"original_max_position_embeddings": -1}},
+     "original_context = -1: must be a whole number, 1 or more"),
     ({"tie_word_embeddings": True}, "lm_head.weight should equal model.embed_tokens.weight"),
     ({"model_type": "mistral"}, "model_type = 'mistral' is not supported"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq.: of such only GGUF"),
@@ -559,8 +575,16 @@ def hostile(folder: Path) -> dict[str, Path]:
     """Small files whose claims are large, or which are code."""
     torch.save({"x": torch.zeros(1).expand(10**9)}, folder / "view.bin")  # stride 0
     (folder / "pickle.bin").write_bytes(b"\x80\x02X\xff\xff\xff\xffa")  # 4 GB of text
+    # GLOBAL bytearray, BININT 2 * 10^9, TUPLE1, REDUCE: 2 GB
+    (folder / "zeros.bin").write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\0\x945w\x85R.")
     with zipfile.ZipFile(folder / "code.bin", "w") as new:
         new.writestr("code/constants.pkl", b"")
+    torch.save({"x": torch.zeros(1)}, folder / "twice.bin")  # torch reads the list at its offset,
+    first = (folder / "twice.bin").read_bytes()  # Python the one ahead of the end
+    end = first.rindex(b"PK\5\6")
+    torch.save({"x": torch.ones(1)}, folder / "second.bin")
+    (folder / "twice.bin").write_bytes(first[:end] + (folder / "second.bin").read_bytes())
+    (folder / "second.bin").unlink()
     with zipfile.ZipFile(folder / "view.bin") as old, zipfile.ZipFile(
             folder / "packed.bin", "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
@@ -578,6 +602,7 @@ def hostile(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(("name", "message"), [
     ("view", "tensors of 4000000000 bytes in a file of "), ("pickle", "cannot be read"),
     ("code", "TorchScript, which is code"), ("packed", "not made by torch.save: compressed"),
+    ("twice", "not made by torch.save"), ("zeros", "cannot be read"),
     ("tensors", "claim more than it holds"), ("array", "claim more than it holds"),
     ("numbers", "cannot be read")])
 def test_cost_is_bounded_by_the_file(tmp_path, name, message):
@@ -611,6 +636,8 @@ PICTURES = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.5, 0.5, 1.0], "do_no
     ("", {"num_hidden_layers": 10**6}, {}, "layers = 1000000 is not supported, only 2"),
     ("", {"do_normalize": False}, {}, "preprocessor_config.json: do_normalize = False is not sup"),
     ("", {"image_mean": "x"}, {}, "config.json: mean = 'x': expected tuple"),
+    ("", {"image_std": [math.nan, 1.0, 1.0]}, {}, r"std = \(nan, 1.0, 1.0\), .*above 0"),
+    ("", {"image_mean": [0.5, 0.5, math.inf]}, {}, "mean, std = .*: three finite numbers each"),
     ("", {}, {"activation": "tanh"}, "activation = 'tanh': quick_gelu or gelu")])
 def test_facts_of_a_tower(tmp_path, capsys, tower, without, pictures, options, wanted):
     """Heads, activation, mean and std are read or given, each in a line of output, never guessed.

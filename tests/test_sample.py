@@ -392,7 +392,7 @@ def test_errors_are_one_line(run, picture, tmp_path, capsys):
     ("iaa.json", ["adaptors"], ["mm"], "adaptors = ['mm']: expected dict[str, str]"),
     ("iaa.json", ["image_token"], 10**9, "image_token = 1000000000: the LLM has tokens 0 to 259"),
     ("llama/config.json", ["config", "layers"], 10**6, "need 3328000000 bytes of weights at least"),
-    ("clip/config.json", ["config", "mean"], [0.5], "three numbers each"),
+    ("clip/config.json", ["config", "mean"], [0.5], "three finite numbers each"),
     ("llama/config.json", ["sha256"], None, "sha256 = None: expected str"),
     ("mm/config.json", ["prompt"], "chatml", "prompt = 'chatml': expected dict[str, str | None]"),
     ("mm/config.json", ["prompt", "template"], "llama9", "template 'llama9': there are"),

@@ -291,6 +291,7 @@ def test_a_template_beside_the_processor(tmp_path):
     (BOTH, {}, None, "chatml and llama3 would fit: --template"),
     (BOTH, {"chat_template": R1}, None, "tokenizer.json: chat template not recognised, none would"),
     (BOTH, {"chat_template": CHATML + "<|im_sep|>"}, None, "not recognised, none would"),
+    (BOTH, {"chat_template": CHATML + "<|im_start|>human"}, None, "not recognised, none would"),
     (["<s>", IMAGE], {}, None, "none would fit: --template llama3 or chatml or vicuna or chatml_"),
     (LLAMA3[2:] + [IMAGE], {"chat_template": CHATML}, None, "no special token '<.im_start.>'"),
     (BOTH, {}, "vicuna", "no special token '</s>'"),
