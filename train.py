@@ -28,10 +28,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip import Clip, open_image, preprocess
 from common import files
@@ -71,20 +72,10 @@ def make_optimizer(masters: dict[str, Tensor], stage: StageConfig) -> torch.opti
                              weight_decay=stage.weight_decay, fused=True)
 
 
-class Loss(nn.Module):
-    """The loss of a batch as a module whose only parameters are the adaptor's, for DDP."""
-
-    def __init__(self, model: IAA, workflow: str, device: torch.device):
-        super().__init__()
-        self.workflow, self.device = workflow, device
-        self.adaptor = model.adaptors[workflow]
-        self.model = (model,)  # a tuple: nn.Module does not register the frozen weights
-
-    def forward(self, b: Batch) -> Tensor:
-        """The sum of the cross-entropy over the batch's scored tokens."""
-        b = b.to(self.device)
-        return self.model[0].loss(
-            b.tokens, b.targets, self.workflow, b.images, b.positions, b.segments)
+def batch_loss(model: IAA, workflow: str, device: torch.device, batch: Batch) -> Tensor:
+    """The sum of the cross-entropy over the batch's scored tokens, computed on `device`."""
+    b = batch.to(device)
+    return model.loss(b.tokens, b.targets, workflow, b.images, b.positions, b.segments)
 
 
 def train_step(
@@ -101,7 +92,7 @@ def train_step(
     """
     scored = ranks.sum(sum(b.scored for b in batches if b is not None))  # in the global batch
     total = sum(state.forward_backward(batch, scored, last=number == len(batches))
-                for number, batch in enumerate(batches, 1))  # of tensors: adding does not wait
+                for number, batch in enumerate(batches, 1))  # a sum of tensors: no wait for a GPU
     norm = state.clip(stage.clip_norm)  # one bad batch cannot throw the weights far off
     mean, norm = ranks.sum(total.item()) / scored, norm.item()
     finite = math.isfinite(norm) and math.isfinite(mean)  # global values, so all ranks agree
@@ -135,7 +126,7 @@ class Run:
 def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
     """Load the frozen models. With ZeRO-3 they go to the CPU first: a rank keeps only its shard."""
     ranks.progress = f"the start of stage {stage.name}"
-    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # a GPU may be small
+    in_shards = ranks.world > 1 and stage.zero == 3 and config.shard_frozen  # a GPU gets its shard
     device = "cpu" if in_shards else ranks.device
     dtype = DTYPES[config.dtype]
     llama = files.load_frozen(Llama, config.llm, dtype, device)
@@ -145,9 +136,9 @@ def open_run(config: Config, ranks: Ranks, stage: StageConfig) -> Run:
 
 
 def start_adaptor(run: Run, stage: StageConfig) -> Adaptor:
-    """Add the stage's adaptor to the model, in fp32 as far as it is trained.
+    """Add the stage's adaptor to the model, its trained weights in fp32.
 
-    Copies of frozen weights come first. Weights of the source stage then replace them. With
+    It starts as copies of frozen weights, which the source stage's weights replace. With
     `frozen_dtype = "int8"` the frozen LLM is int8 afterwards.
     """
     torch.manual_seed(run.config.seed)  # for the projector, the only part that starts random
@@ -226,7 +217,7 @@ def next_batches(run: Run, stream: Iterator[Batch], number: int) -> list[Batch]:
         raise ChildProcessError(f"{run.ranks.where_stopped}: {error}") from None
     finally:
         signal.alarm(0)
-        # Torch's handler would raise at any line. The call of `next` notices a dead worker as well.
+        # Torch's own handler would raise at any line. `next` notices a dead worker as well.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
@@ -237,8 +228,8 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adaptor = start_adaptor(run, stage)
     set_recompute(run.model, config.recompute)  # activation checkpointing
-    state = build_state(Loss(run.model, stage.adaptor, ranks.device), run.model, stage.adaptor,
-                        stage.zero, ranks.world, ranks.device, config.shard_frozen,
+    state = build_state(partial(batch_loss, run.model, stage.adaptor, ranks.device), run.model,
+                        stage.adaptor, stage.zero, ranks.world, ranks.device, config.shard_frozen,
                         config.reduce_fp32)
     optimizer = make_optimizer(state.masters, stage)
     settings = settings_of(config, stage)
@@ -252,7 +243,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
     stream = loader(dataset, micro_batches(stage, sampler, ranks, first), config.workers)
     per_step = stage.batch // stage.micro_batch
     mine = len(range(ranks.rank, per_step, ranks.world))  # this rank's micro-batches of a step
-    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # all ranks run as many
+    missing = [None] * (math.ceil(per_step / ranks.world) - mine)  # as many on each rank
     held_out = held_out_batches(run, stage)
     log = Log(run.model, config, stage, ranks, first, later)
     bad_in_a_row = 0
@@ -294,7 +285,7 @@ def run_stage(run: Run, stage: StageConfig, later: float) -> None:
 def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
     """FLOPs of each unfinished stage. Raises where a stage will not find what it needs.
 
-    A finished stage must have the same settings and data files, which may be gone by now.
+    A finished stage must have the same settings and data. Its data files may be gone by now.
     """
     flops, ready = {}, []
     for stage in stages:
@@ -304,6 +295,8 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
             was = checkpoint.finished_settings(folder)
             checkpoint.check_settings(folder.parent, was, settings_of(config, stage))
             continue
+        if not Path(config.images).is_dir():
+            raise FileNotFoundError(f"images = {config.images!r}: no such folder")
         for path in (*stage.data, *stage.held_out):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such data file")
@@ -319,12 +312,11 @@ def with_dtype(config: Config, ranks: Ranks) -> Config:
     name, why = choose_dtype(config.dtype, ranks.device)
     path = Path(config.out, "config.json")
     begun = files.read_json(path).get("dtype") if path.is_file() else None
-    if config.dtype == "auto" and begun in DTYPES and begun != name:
+    if config.dtype == "auto" and begun in [*DTYPES] and begun != name:
         ranks.print0(f"warning: {config.out} was begun in {begun} and goes on in it, though {name} "
                      f"is faster here ({why})")
         name, why = begun, "the run was begun in it"  # another dtype would end with other bits
-    if ranks.sum(name == "fp32"):  # ranks may have measured differently: all take fp32 then
-        name = "fp32"
+    name = ranks.agree_on_dtype(name)
     ranks.print0(f"computing in {name} on {ranks.device.type}: {why}")
     return replace(config, dtype=name)
 

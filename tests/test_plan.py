@@ -4,6 +4,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from data import UNSCORED, Batch
 from iaa import IAA, Adaptor
 from llama import Llama, LlamaConfig, set_recompute
 from speed.packing import pack
-from train import Loss, make_optimizer, train_step
+from train import batch_loss, make_optimizer, train_step
 from training import plan as planned
 from training.config import Config, StageConfig, adaptor_config, read_config
 from training.log import Row, average_row, meta_model, stage_flops, step_flops
@@ -81,7 +82,8 @@ def peak(settings: dict) -> int:
     ranks = Ranks(60)
     with traced() as before:
         model = make_model(config, stage)
-        state = build_state(Loss(model, "mm", ranks.device), model, "mm", 0, 1, ranks.device)
+        loss = partial(batch_loss, model, "mm", ranks.device)
+        state = build_state(loss, model, "mm", 0, 1, ranks.device)
         optimizer = make_optimizer(state.masters, stage)
         train_step(state, batches, optimizer, stage, 1, ranks)  # makes the moments
     with traced() as during:

@@ -1,9 +1,9 @@
 """zero.py on 1 to 4 gloo processes: the same weights as one process, bytes as the head says."""
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from processes import processes
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import iaa
 from clip import Clip, ClipConfig
@@ -20,7 +19,7 @@ from common.device import DTYPES, Ranks
 from data import Batch
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig, set_recompute
-from train import Loss, held_out_loss, make_optimizer, train_step
+from train import batch_loss, held_out_loss, make_optimizer, train_step
 from training.checkpoint import resume_state, save_state
 from training.config import Config, StageConfig
 from training.log import Row
@@ -113,8 +112,8 @@ def open_state(kind: str, config: Config, ranks: Ranks):
     model.llama.to(DTYPES[config.dtype])
     model.clip.to(DTYPES[config.dtype])
     set_recompute(model, config.recompute)
-    state = build_state(Loss(model, "mm", ranks.device), model, "mm", stage.zero, ranks.world,
-                        ranks.device, config.shard_frozen, config.reduce_fp32)
+    state = build_state(partial(batch_loss, model, "mm", ranks.device), model, "mm", stage.zero,
+                        ranks.world, ranks.device, config.shard_frozen, config.reduce_fp32)
     return adaptor, state, make_optimizer(state.masters, stage)
 
 
@@ -134,8 +133,8 @@ def stored(tensors: Iterable[Tensor]) -> int:
 def measured(state, adaptor: Adaptor, optimizer: torch.optim.AdamW) -> Iterator[dict]:
     """Of the last step: bytes by kind, from live tensors, as AdamW begins; the most gathered; the
     most that waits to be reduced; the bytes of all buffers that collectives send."""
-    found, (model,) = {"most": 0, "waiting": 0}, state.loss.model
-    gather, reduce = Unit.gather_if_freed, Unit.start_reduce_scatter
+    found, (model,) = {"most": 0, "waiting": 0}, state.loss.args[:1]
+    gather, reduce, reduce_all = Unit.gather_if_freed, Unit.start_reduce_scatter, dist.all_reduce
 
     def gathering(unit: Unit) -> None:
         gather(unit)
@@ -163,15 +162,15 @@ def measured(state, adaptor: Adaptor, optimizer: torch.optim.AdamW) -> Iterator[
             return call(output, source, **settings)
         return collective
 
-    def all_reduce(_, bucket):
-        found["sent"] += 2 * bucket.buffer().nbytes  # a reduce_scatter and an all_gather
-        return allreduce_hook(None, bucket)
+    def all_reduce(tensor: Tensor) -> None:
+        # A reduce_scatter and an all_gather. A single number is a loss, a norm or a count.
+        found["sent"] += 2 * tensor.nbytes if tensor.ndim else 0
+        reduce_all(tensor)
 
     optimizer.register_step_pre_hook(held)
-    if state.zero == 0 and state.world > 1:
-        state.run.register_comm_hook(None, all_reduce)
     with mock.patch.multiple(Unit, gather_if_freed=gathering, start_reduce_scatter=reducing), \
-         mock.patch.multiple(dist, all_gather_single=counted(dist.all_gather_single),
+         mock.patch.multiple(dist, all_reduce=all_reduce,
+                             all_gather_single=counted(dist.all_gather_single),
                              reduce_scatter_single=counted(dist.reduce_scatter_single)):
         yield found
     moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
@@ -265,7 +264,7 @@ def error(found: dict, expected: dict) -> float:
     return torch.tensor(errors).max().item()  # Python's max passes over NaN
 
 
-@functools.cache
+@cache
 def alone(kind: str, number: int) -> dict:
     """work() on one process, whole batches."""
     return work(Ranks(60), kind, 0, number, 1, {})
@@ -288,8 +287,6 @@ def test_bytes_are_planned(on_ranks, world, kind, zero, number, cuts, settings):
     model.llama.to(DTYPES[config.dtype])
     planned, sent = memory_and_traffic(model, config, stage, Row(9, 3), world)
     moving = [planned.pop(key) for key in ("activations", "units in transit")][1]
-    if zero == 0 and world > 1:  # DDP's buckets are not seen from here
-        planned["gradients"] //= 2
     units, _, _ = timetable(model, "mm", zero, config.shard_frozen)
     r, c = 4 if config.reduce_fp32 else model.llama.dtype.itemsize, model.llama.dtype.itemsize
     largest = r * max(unit.padded(world) for unit in units if unit.trained)

@@ -39,7 +39,7 @@ from training.log import Row, average_row, count, meta_model, step_flops
 from training.zero import model_parts, timetable
 
 MASTER = 4  # bytes of an fp32 number
-LOGIT = 3 * MASTER  # bytes of a logit when its gradient is made: itself, its log-probability, that
+LOGIT = 3 * MASTER  # bytes per logit in the backward pass: logit, log-probability, gradient
 SPARE = 0.1  # share of the memory that a plan must leave: the context of a GPU, fragmentation
 VARIANTS = ((0, True), (1, True), (2, True), (3, True), (3, False))  # ZeRO stage, shard_frozen
 
@@ -61,13 +61,6 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
                      f"--set {key}=NAME, one of {', '.join(module.SIZES)}")
 
 
-def layer_activations(sizes: LlamaConfig, c: int, trained: bool) -> int:
-    """Bytes that autograd keeps of a decoder layer for each token."""
-    attention = (sizes.heads + sizes.kv_heads) * sizes.head_size
-    kept = 8 * sizes.width + 3 * c * (attention + sizes.ffn)
-    return kept + (c * (4 * sizes.width + sizes.ffn) if trained else 0)
-
-
 def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: Row) -> int:
     """Bytes that come and go with a micro-batch: what autograd keeps, and the logits."""
     sizes, c, micro = model.llama.config, model.llama.dtype.itemsize, stage.micro_batch
@@ -76,7 +69,10 @@ def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: 
         cast = part.trained and part.read_in_backward and zero == 0 and c < MASTER
         copy = c * count(part.weights) if cast else 0  # of the masters, in the compute dtype
         if isinstance(part.module, DecoderLayer):
-            layers.append(tokens * layer_activations(sizes, c, part.trained) + copy)
+            attention = (sizes.heads + sizes.kv_heads) * sizes.head_size
+            per_token = 8 * width + 3 * c * (attention + sizes.ffn)
+            per_token += c * (4 * width + sizes.ffn) if part.trained else 0
+            layers.append(tokens * per_token + copy)
         else:
             rest += copy
     logits = LOGIT * min(micro * row.scored, LOSS_ROWS) * sizes.vocab_size
@@ -104,12 +100,12 @@ def memory_and_traffic(
     in_shards = sum(size[unit] for unit in units if not unit.trained)
     frozen = in_shards // world or count(w for w in model.parameters() if not w.requires_grad)
     int8 = sum(buffer.nbytes for buffer in model.llama.buffers())  # never in shards
-    shard, buckets = trained // world, trained if world > 1 else 0  # DDP sends from its buckets
+    shard = trained // world
     before = [None, *(stop.unit for stop in stops)]  # what a stop finds gathered already
     gathers = [size[stop.unit] if stop.gather and stop.unit is not unit else 0
                for stop, unit in zip(stops, before, strict=False)]
     copies, masters, gradients, sent = {
-        0: (0, trained, trained + buckets, 2 * MASTER * trained),
+        0: (0, trained, trained, 2 * MASTER * trained),
         1: (trained, shard, trained if accumulation > 1 else shard, r * trained + c * trained),
         2: (trained, shard, shard, accumulation * r * trained + c * trained),
         3: (0, shard, shard, accumulation * (r * trained + c * sum(gathers))),

@@ -9,7 +9,7 @@ decoder layer, an embedding, a head, the vision tower.
 Bytes on a rank, for P trained and F frozen weights of c bytes each in the compute dtype:
 
     stage                     weights   master   moments   gradients        frozen
-    0  torch's DDP                 -        4P        8P   4P + 4P buckets  cF
+    0  all whole                   -        4P        8P   4P               cF
     1  optimizer in shards        cP      4P/N      8P/N   4P/N (or 4P)     cF
     2  gradients too              cP      4P/N      8P/N   4P/N             cF
     3  weights too                 -      4P/N      8P/N   4P/N             cF/N (or cF)
@@ -25,54 +25,42 @@ and the end of a stop. Hooks on the modules call `advance_to(n)`, which runs all
 stop n, also for parts that this rank does not use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from iaa import IAA
 
 
-class TouchesAllWeights(nn.Module):
-    """The loss of a batch. If it has no gradient, 0 x each weight is added: DDP waits for those."""
-
-    def __init__(self, loss: nn.Module):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, batch) -> Tensor:
-        """The loss of the batch, zero where it is None."""
-        loss = 0.0 if batch is None else self.loss(batch)
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            return loss
-        return loss + 0.0 * sum(weight.flatten()[0] for weight in self.parameters())
-
-
 class DataParallel:
-    """Stage 0: every rank holds everything. One process, or torch's DDP on several."""
+    """Stage 0: every rank holds everything; gradients are summed over the ranks."""
 
     zero = 0
 
-    def __init__(self, loss: nn.Module, masters: dict[str, nn.Parameter], world: int):
+    def __init__(
+        self, loss: Callable[[Any], Tensor], masters: dict[str, nn.Parameter], world: int
+    ):
         self.loss, self.masters, self.world = loss, masters, world
-        self.run = TouchesAllWeights(loss)
-        if world > 1:
-            self.run = DistributedDataParallel(self.run, find_unused_parameters=True)
 
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
         """Return a micro-batch's loss, and add its gradient, divided by `scored`, to the step's.
 
-        batch: None where this rank has no rows left. last: whether it is the step's last one. Only
-        then DDP sends.
+        batch: None where this rank has no rows left. last: whether it is the step's last one. Then
+        all ranks sum the gradients of all weights, so that none waits for another.
         """
-        if self.world > 1:
-            self.run.require_backward_grad_sync = last
-        loss = self.run(batch)
-        (loss * (self.world / scored)).backward()  # DDP divides by the number of ranks
+        loss = torch.zeros(()) if batch is None else self.loss(batch)
+        if loss.requires_grad:
+            (loss / scored).backward()
+        for weight in self.masters.values() if last else ():
+            if weight.grad is None:  # this rank did not use it; AdamW would skip it
+                weight.grad = torch.zeros_like(weight)
+            if self.world > 1:
+                dist.all_reduce(weight.grad)
         return loss.detach()
 
     @torch.no_grad()
@@ -82,9 +70,6 @@ class DataParallel:
 
     def clip(self, limit: float) -> Tensor:
         """Scale all gradients so that their norm is at most `limit`. Returns the norm before."""
-        for weight in self.masters.values():
-            if weight.grad is None:  # AdamW would skip it; stages 1 to 3 have a gradient of zero
-                weight.grad = torch.zeros_like(weight)
         return nn.utils.clip_grad_norm_(self.masters.values(), limit)
 
     def all_gather_weights(self) -> None:
@@ -228,7 +213,7 @@ def timetable(
         unit_of |= dict.fromkeys(part.weights, unit)
         stops.append(Stop(unit, part.module, gather=zero == 3))
         if part.trained or part.read_in_backward:
-            complete = part.trained and not shared  # a shared unit is complete at its last stop
+            complete = part.trained and not shared  # shared: its first part comes last in backward
             backward.append(Stop(unit, part.module, zero == 3 and part.read_in_backward, complete))
     if frozen_too:  # frozen weights of no part: kept in shards, never gathered
         unit_of |= {w: Unit([w], False) for w in model.parameters() if w not in unit_of}
@@ -238,12 +223,12 @@ def timetable(
 class ZeroSharded:
     """Stages 1 to 3: the workflow's trained weights in shards, at stage 3 also the frozen ones.
 
-    Weights in units move to `device`. Trained ones, fp32 before, become copies in model's dtype.
+    Weights in units go to `device`. Trained ones, fp32 before, become copies in the compute dtype.
     """
 
     def __init__(
-        self, loss: nn.Module, model: IAA, workflow: str, zero: int, device: torch.device,
-        shard_frozen: bool, reduce_fp32: bool
+        self, loss: Callable[[Any], Tensor], model: IAA, workflow: str, zero: int,
+        device: torch.device, shard_frozen: bool, reduce_fp32: bool
     ):
         dtype = model.llama.dtype
         self.loss, self.zero, self.device = loss, zero, device
@@ -290,10 +275,10 @@ class ZeroSharded:
         """Free the stop's weights, unless the next stop reads them. Send complete gradients."""
         stop, following = self.stops[self.position], self.stops[self.position + 1 :][:1]
         if stop.gather and not any(s.gather and s.unit is stop.unit for s in following):
-            stop.unit.free()  # first, as the flat gradient is as large
+            stop.unit.free()  # first: the flat gradient needs as much memory
         if stop.reduce:
             self.finish_reduce()  # one reduce_scatter at a time
-            keep = self.zero == 1 and not self.last  # sums whole gradients until the last
+            keep = self.zero == 1 and not self.last  # sum until the last micro-batch
             stop.unit.flatten_gradients(torch.float32 if keep else self.reduce_dtype)
             if not keep:
                 self.pending_reduce = stop.unit, *stop.unit.start_reduce_scatter(self.reduce_dtype)
@@ -370,8 +355,8 @@ class ZeroSharded:
 
 
 def build_state(
-    loss: nn.Module, model: IAA, workflow: str, zero: int, world: int, device: torch.device,
-    shard_frozen: bool = True, reduce_fp32: bool = False
+    loss: Callable[[Any], Tensor], model: IAA, workflow: str, zero: int, world: int,
+    device: torch.device, shard_frozen: bool = True, reduce_fp32: bool = False
 ) -> DataParallel | ZeroSharded:
     """The training state of a workflow at a ZeRO stage; on one rank every stage is stage 0.
 
