@@ -34,11 +34,11 @@ from tokenization.templates import IMAGE, TAG, render, without_tags
 from tokenization.tokenizer import Tokenizer
 
 UNSCORED = -100  # the index that torch's cross-entropy ignores by default
-MAX_SKIPPED = 100  # consecutive unusable rows; more of them mean a wrong root
+MAX_SKIPPED = 100  # consecutive unusable rows; more mean a wrong `images` in the configuration
 LINE = np.dtype([  # where a row is, in 24 bytes: millions of rows stay on disk
     ("file", np.int32), ("number", np.int32), ("start", np.int64), ("bytes", np.int64)])
-BLOCK, BLOCKS = 1 << 16, 256  # of a data file's fingerprint
-READ = {"id", "source", "split", "workflow", "conversations"}  # keys that hold no picture
+BLOCK, BLOCKS = 1 << 16, 256  # bytes of a block, and how many `fingerprint` reads
+READ = {"id", "source", "split", "workflow", "conversations", "from", "value"}  # hold no picture
 PICTURE = re.compile("image|img|picture|photo|video", re.I)  # in the name of a key that holds one
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|mp4)\b", re.I)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # others: the disk fails
@@ -67,11 +67,12 @@ class Example:
 def pictures_of(record: dict) -> list[str]:
     """The pictures of a row or of a published record: the path or paths in its "image".
 
-    RowError where "image" is absent and another key holds a picture, which would never be shown.
+    RowError where it is absent and another key, of a turn too, holds a picture: none would see it.
     """
     image = record.get("image")
     if image is None:
-        for key, value in record.items():
+        turns = [pair for turn in record["conversations"] for pair in turn.items()]
+        for key, value in (*record.items(), *turns):
             if key not in READ and value and (PICTURE.search(key) or SUFFIX.search(str(value))):
                 raise RowError(f"a picture under {key!r}: it must be under 'image'")
         return []
@@ -83,7 +84,7 @@ def pictures_of(record: dict) -> list[str]:
 
 def frame_of(row: dict) -> tuple[int, int] | None:
     """(width, height) of the last picture, which a row's boxes refer to; None without boxes."""
-    return (row["width"], row["height"]) if "boxes" in row else None
+    return (row["width"], row["height"]) if row.get("boxes") is not None else None
 
 
 def check_row(row) -> dict:
@@ -93,6 +94,8 @@ def check_row(row) -> dict:
         speakers, texts = ([turn[key] for turn in turns] for key in ("from", "value"))
     except (AttributeError, LookupError, TypeError) as error:  # a key or a value of another kind
         raise RowError(f"not a row as in docs/data.md: {error!r}") from None
+    if row.get("independent") not in (None, True, False):
+        raise RowError("'independent' must be true or false")
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise RowError("turns must be of human and gpt in turn, human first and gpt last")
     if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -119,11 +122,11 @@ def encode_row(
              for turn in row["conversations"]]
     asked = [turns]
     if row.get("independent") and template != "plain":  # "plain" drops questions
-        if max_tokens and len(pictures_of(row)) * image_tokens >= max_tokens:  # not even made
+        if max_tokens and len(pictures_of(row)) * image_tokens >= max_tokens:  # not even encoded
             raise RowError(f"no word of an answer within {max_tokens} tokens")
         asked = [[("user", pictures + without_tags(text)), answer]
                  for (_, text), answer in zip(turns[::2], turns[1::2], strict=True)]
-    # An empty question too, so that the common prefix ends ahead of any question's first word.
+    # One more, empty question: so the common prefix ends where the questions begin.
     rendered = [render(tokenizer, each, template, system, image_tokens)
                 for each in ([("user", pictures)], *asked)]
     prefix = len(os.path.commonprefix([ids for ids, _ in rendered]))
@@ -146,7 +149,7 @@ def path_below(root: Path, name: str) -> Path:
     """The picture `name` of a row, below `root`. RowError where it is elsewhere or missing."""
     path, real = root / name, os.path.realpath  # the latter resolves links and ".."
     if not Path(real(path)).is_relative_to(real(root)):
-        raise RowError(f"image {name!r} is not below {root}")
+        raise RowError(f"image {name!r} is not below {root}, where its links lead")
     try:
         if stat.S_ISREG(path.stat().st_mode):  # a pipe would block whoever reads it
             return path
@@ -185,7 +188,7 @@ class JsonlDataset(Dataset):
     """Rows of JSONL files, read from disk when asked for.
 
     `lengths` (rows,) are the rows' bytes. A missing file, or no row at all, raises at once. `row`
-    raises for a broken row, an index skips it.
+    raises for a broken row, indexing skips it.
     """
 
     paths: list[str | Path]
@@ -246,10 +249,7 @@ class JsonlDataset(Dataset):
         raise ValueError(f"none of {len(skipped)} consecutive rows can be used: {skipped[0]}")
 
 
-# ---------------------------------------------------------------------------------- batches
-
-
-@functools.lru_cache(maxsize=4)  # two epochs, a window: shuffling millions of rows takes 50 ms
+@functools.lru_cache(maxsize=4)  # 2 epochs and a window: shuffling millions of rows takes 50 ms
 def permutation(seeds: tuple[int, ...], length: int) -> np.ndarray:
     """0 to length - 1, shuffled by `seeds`."""
     return np.random.default_rng(seeds).permutation(length)
@@ -260,12 +260,12 @@ class Sampler:
 
     The stream is epoch after epoch, each a permutation of all rows. A window of `window` batches is
     sorted by length and cut into batches, which then need little padding; their order is random. A
-    window across two epochs is dealt by row number: of several batches, none has a row twice.
+    window across two epochs is dealt to the batches by row number: none repeats a row.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, window: int = 16):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        # At most an epoch, if a batch is: a row is then in a window twice at most.
+        # At most one epoch (or one batch), so that a row is in a window twice at most.
         self.window = max(1, min(window, len(lengths) // batch_size))
 
     def rows(self, step: int) -> list[int]:
@@ -278,7 +278,7 @@ class Sampler:
         rows = stream[first % total :][:size]
         rows = rows[np.argsort(self.lengths[rows], kind="stable")]  # stable: ties keep their order
         batches = rows.reshape(self.window, self.batch_size)
-        if len(epochs) > 1:  # equal numbers stand side by side, and go to two batches
+        if len(epochs) > 1:  # a row's two copies are neighbours here: two batches get them
             batches = np.sort(rows).reshape(self.batch_size, self.window).T
         order = permutation((self.seed, 1, number), self.window)  # else long rows come last
         return sorted(batches[order[place]].tolist(), key=lambda row: self.lengths[row])
@@ -310,7 +310,7 @@ class Batch:
 
 
 def collate(items: list, pad_id: int) -> Batch:
-    """Batch of what a `JsonlDataset` holds."""
+    """The batch of some items of a `JsonlDataset`."""
     examples, images, skipped = zip(*items, strict=True)
     images = [pixels for pixels in images if pixels is not None]  # (N, 3, S, S) of a row
 
@@ -354,8 +354,6 @@ def loader(
         text = str(error).rpartition(f"{kind.__name__}: ")[2].strip()
         raise kind(text.rpartition("\n")[2]) from None
 
-
-# ---------------------------------------------------------------------------------- boxes
 
 # Four plain decimals, without sign or exponent.
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"([0-9]{1,4}(?:\.[0-9]{1,8})?)"] * 4) + r"\s*\]")

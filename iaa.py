@@ -11,15 +11,16 @@
 - The workflow "text" uses no adaptor: the frozen embedding, no hook, the frozen LM head. Its logits
   are those of plain Llama, bit for bit, whatever adaptors are loaded or trained.
 - There are three structures (Fig. 3, Table 5). In c, an insertion layer reads its frozen layer's
-  output, and its own output replaces it (Eq. 2). In b, it reads the same, but its own output goes
-  through a gate, a linear layer that starts at zero, and is added. In a, it is added as in b, but
-  reads the insertion layer before it (Eq. 1); the first one reads its frozen layer's input.
+  output and replaces it by its own (Eq. 2). In b, it reads the same; its own output goes through a
+  gate, a linear layer that starts at zero, and is added. In a, the output is added as in b, but the
+  input is the previous insertion layer's output (Eq. 1), for the first its frozen layer's input.
 - An adaptor may bring its own trained copy of the whole LLM (`own_llm`). That is the LLaVA-1.5
   baseline of Tables 2, 3 and 8.
 
 Letters: B batch, T tokens, D width, V vocabulary, N images of S x S pixels, P tokens of an image.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from llama import (
 )
 
 TEXT = "text"
-LOSS_ROWS = 1024  # scored positions at once: at V = 128K, logits and gradients of 2 GB
+LOSS_ROWS = 1024  # positions with a target at once: at V = 128K, logits and gradients of 1.6 GB
 
 
 def official_layers(layers: int) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def evenly_spaced_layers(number: int, layers: int) -> tuple[int, ...]:
     8 of 30 are 0, 4, 8, 12, 17, 21, 25, 29. 14 of 32 are the official release's.
     """
     if not 0 <= number <= layers:
-        raise ValueError(f"insertion = {number}: from 0 to one after each of the {layers} layers")
+        raise ValueError(f"insertion = {number}: from 0 to {layers}, the number of frozen layers")
     if (number, layers) == (14, 32):  # as in the released weights
         return official_layers(layers)
     return tuple(round(n * (layers - 1) / max(number - 1, 1)) for n in range(number))
@@ -87,19 +88,6 @@ class AdaptorConfig:
                              "set insertion = 0, own_embedding = false, own_head = false")
 
 
-class Projector(nn.Module):
-    """Vision features to the LLM's width: the two-layer MLP of LLaVA-1.5."""
-
-    def __init__(self, vision_width: int, width: int):
-        super().__init__()
-        self.up = Linear(vision_width, width, bias=True)
-        self.down = Linear(width, width, bias=True)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, P, D_vision) -> (N, P, D)."""
-        return self.down(F.gelu(self.up(features)))
-
-
 class Adaptor(nn.Module):
     """What one workflow adds to the frozen models."""
 
@@ -110,7 +98,10 @@ class Adaptor(nn.Module):
                              f"but the LLM ends at {llama.layers - 1}")
         self.config = config
         vocab, width = llama.vocab_size, llama.width
-        self.projector = Projector(vision_width, width)
+        # The two-layer MLP of LLaVA-1.5: features (N, P, D_vision) -> (N, P, D)
+        self.projector = nn.Sequential(OrderedDict(
+            up=Linear(vision_width, width, bias=True), gelu=nn.GELU(),
+            down=Linear(width, width, bias=True)))
         self.embedding = new_embedding(vocab, width) if config.own_embedding else None
         self.layers = nn.ModuleList(DecoderLayer(llama) for _ in config.insertion)
         gates = len(config.insertion) if config.structure in "ab" else 0
@@ -153,7 +144,7 @@ class Adaptor(nn.Module):
             n = number[i]
             if structure == "c":
                 return self.layers[n](x_out, rope, mask, cache)  # Eq. 2
-            if side is None:  # a: the first insertion layer reads its frozen layer's input
+            if side is None:  # only a reads this: its first one takes the frozen layer's input
                 side = x_in
             x = x_out if structure == "b" else side  # b reads the frozen layer's output
             side = self.layers[n](x, rope, mask, cache)  # in a, this is Eq. 1
@@ -229,7 +220,7 @@ class IAA(nn.Module):
         """x (B, T, D) with the features of picture n in place of the n-th P placeholders."""
         is_image = tokens == self.image_token  # (B, T)
         pictures, each = 0 if images is None else len(images), self.clip.config.patches
-        found = pictures * each if tokens.is_meta else int(is_image.sum())  # meta has no values
+        found = int(is_image.sum())
         if found != pictures * each:  # else the model would answer about what it never saw
             raise ValueError(f"{found} image placeholders for {pictures} images "
                              f"of {each} tokens ({pictures * each})")
@@ -293,9 +284,6 @@ class IAA(nn.Module):
         return {"llama": self.llama.sha256, "clip": self.clip.sha256}
 
 
-# ---------------------------------------------------------------------------------- saved models
-
-
 def check_adaptor_name(name: str) -> None:
     """Raise ValueError where an adaptor cannot be called `name`."""
     # The names of torch's own attributes, such as "train", cannot be keys of an `nn.ModuleDict`.
@@ -330,7 +318,7 @@ def load_tensors(adaptor: Adaptor, folder: Path, dtype: torch.dtype, device, str
     """Fill an adaptor from `adaptor.safetensors`. Raises ValueError where that does not fit.
 
     strict: every tensor of the adaptor must be in the file. If False, the others stay unchanged.
-    All bytes are checked, which takes about a second a GB.
+    All bytes are checked, which takes about 1 s per GB.
     """
     path = folder / "adaptor.safetensors"
     tensors, meta = files.read_tensors(path), files.read_json(folder / "config.json")

@@ -11,7 +11,8 @@ reads the whole conversation anew, because a KV cache fits one workflow only.
 Boxes in an answer are fractions of the last picture, padded to a square. `Answer.boxes` are in that
 picture's own pixels. The drawing enlarges a small picture.
 
-Letters: B batch, T tokens, S tokens so far, V vocabulary, N images, P image tokens.
+Letters: B batch, T tokens, S tokens so far (of images: the side), V vocabulary, N images, P tokens
+of each.
 """
 
 import argparse
@@ -46,9 +47,6 @@ HELP = """/image PATH      show a picture with the next question: at its <image>
 /help            this list"""
 
 
-# ---------------------------------------------------------------------------------- generation
-
-
 def sample_token(
     logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]
 ) -> Tensor:
@@ -63,7 +61,7 @@ def sample_token(
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.cpu()  # generators are the CPU's: a seed draws the same on every device
-    sharpened = logits / max(temperature, 1e-30)  # 1e-30 is greedy, and does not overflow
+    sharpened = logits / max(temperature, 1e-30)  # 1e-30: as good as greedy, without overflow
     probs, order = sharpened.softmax(-1).sort(-1, descending=True)
     probs[probs.cumsum(-1) - probs > top_p] = 0  # the most likely token always stays
     drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)]
@@ -101,7 +99,7 @@ def generate(
     starts = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)  # (B, 1)
     columns = torch.arange(longest + max_tokens, device=device)
     segments = -(columns < starts).long() if starts.any() else None  # (B, S), -1: a pad
-    # A generator a row: what a row draws must not depend on its neighbours.
+    # One generator per row: what a row draws must not depend on its neighbours.
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     answers, running = [[] for _ in prompts], set(range(len(prompts)))
     tokens = torch.tensor(rows, device=device)  # (B, T): the prompts, then one token a pass
@@ -125,9 +123,6 @@ def generate(
             break
         tokens = chosen[:, None].to(device)  # also of ended rows: a batch keeps its shape
     return answers
-
-
-# ---------------------------------------------------------------------------------- chat
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ class Chat:
         **settings,  # of the chat
     ) -> "Chat":
         """Open the model that train.py left in `folder`. Raises ValueError, FileNotFoundError."""
-        from speed.packing import pack  # imported here: it uses private operators
+        from speed.packing import pack  # here: the file's top imports no private operators
 
         if not Path(folder, "iaa.json").is_file():  # a newcomer's first mistake
             raise FileNotFoundError(f"{folder}: no model there (no iaa.json): bash run.sh demo "
@@ -273,12 +268,9 @@ def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
     return picture
 
 
-# ---------------------------------------------------------------------------------- command line
-
-
 def answer_aloud(chat: Chat, text: str, boxes: Path | None, as_json: bool) -> None:
     """Ask, print the answer as it comes (or JSON at its end), then write its boxes if wanted."""
-    # A piece has no line end, so without flush the terminal would hold it back.
+    # A piece has no line end: without flush the terminal would hold it back.
     answer = chat.ask(text, lambda piece: as_json or print(piece, end="", flush=True))
     fields = {key: value for key, value in asdict(answer).items() if key != "boxes" or value}
     print(json.dumps(fields, ensure_ascii=False) if as_json else "", flush=True)

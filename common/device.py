@@ -189,6 +189,10 @@ class Ranks:
         dist.all_reduce(total)
         return total.item()
 
+    def agree_on_dtype(self, name: str) -> str:
+        """fp32 where any rank has chosen it, else `name`: ranks may have timed differently."""
+        return "fp32" if self.sum(name == "fp32") else name
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum(0.0)

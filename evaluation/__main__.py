@@ -133,8 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.device or args.what in ("text-retention", "lm"):
                 raise ValueError("text-retention, lm and --device are for one process: no torchrun")
             args.device = str(ranks.device)
-            name, _ = choose_dtype(args.dtype, ranks.device)  # the ranks may have timed otherwise
-            args.dtype = "fp32" if ranks.sum(name == "fp32") else name
+            args.dtype = ranks.agree_on_dtype(choose_dtype(args.dtype, ranks.device)[0])
         COMMANDS[args.what][0](args, ranks)
 
 

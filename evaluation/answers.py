@@ -28,7 +28,7 @@ from sample import Chat, generate
 # path), "prompt", and what its scorer must know. As a line of answers.jsonl it has an "answer" too.
 Record = dict
 Table = dict[str, dict[str, float | str]]  # name of a row -> name of a column -> value
-Prompt = tuple[list[int], torch.Tensor | None]  # token ids; pixels of N pictures, (N, 3, S, S)
+Prompt = tuple[list[int], torch.Tensor | None]  # token ids; N pictures of S x S pixels
 
 
 def read_text(path: Path) -> str:

@@ -83,8 +83,10 @@ def test_tokens_and_targets_of_several_pictures():
     assert example.positions.tolist() == list(range(len(ids) - 1)) and example.segments.max() == 1
     plain = encode_row(row, CHATML, 2, "plain")
     assert (plain.tokens.tolist(), plain.pictures) == ([*P, *P, *b"Alike."], 2)
-    caption = make_row("<image>", "A cat.") | {"workflow": None}  # a question of the tag alone
-    tokens = encode_row(data.check_row(caption), CHATML, 2, system="").tokens.tolist()
+    # A question of the tag alone; columns that other rows have; a tag in the system message.
+    caption = make_row("<image>", "A cat.", boxes=None, width=None, independent=None)
+    tokens = encode_row(data.check_row(caption), CHATML, 2, system="<image>").tokens.tolist()
+    assert data.frame_of(caption) is None
     assert tokens == [START, *b"user\n", *P, 10, END, 10, START, *b"assistant\nA cat."]
 
 
@@ -219,6 +221,9 @@ BAD_ROWS = {
     bad(image="cut.png"): "cut.png: not a readable picture",
     bad(image="loop"): "does not exist",
     bad(image="turned.jpg", boxes=[], width=60, height=40): "turned.jpg: upright it has 40 x 60",
+    '{"conversations": [{"from": "human", "value": "Q", "image": "a.png"}, {"from": "gpt", "value":'
+    '"A"}]}': "a picture under 'image': it must be under 'image'",
+    bad("Q", "A", independent="false"): "'independent' must be true or false",
 }
 
 

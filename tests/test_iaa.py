@@ -163,7 +163,7 @@ def test_evenly_spaced_layers_literals():
     for number in (8, 22, 31):
         layers = evenly_spaced_layers(number, 32)
         assert len(set(layers)) == number and layers[-1] == 31
-    with pytest.raises(ValueError, match="insertion = 33: from 0 to one after each of the 32"):
+    with pytest.raises(ValueError, match="insertion = 33: from 0 to 32, the number of frozen lay"):
         evenly_spaced_layers(33, 32)
 
 

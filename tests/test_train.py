@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -498,6 +499,7 @@ def test_bad_input_is_one_line_without_a_traceback(world, fails, tmp_path):
         (["--set", "grounding.template=plian"], "template 'plian'"),
         (["--set", "grounding.template=llama3"], "no special token '<|start_header_id|>'"),
         (["--set", 'grounding.held_out=["none.jsonl"]'], "none.jsonl: no such data file"),
+        (["--set", "images=nowhere"], "images = 'nowhere': no such folder"),
     ]
     for number, (arguments, message) in enumerate(cases):
         assert message in fails("--set", f"out={tmp_path}/{number}", *arguments)
@@ -573,15 +575,18 @@ def test_rows_that_are_broken_or_long_do_not_stop_training(world, tmp_path, caps
                 f'stage.held_out=["{tmp_path}/held.jsonl"]')
     go(world, tmp_path / "run", *settings, stage="pretrain_projector")
     said = capsys.readouterr()
-    assert "broken.png" in said.err and "rows.jsonl:7" in said.err and "(2 so far)" in said.err
+    assert "broken.png" in said.err and "rows.jsonl:7" in said.err
     assert f"held out: skipped {tmp_path}/held.jsonl:1: " in said.out
-    cut = read_log(tmp_path / "run" / "pretrain_projector" / "log.jsonl")[-1]["cut"]
-    assert 0 < cut < 12 and f"{cut} rows cut" in said.out
+    last = read_log(tmp_path / "run" / "pretrain_projector" / "log.jsonl")[-1]
+    cut, skipped = last["cut"], last["skipped"]
+    assert 0 < cut < 12 and f"{cut} rows cut  {skipped} rows skipped" in said.out
+    assert skipped == len(re.findall("^skipped", said.err, re.M)) > 1
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("iaa.Adaptor.save", Mock(side_effect=KeyboardInterrupt))
         go(world, tmp_path / "killed", *settings, stage="pretrain_projector")
     go(world, tmp_path / "killed", *settings, stage="pretrain_projector")  # counts on
-    assert read_log(tmp_path / "killed" / "pretrain_projector" / "log.jsonl")[-1]["cut"] == cut
+    again = read_log(tmp_path / "killed" / "pretrain_projector" / "log.jsonl")[-1]
+    assert (again["cut"], again["skipped"]) == (cut, skipped)
 
 
 def test_llava_baseline_trains_its_own_llm(world, tmp_path, capsys, monkeypatch):

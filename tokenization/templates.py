@@ -112,7 +112,7 @@ def render(
     """
     form = template_of(tokenizer, template)
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    system = (form.default_system if system is None else system).strip()
+    system = without_tags(form.default_system if system is None else system).strip()
     if system and not form.drops_questions:
         before, after = form.system.split("{}")
         ids += encode_template(tokenizer, before) + tokenizer.encode(form.message_prefix + system)

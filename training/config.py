@@ -55,8 +55,9 @@ class StageConfig:
     held_out: list[str] = ()  # JSONL files for the held-out loss
     adaptor: str = "mm"  # the workflow that it trains
     start: str = ""  # stage to start from; "" the one before, "none" the frozen model
-    # "projector": alone, with the text embedding and head and no insertion layers. "layers": it and
-    # the insertion layers, while embedding, norm and head stay as the start left them. "adaptor".
+    # "projector": that alone, with the text embedding and head and no insertion layers. "layers":
+    # projector and insertion layers; embedding, norm and head stay as the start left them.
+    # "adaptor": all of it.
     trains: str = "adaptor"
     template: str = ""  # "" the tokenizer's own, "plain" picture then caption
     lr: float = 2e-5
@@ -174,8 +175,8 @@ def read_config(path: str, settings: list[str]) -> Config:
     values = read_values(Path(path))
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting}: write key=value")
+        if not equals or key == "stage":
+            raise ValueError(f"--set {setting}: write key=value or STAGE.key=value")
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except ValueError:

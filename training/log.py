@@ -21,9 +21,9 @@ from tokenization.tokenizer import Tokenizer
 from training.config import Config, StageConfig, adaptor_config
 
 PRINT_S = 15  # seconds between two lines of progress where they cannot be rewritten
-TEXT_TOKENS = 100  # of a row, half of them scored, where its data is not at hand
+SAMPLED = 64  # rows of the data that an average row is taken from
+TEXT_TOKENS = 100  # of an average row, half of them scored, where its data is not at hand
 LOGGED = ("step", "loss", "lr", "flops")  # what is read from a log again
-SAMPLED = 64  # rows that are looked at where it is
 
 
 def count(weights) -> int:
@@ -132,10 +132,11 @@ class Log:
     ):
         self.model, self.stage, self.ranks, self.later = model, stage, ranks, later
         self.path = Path(config.out, stage.name, "log.jsonl")
-        self.first, self.printed, self.skipped = first, 0.0, 0
+        self.first, self.printed = first, 0.0
         kept = [row for row in read_log(self.path) if row["step"] < first]
         self.flops = sum(row["flops"] for row in kept)
-        self.cut = kept[-1].get("cut", 0) if kept else 0
+        # Rows of all ranks that were cut at max_tokens, and those that could not be used.
+        self.cut, self.skipped = (kept[-1].get(key, 0) if kept else 0 for key in ("cut", "skipped"))
         if ranks.rank == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         if ranks.device.type == "cuda":
@@ -161,23 +162,25 @@ class Log:
         padded = sum(b.tokens.numel() for b in batches)
         self.flops += flops
         self.cut += int(self.ranks.sum(sum(b.cut for b in batches)))
+        reasons = [reason for b in batches for reason in b.skipped]
+        self.skipped += int(self.ranks.sum(len(reasons)))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.ranks.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         row = {"step": step, **values, "tokens_per_s": share * tokens / seconds, "flops": flops,
                "tflops": flops / seconds / 1e12, "data_wait": wait_s / seconds,
                "padding": 1 - tokens / max(1, padded), "seconds": seconds,
-               "memory_gb": memory / 1e9, "cut": self.cut}
-        for reason in [reason for b in batches for reason in b.skipped]:
-            self.skipped += 1
-            print(f"skipped {reason} ({self.skipped} so far)", file=sys.stderr)
+               "memory_gb": memory / 1e9, "cut": self.cut, "skipped": self.skipped}
+        for reason in reasons:
+            print(f"skipped {reason}", file=sys.stderr)
         if self.ranks.rank == 0:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.events is not None:
-                for key in row.keys() - {"step"}:
-                    self.events.add_scalar(key, row[key], step)
-                self.events.flush()  # a kill then loses no step that is behind a checkpoint
+                with writing(self.path.parent):
+                    for key in row.keys() - {"step"}:
+                        self.events.add_scalar(key, row[key], step)
+                    self.events.flush()  # a kill then loses no step that is behind a checkpoint
             self.show(step, row)
         if step == self.first and step + 1 < self.stage.steps:
             # The first step is a slow one: the time that is left goes by the others.
@@ -190,7 +193,7 @@ class Log:
         stage_s = (self.stage.steps - step - 1) * seconds / (step + 1 - first)
         run_s = stage_s + self.later * seconds / flops  # later stages have steps of other sizes
         held_out = f"  held-out {row['held_out']:.4f}" if "held_out" in row else ""
-        cut = f"  {self.cut} rows cut" if self.cut else ""
+        cut = "".join(f"  {row[key]} rows {key}" for key in ("cut", "skipped") if row[key])
         line = (f"{self.stage.name} {step + 1}/{self.stage.steps}  loss {row['loss']:.4f}"
                 f"{held_out}  {row['tokens_per_s']:,.0f} tokens/s  {flops / seconds / 1e12:.3f} "
                 f"TFLOP/s{cut}  {stage_s / 60:.1f} min left, {run_s / 60:.1f} of the run")
