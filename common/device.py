@@ -1,8 +1,8 @@
 """Which device and which dtype to compute with, and this process's place among the ranks.
 
-Processors differ by a factor of 200 in bf16: two cores of a Zen 4 multiply bf16 matrices 3 times as
-fast as fp32 ones, two cores of a Zen 2 (AVX2 only, as many laptops) 200 times as slowly. Processor
-flags do not tell which kernels torch has for them, so a CPU is timed.
+bf16 is fast on some processors only: two cores of a Zen 4 multiply bf16 matrices 3 times as fast as
+fp32 ones, two cores of a Zen 2 (AVX2 only, as many laptops) take 200 times as long. Processor flags
+do not tell which kernels torch has for them, so a CPU is timed.
 
 A rank that is dead or frozen makes the collectives of the others fail: at once where a connection
 broke, else after `timeout_s`. Each of them then ends with one line: its rank, where it was, and
@@ -94,7 +94,7 @@ def within(seconds: float, function: Callable):
 
 
 class Ranks:
-    """A context that joins the group and leaves it. Attributes: rank, world, device, progress.
+    """A context: joins the process group, leaves it. Attributes: rank, world, device, progress.
 
     timeout_s: how long a collective waits for the other ranks. backend: "" for that of the device.
     Raises ValueError where there are more processes than GPUs, ConnectionError for a lost rank.
@@ -108,7 +108,7 @@ class Ranks:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             if local >= (gpus := torch.cuda.device_count()):
-                raise ValueError(f"process {local + 1} on a machine with {gpus} GPUs")
+                raise ValueError(f"local rank {local}, but this machine has {gpus} GPUs")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         self.backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
@@ -136,7 +136,7 @@ class Ranks:
                 time.sleep(1)
 
     def find_lost(self) -> str:
-        """Names the ranks that did not beat for SILENT_S, unless they have left by themselves.
+        """A text that names the ranks without a beat for SILENT_S that have not left, "" for none.
 
         Those of the same launcher are killed: torchrun waits --shutdown_timeout for a frozen one.
         """
@@ -181,7 +181,7 @@ class Ranks:
             raise ConnectionError(f"{self.where_stopped}: {lost}{reason}") from error
 
     def sum(self, value: float) -> float:
-        """The sum of a number over all ranks."""
+        """The sum of a number over all ranks. All must call it, and what calls it below."""
         if self.world == 1:
             return value
         device = "cpu" if self.backend == "gloo" else self.device  # gloo is for processors

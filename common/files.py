@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON as typed values, frozen models, a command's end."""
+"""Atomic file writes, JSON as typed values, loading of frozen models, one-line errors."""
 
 import contextlib
 import hashlib
@@ -204,7 +204,7 @@ def load_frozen(
 def check_frozen(kind: type[nn.Module], folder: str | Path) -> None:
     """Read every byte of a frozen model. Raises ValueError where one has changed since conversion.
 
-    It takes about a second a GB, so `load_frozen` leaves it out.
+    It takes about 1 s per GB, so `load_frozen` leaves it out.
     """
     model = load_frozen(kind, folder)
     sizes = read_json(Path(folder, "config.json"))["config"]

@@ -100,7 +100,7 @@ def open_torch(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\3\4"  # torch's own test; before 1.6 there was no zip
     entries = zipfile.ZipFile(path).infolist() if zipped else []
-    # Where torch would read another list of entries than Python, the first is not at the beginning.
+    # Where the first entry is not at the beginning, torch may read another list than Python.
     if entries and entries[0].header_offset or any(
             entry.compress_type or entry.filename.endswith("constants.pkl") for entry in entries):
         raise ValueError("not made by torch.save: compressed, or TorchScript, which is code")
@@ -320,7 +320,7 @@ def open_gguf(path: Path) -> tuple[Source, LlamaConfig, dict]:
 
 
 def open_onnx(path: Path) -> Source:
-    """The weights in an ONNX graph. Those that the exporter left nameless get their user's name:
+    """The weights in an ONNX graph. One that the exporter left nameless is named after its user:
 
     `<module>.weight`, transposed, where that is a matrix product, else `<module>.<operator>`.
     """

@@ -3,7 +3,7 @@
 A row names one tensor of ours, those of the source that it is made of, and how. {i} counts layers;
 a row with * stands for two, weight and bias. Our rotary pairs are (j, j + E/2), as Hugging Face's.
 
-Letters: D width, H query heads, E head size, F feed-forward width, P patches.
+Letters: D width, E head size, F feed-forward width, P patches, P0 those of DINOv2's training.
 Sources: meta-llama/llama3, llama.cpp (convert_hf_to_gguf.py), transformers (Llama, CLIP, Dinov2)
 and 360CVGroup/Inner-Adaptor-Architecture.
 """
@@ -49,7 +49,7 @@ def dino_positions(config: ClipConfig, first: Tensor, rest: Tensor, patch_bias: 
 
 
 class Row(NamedTuple):
-    """One tensor of ours, those it is made of (split at spaces), how: (config, *those) -> ours."""
+    """Our tensor, foreign ones that make it (split at spaces), how(config, *foreign) -> ours."""
 
     target: str
     sources: str

@@ -2,7 +2,7 @@
 
 A byte-level BPE becomes a table of bytes in merge order and the regex by which text is split.
 Other kinds are refused, never approximated. What the files state of start and stop tokens, added
-words and chat template is used; each choice is a line of output that says whence it comes.
+words and chat template is used; each choice is printed with its origin.
 
 Sources: meta-llama/llama3, Hugging Face tokenizers (tokenizer.json), llama.cpp (GGUF metadata).
 """
@@ -50,7 +50,7 @@ Added = list[tuple[str, int, bool]]  # tokens beside the model's own: name, id, 
 
 
 class Stated(NamedTuple):
-    """What a source states of its tokenizer, or its user. Tokens are names or ids."""
+    """What the source or the user states of a tokenizer. Tokens are names or ids."""
 
     template: str | None = None  # of CHATS, that the user names
     jinja: str | None = None  # the model's own template
@@ -65,8 +65,8 @@ def choose_template(
 ) -> tuple[str, str]:
     """One of CHATS, and how it is known: its marks stand in the model's own template.
 
-    Where there is none, they are special tokens; else it is Vicuna's, if there is </s>. Raises
-    ValueError where not one alone fits. The model's own is Jinja, which is code: it is not run.
+    Without a template, special tokens are the marks; else </s> means Vicuna's. Raises ValueError
+    unless exactly one fits. The model's own is Jinja, which is code: it is not run.
     """
     if stated.template:
         return stated.template, "as --template says"
@@ -155,7 +155,7 @@ def build_bpe(
 ) -> Tokenizer:
     """A byte-level BPE: single bytes, then what the merges make, then the rest of `vocab`.
 
-    whole_words: text becomes also those of the rest that no merge makes.
+    whole_words: text may also become words of the rest, which no merge makes.
     """
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     made = dict.fromkeys([*GPT2_BYTES, *("".join(pair) for pair in pairs)])

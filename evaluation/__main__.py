@@ -61,7 +61,7 @@ def run_harness(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     elif any(name.startswith("humaneval") for name in args.data):
-        raise ValueError("humaneval runs what the model writes: allow it, --allow-code-execution")
+        raise ValueError("humaneval runs what the model writes: --allow-code-execution permits it")
     manager = module.TaskManager(include_path=args.include, include_defaults=args.include is None)
     known = TABLE_3 if args.what == "lm" and args.include is None else {}
     tasks = {name: known.get(name, (name, None)) for name in args.data}
@@ -108,11 +108,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--quantize", choices=["int8"], help="weights of LLM and adaptors, as in sample.py")
     add("--batch", type=int, default=32, help="questions asked at once [%(default)s]")
     special = [add("--limit", type=int, help="questions of each workflow (by whole pictures) or "
-                   "task [all]; texts that text-retention continues [16]"),
+                   "task [all]; windows that text-retention continues [16]"),
                add("--base", type=Path, help="text-retention: a converted Llama [the run's own]"),
                add("--workflow", help="text-retention [all], lm [text], lmms [mm]"),
                add("--images", type=Path, help="refcoco: root of the pictures"),
-               add("--include", metavar="FOLDER", help="lm, lmms: your task files, not its own"),
+               add("--include", metavar="FOLDER", help="lm, lmms: the tasks in FOLDER only"),
                add("--allow-code-execution", action="store_true",
                    help="lm humaneval: run what the model writes")]
     args = parser.parse_args(argv)

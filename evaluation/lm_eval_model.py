@@ -29,7 +29,7 @@ class WorkflowLM(GreedyModel, TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands ahead of a text that has nothing ahead of it."""
+        """The id that stands for an empty context: the start token, else the pad."""
         return self.words.pad_id if self.words.bos_id is None else self.words.bos_id
 
     def tok_encode(

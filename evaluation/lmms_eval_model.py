@@ -61,7 +61,7 @@ class PictureLM(GreedyModel, lmms):
 
 def settings(chat: Chat, args: argparse.Namespace) -> dict:
     """What `simple_evaluate` takes for this model."""
-    # Files for a benchmark's server go to `output_path`; the other one is asked for with it.
+    # Files for a benchmark's server go to `output_path`; lmms-eval then reads the other too.
     files = argparse.Namespace(output_path=str(args.model / "eval/lmms"), process_with_media=True)
     return {"model": PictureLM(chat, args.batch), "distributed_executor_backend": "torchrun",
             "cli_args": files}

@@ -1,4 +1,4 @@
-"""MME: 14 subtasks of yes/no questions, two a picture, asked and scored officially.
+"""MME: 14 subtasks, two yes/no questions per picture; the official prompt and score.
 
 Sources: the official IAA release (prompt), the authors' eval tool (BradyFU, score).
 """

@@ -15,7 +15,7 @@ from tokenization.templates import without_tags
 
 
 def read(data: Path, images: Path | None) -> list[Record]:
-    """The expressions of a JSONL file, or of all in a folder; images: the root of the pictures."""
+    """The expressions of a JSONL file, or of all in a folder; images: what their paths start at."""
     if images is None:
         raise ValueError("refcoco: --images FOLDER is needed, the root of the pictures")
     files = sorted(data.glob("[!.]*.jsonl")) if data.is_dir() else [data]

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 def load_base(model: IAA, folder: Path, quantize: str | None) -> IAA:
     """The LLM in `folder`, in the dtype, on the device and in the layout of the model's.
 
-    Its embedding and head get as many rows as the model's: zeros, which no text meets, or fewer.
-    Other sizes may be computed by another kernel, which rounds otherwise.
+    Its embedding and head are cut, or padded with zeros, to the model's vocabulary: another size
+    may select another kernel, which rounds differently.
     """
     llama, size = model.llama, model.llama.config.vocab_size
     base = load_frozen(Llama, folder, llama.dtype, llama.device)

@@ -58,7 +58,7 @@ def main() -> None:
     add = parser.add_argument
     add("command", choices=[*READERS, "easy-vqa"])
     add("inputs", nargs="*", type=Path, metavar="INPUT", help="published files or folders")
-    add("out", type=Path, metavar="OUT", help="JSONL file to write")
+    add("out", type=Path, metavar="OUT", help="JSONL file to write (easy-vqa: a folder)")
     add("--images", type=Path, metavar="ROOT", help="root of all pictures: DocVQA's go there")
     add("--exclude-images", metavar="REFER", help="folder with refcoco/, refcoco+/, refcocog/: "
         "leave out each picture that they are evaluated on; or none")
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: OUT is cleaned up
     if (args.command == "easy-vqa") == bool(args.inputs):
-        parser.error("every command but easy-vqa takes at least one INPUT, then OUT")
+        parser.error("easy-vqa takes OUT alone, every other command INPUT... OUT")
     if args.command == "easy-vqa":
         for what, count in easy_vqa(args.out).items():
             print(f"{what}: {count}")

@@ -58,7 +58,7 @@ def entries(path: Path, part: str, *fields: str) -> dict[int, list]:
 class PlainUnpickler(pickle._Unpickler):
     """An unpickler of lists, dicts, texts and numbers: it refuses to look up anything by name.
 
-    It is the one in Python: the one in C takes 4 GB for a place in its memo that 9 bytes name.
+    It is Python's own class: with that in C, a pickle of 9 bytes can make the memo take 4 GB.
     """
 
     def find_class(self, module: str, name: str):

@@ -77,8 +77,8 @@ def choose_to_teach(asked: list, number: int, colour: str, shape: str) -> list:
 
     "Is there" and "is there not" have opposite answers. Where both are as frequent, the gradient of
     what the picture shows cancels, and a model stays with "no" to the one and "yes" to the other.
-    So 3 of 5 pictures have no negated question. What is there is seldom asked for: it is asked for
-    twice, and what is not there three times at most.
+    So 3 of 5 pictures have no negated question. Questions about what is shown are rare:
+    each comes twice, and at most three others stay.
     """
     if number % 5 > 1:
         asked = [pair for pair in asked if not words(pair[0]) & NEGATIONS] or asked

@@ -48,7 +48,7 @@ class Counts(Counter):
             raise ValueError(f"{malformed:,} of {self.total():,} are malformed, so nothing is "
                              "written; a higher --max-malformed accepts them")
         if not self["written"]:
-            raise ValueError("no row to write: is it the file that this data set has?")
+            raise ValueError("no row to write: is INPUT this data set's file?")
 
 
 def clean(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Tokens a second, beside transformers and llama.cpp where they are installed.
+"""Tokens per second, beside transformers and llama.cpp where they are installed.
 
     python -m speed.bench [--llm weights/smollm2] [--vision weights/dinov2-84px]
 
@@ -184,7 +184,7 @@ def options(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-@one_line("bench.py")
+@one_line("speed.bench")
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = options(__doc__)

@@ -100,7 +100,7 @@ def compare(pair: tuple[str, str], args: argparse.Namespace, ranks: Ranks) -> li
     return list(zip(pair, losses, strict=True))
 
 
-@one_line("bench_zero.py")
+@one_line("speed.bench_zero")
 def main(argv: list[str] | None = None) -> list[tuple]:
     """Measure and print; returns the name and the losses of every variant."""
     args = options(__doc__).parse_args(argv)

@@ -56,7 +56,7 @@ def transformers_answering(llama: Llama, prompt: Tensor, new: int) -> Work:
 
 
 def llama_cpp_answering(gguf: Path, prompt: list[int], new: int) -> Work:
-    """The same of a GGUF file, on as many threads as torch has, by llama.cpp's own clock."""
+    """As `transformers_answering` for a GGUF file; torch's number of threads, llama.cpp's clock."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

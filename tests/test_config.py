@@ -57,7 +57,7 @@ def test_a_file_goes_over_its_base(write):
 
 @pytest.mark.parametrize(("text", "message"), [
     ('base = "nope.toml"', "nope.toml"),
-    ('base = "top.toml"', "another file is expected"),
+    ('base = "top.toml"', "a path, and no cycle, is expected"),
     ("base = ", "top.toml: not TOML"),
     ('base = "base.toml"\n[[stage]]\nname = "three"', "no stage 'three'; there are: one, two"),
     ('base = "base.toml"\n[[stage]]\nsteps = 3', "no stage None"),
@@ -89,7 +89,7 @@ def test_errors_of_a_file_are_one_line(write, text, message):
     ("tracker=wandb", "tracker = 'wandb': leave it out, or \"tensorboard\""),
     ("two.adaptor=text", "an adaptor cannot be named 'text'"),
     ("two.name=one", "two stages have the same name: ['one', 'one']"),
-    ("two.name=a-b", "name = 'a-b': letters, digits and _"),
+    ("two.name=a-b", "name = 'a-b': letters, digits (not first) and _"),
     ("one.start=two", 'start = \'two\': "", "none" or a stage before it'),
     ("dtype=fp8", "dtype = 'fp8': one of auto, bf16, fp32"),
     (f"timeout_s={2**62}", "timeout_s = 4611686018427387904: must be 1 or more, below 2^31"),

@@ -65,7 +65,7 @@ def test_the_first_device_that_there_is(monkeypatch, cuda, mps, chosen):
     assert (ranks.backend, ranks.device.type) == (("nccl", "cuda") if cuda else ("gloo", "cpu"))
     if cuda:
         monkeypatch.setenv("LOCAL_RANK", "1")
-        with pytest.raises(ValueError, match="process 2 on a machine with 1 GPUs"):
+        with pytest.raises(ValueError, match="local rank 1, but this machine has 1 GPUs"):
             Ranks(60)
 
 

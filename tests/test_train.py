@@ -428,7 +428,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(world, whole, stopped, fai
     (world / "spoiled/instruct/step-000002").rename(world / "spoiled/instruct/step-1000000")
     names = [path.name for path in checkpoint.list_checkpoints(world / "spoiled" / "instruct")]
     assert names == ["step-000004", "step-1000000"]  # by number; and that number is not its own
-    assert "instruct: no checkpoint is intact; remove it to train" in fails(
+    assert "instruct: no checkpoint is intact; remove this folder" in fails(
         "--stage", "instruct", "--set", f"out={world}/spoiled", "--set", "instruct.start=none")
 
 
@@ -440,7 +440,7 @@ def test_a_damaged_log_is_named(tmp_path, line):
     path.write_text(f'{good}\n{good}\n{{"step": 1, "lo', encoding="latin-1")
     assert read_log(path) == [{"step": 0, "loss": 2.5, "lr": 0.001, "flops": 7}] * 2
     path.write_text(f"{good}\n{line}\n{good}\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=rf"^{path}:2: a damaged line; mend it or remove it$"):
+    with pytest.raises(ValueError, match=rf"^{path}:2: a damaged line; repair it or remove it$"):
         read_log(path)
 
 

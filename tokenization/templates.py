@@ -24,13 +24,13 @@ class Template:
     """The text around the messages. <...> is a special token's name, the rest is plain text."""
 
     default_system: str
-    system: str  # the system message stands for {}
+    system: str  # the system message replaces {}
     user: str  # before a question
     answer: str  # between question and answer
     end: str  # after an answer; scored
     between_turns: str = ""  # between an answer and the next `user`
     message_prefix: str = ""  # before each message
-    image_end: str = "\n"  # after the placeholders of an image ahead of a message's text
+    image_end: str = "\n"  # after each image that precedes a message's text
     drops_questions: bool = False  # only the first question's images and its answer are kept
 
 
@@ -56,7 +56,7 @@ TEMPLATES = {
     # LLaVA's first stage: image, caption, newline.
     "plain": Template("", "", "", "", "\n", image_end="", drops_questions=True),
 }
-TEMPLATES["chatml_bare"] = replace(TEMPLATES["chatml"], default_system="")  # of other models
+TEMPLATES["chatml_bare"] = replace(TEMPLATES["chatml"], default_system="")  # not SmolLM2's
 CHATS = [name for name, form in TEMPLATES.items() if not form.drops_questions]
 
 
@@ -69,7 +69,7 @@ def template_of(tokenizer: Tokenizer, name: str | None) -> Template:
 
 
 def without_tags(text: str) -> str:
-    """The text with a space for each TAG: taking it out could make another one."""
+    """The text with a space for each TAG: plain removal could form a new one."""
     return text.replace(TAG, " ")
 
 

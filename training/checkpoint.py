@@ -53,7 +53,7 @@ FREE = ("save_every", "eval_every", "eval_rows", "held_out", "micro_batch", "zer
 def lock(out: Path) -> TextIO:
     """Lock a run's folder as long as the result lives. ValueError where another run has it.
 
-    The other run would lose its checkpoint in the making, which looks like a killed run's.
+    Else a second run would remove the first one's unfinished checkpoint, as if a kill had left it.
     """
     out.mkdir(parents=True, exist_ok=True)
     held = open(out / ".lock", "w")  # noqa: SIM115  (closing it would end the lock)
@@ -62,7 +62,7 @@ def lock(out: Path) -> TextIO:
     except (BlockingIOError, PermissionError):
         raise ValueError(f"{out}: another train.py is at work in this folder") from None
     except OSError as error:
-        print(f"{out}: a second train.py would not be noticed: the disk has no locks ({error})")
+        print(f"{out}: no file locks on this disk: do not start a second train.py ({error})")
     return held
 
 
@@ -225,8 +225,8 @@ def resume_state(
             damaged.append(newest)
     else:
         if damaged:
-            raise ValueError(f"{folder}: no checkpoint is intact; remove it to train from the "
-                             "stage's start")
+            raise ValueError(f"{folder}: no checkpoint is intact; remove this folder to train from "
+                             "the stage's start")
         return 0
     check_settings(folder, manifest["settings"], settings)
     if ranks.rank == 0:  # all ranks have read them: `checksums` of the intact one waited for all

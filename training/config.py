@@ -1,9 +1,9 @@
 """The typed configuration of a training run: defaults, a TOML file, then `--set` overrides.
 
-- `base = "iaa8.toml"` in a file: what it says goes over what that file says (relative to it), key
-  by key; a `[[stage]]` goes over the base's stage of the same name.
-- `stages = [...]` takes the other stages out: one without `start` then starts from the one before
-  it that is left, else from the frozen model. `train.py --stage` trains one of a run that has all.
+- `base = "iaa8.toml"`, a path relative to the file: the file overrides its base key by key, and a
+  `[[stage]]` overrides the base's stage of the same name.
+- `stages = [...]` removes all other stages. One without `start` then starts from the previous one
+  that remains, else from the frozen model. `train.py --stage` trains one and removes none.
 - Every value is checked: an unknown key, a wrong type or an impossible value is one line that says
   what is accepted.
 """
@@ -17,7 +17,7 @@ from common.files import parse_dataclass
 from iaa import AdaptorConfig, check_adaptor_name, evenly_spaced_layers
 
 RULES = (  # keys of a stage or of the run, what is accepted, and the test
-    ("name", "letters, digits and _, not none",
+    ("name", 'letters, digits (not first) and _, not "none"',
      lambda value: value.isidentifier() and value != "none"),
     ("data", "at least one JSONL file", len),
     ("stage", "at least one [[stage]]", len),
@@ -56,14 +56,14 @@ class StageConfig:
     adaptor: str = "mm"  # the workflow that it trains
     start: str = ""  # stage to start from; "" the one before, "none" the frozen model
     # "projector": that alone, with the text embedding and head and no insertion layers. "layers":
-    # projector and insertion layers; embedding, norm and head stay as the start left them.
+    # projector, insertion layers, gates; embedding, norm, head stay as the start left them.
     # "adaptor": all of it.
     trains: str = "adaptor"
     template: str = ""  # "" the tokenizer's own, "plain" picture then caption
     lr: float = 2e-5
     lr_projector: float = 0.0  # 0 = lr
-    batch: int = 128  # rows a step, over all ranks
-    micro_batch: int = 8  # rows a forward pass of one rank
+    batch: int = 128  # rows per step, over all ranks
+    micro_batch: int = 8  # rows per forward pass of one rank
     warmup: float = 0.03  # share of the steps
     beta1: float = 0.9
     beta2: float = 0.98
@@ -101,11 +101,11 @@ class Config:
     system: str | None = None  # system message; left out: the template's own, "": none
     max_tokens: int = 2048  # longer rows are cut
     dtype: str = "auto"  # the faster of bf16 and fp32 on the machine, or one of them by name
-    frozen_dtype: str | None = None  # "int8": a byte a weight of the frozen LLM; else in dtype
+    frozen_dtype: str | None = None  # "int8": the frozen LLM's matrices; else in dtype
     recompute: bool = False  # activation checkpointing
     shard_frozen: bool = True  # ZeRO-3 also shares out the frozen models; false: each rank has them
     reduce_fp32: bool = False  # ZeRO sends gradients in fp32, not in dtype
-    timeout_s: int = 600  # without an answer from another rank; then all stop
+    timeout_s: int = 600  # without an answer from another rank or a loader; then all stop
     seed: int = 0
     workers: int = 1  # processes that load data
     tracker: str | None = None  # "tensorboard": it shows the log's numbers, too
@@ -131,7 +131,7 @@ class Config:
 
 
 def adaptor_config(config: Config, stage: StageConfig, layers: int) -> AdaptorConfig:
-    """The stage's adaptor: a bare projector in the first stage, the whole adaptor later."""
+    """The stage's adaptor: a bare projector where `trains` says so, else the whole adaptor."""
     if stage.trains == "projector":
         return AdaptorConfig((), own_embedding=False, own_head=False)
     number = config.insertion  # or a list of layers
@@ -162,7 +162,7 @@ def read_values(path: Path, above: tuple[Path, ...] = ()) -> dict:
         return values
     base = values.pop("base")
     if not isinstance(base, str) or (path.parent / base).resolve() in above:
-        raise ValueError(f"{path}: base = {base!r}: another file is expected, by its name")
+        raise ValueError(f"{path}: base = {base!r}: a path, and no cycle, is expected")
     below = read_values(path.parent / base, above)
     for stage in values.pop("stage"):
         for same in named_stages(below["stage"], stage.get("name"), str(path)):

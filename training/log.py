@@ -34,12 +34,11 @@ def count(weights) -> int:
 def step_flops(model: IAA, workflow: str, rows: int, tokens: int, scored: int) -> int:
     """FLOPs of the forward and backward pass over `rows` rows of `tokens` tokens each.
 
-    The one definition for log, plan and benchmark. A weight of the decoder layers and gates takes 2
-    FLOPs a token forward and 2 for the activations' gradient, a trained one 2 more for its own.
-    The LM head takes the same for each of the `scored` positions of all rows. Attention takes
-    4 H E forward and 10 H E backward (it scores again) a layer and pair of tokens of a row, masked
-    pairs too. The vision tower, the projector, the loss and layers that `recompute` runs once more
-    are left out.
+    The one definition, for log and plan. A weight of the decoder layers and gates takes 2 FLOPs per
+    token forward and 2 for the activations' gradient, a trained one 2 more for its own. The LM head
+    takes the same for each of the `scored` positions of all rows. Attention takes 4 H E forward and
+    10 H E backward (it scores again) per layer and pair of tokens of a row, masked pairs too. The
+    vision tower, the projector, the loss and layers that `recompute` runs once more are left out.
     """
     adaptor = model.adaptors[workflow]
     llm = model.llm(adaptor)
@@ -116,12 +115,12 @@ def read_log(path: Path) -> list[dict]:
             rows.append(json.loads(line))
             sum(rows[-1][key] for key in LOGGED)  # all there, and numbers
         except (ValueError, TypeError, LookupError):
-            raise ValueError(f"{path}:{number}: a damaged line; mend it or remove it") from None
+            raise ValueError(f"{path}:{number}: a damaged line; repair it or remove it") from None
     return rows
 
 
 class Log:
-    """A stage's `log.jsonl`, a line a step, and its progress on the screen.
+    """A stage's `log.jsonl`, a line per step, and its progress on the screen.
 
     later: FLOPs of the stages after this one. Of a resumed stage, lines of steps that run again are
     cut from the file. With a `tracker`, events for TensorBoard stand beside it.
@@ -152,7 +151,7 @@ class Log:
         self.began = self.clock, self.flops, first  # the rate is that since then
 
     def step(self, step: int, values: dict, batches: list[Batch], wait_s: float) -> None:
-        """Note a step. Tokens and FLOPs of all ranks are estimated from this rank's share."""
+        """Log a step. Tokens and FLOPs of all ranks are estimated from this rank's share."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         share = self.stage.batch / max(1, sum(len(b.tokens) for b in batches))

@@ -13,13 +13,13 @@ what was measured. Bytes that autograd keeps of a decoder layer, for each token 
     attention              3c(H + K)E     q, k, v as a view of all three, output
     feed-forward           3cF            gate and up, silu(gate)
     where it is trained    4cD + cF more  inputs of its weights
-    with `recompute`       cD instead     its input; one layer has the above, after the logits went
+    with `recompute`       cD instead     its input; and once the larger of a layer's above, logits
 
 At ZeRO-0 a trained layer also keeps a copy of its weights in the compute dtype. Of int8 weights one
-matrix at a time is dequantised. "in all" adds up everything. With one micro-batch a step a rank
-holds less: its gradients come while its activations go.
+matrix at a time is dequantised. "in all" adds up everything. With one micro-batch per step a rank
+holds less: gradients grow while activations are freed.
 
-Letters: as in llama.py; c bytes of a weight that computes, r of a gradient that is sent.
+Letters: as in llama.py; c bytes per number in the compute dtype, r per gradient that is sent.
 """
 
 import argparse

@@ -50,8 +50,8 @@ class DataParallel:
     def forward_backward(self, batch, scored: float, last: bool) -> Tensor:
         """Return a micro-batch's loss, and add its gradient, divided by `scored`, to the step's.
 
-        batch: None where this rank has no rows left. last: whether it is the step's last one. Then
-        all ranks sum the gradients of all weights, so that none waits for another.
+        batch: None where this rank has no rows left. last: whether it is the step's last one.
+        Then every rank all_reduces every weight's gradient, used or not: so none waits for ever.
         """
         loss = torch.zeros(()) if batch is None else self.loss(batch)
         if loss.requires_grad:
@@ -200,7 +200,7 @@ def timetable(
 ) -> tuple[list[Unit], list[Stop], int]:
     """All units, the stops of a micro-batch, and the number of its first backward stop.
 
-    Frozen weights are in units at stage 3 only; those that no part needs are never gathered.
+    Frozen weights are in units at stage 3 with `shard_frozen`; unused ones are never gathered.
     """
     frozen_too, unit_of, stops, backward = zero == 3 and shard_frozen, {}, [], []
     for part in model_parts(model, workflow):
