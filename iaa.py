@@ -129,7 +129,8 @@ class Adaptor(nn.Module):
 
     def freeze_embedding_and_head(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Leave embedding, norm and head out of training, in `dtype`, on `device`."""
-        for part in filter(None, (self.embedding, self.norm, self.head)):
+        owner = self if self.llm is None else self.llm
+        for part in filter(None, (owner.embedding, owner.norm, owner.head)):
             part.requires_grad_(False).to(device, dtype)
 
     def after_layer(self, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> AfterLayer:

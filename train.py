@@ -288,6 +288,8 @@ def check_run(config: Config, stages: list[StageConfig]) -> dict[str, int]:
     A finished stage must have the same settings and data. Its data files may be gone by now.
     """
     flops, ready = {}, []
+    if Path(config.out, "iaa.json").is_file():
+        Index.read(config.out)  # `write_index` reads it again: a damaged one is named now
     for stage in stages:
         folder, source = adaptor_folder(config, stage.name), source_folder(config, stage)
         ready.append(folder)

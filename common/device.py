@@ -176,7 +176,7 @@ class Ranks:
             try:
                 lost = within(3 * SILENT_S, self.find_lost)
             except (RuntimeError, multiprocessing.TimeoutError):
-                lost = "no sign of life from rank 0, or from its machine, which keeps the store; "
+                lost = "no answer from the store, which rank 0 or its launcher keeps; "
             reason = str(error).split("\n")[0]
             raise ConnectionError(f"{self.where_stopped}: {lost}{reason}") from error
 

@@ -33,6 +33,10 @@ def one_line(program: str, after_stop: str = "") -> Iterator[None]:
             torch.OutOfMemoryError) as error:
         text = str(error) or "out of memory"  # a MemoryError may say nothing
         sys.exit(f"{program}: {text}".replace("\n", " "))  # libraries write several lines
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # of the CPU, for which torch has no kind
+            raise
+        sys.exit(f"{program}: out of memory")
     except ModuleNotFoundError as error:
         sys.exit(f"{program}: {error}; the files in requirements/ say which packages it needs")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""bench.py and peers.py: medians, equal work of the peers, a whole run on a tiny model."""
+"""bench.py: medians, equal work of the peers, a whole run on a tiny model."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from clip import Clip, ClipConfig
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
 from speed import bench
-from speed.peers import TransformersIAA, transformers_llama
+from speed.bench import TransformersIAA, transformers_llama
 from training.log import count
 
 TINY = LlamaConfig(11, 6, 2, 3, 1, 2, 5, 512)  # D 6, 2 layers, H 3, K 1, E 2, F 5, V 11

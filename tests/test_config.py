@@ -82,6 +82,7 @@ def test_errors_of_a_file_are_one_line(write, text, message):
     ("two.steps=0", "stage two: steps = 0: must be 1 or more"),
     ("two.lr=nan", "stage two: lr = nan: must be 0 or more"),
     ("two.trains=all", "trains = 'all': \"projector\", \"layers\" or \"adaptor\""),
+    ("two.trains=projector", 'stage two: a stage that trains = "projector" cannot start from one'),
     ("two.micro_batch=3", "batch = 128 is not a multiple of micro_batch = 3"),
     ("two.data=[]", "data = []: at least one JSONL file"),
     ("two.warmup=3", "warmup = 3.0: a share of the steps, 1 at most"),
@@ -95,6 +96,7 @@ def test_errors_of_a_file_are_one_line(write, text, message):
     (f"timeout_s={2**62}", "timeout_s = 4611686018427387904: must be 1 or more, below 2^31"),
     ("three.steps=3", "no stage 'three'; there are: one, two"),
     ("steps", "write key=value"),
+    ("stage=5", "write key=value or STAGE.key=value"),
 ])
 def test_errors_of_a_setting_are_one_line(write, setting, message):
     """An unknown key, a wrong type, an impossible value: the message says what is accepted."""

@@ -318,7 +318,7 @@ def test_ranks_and_killed_ranks_change_nothing(world, whole, tmp_path):
 @pytest.mark.parametrize("ranks, lost, sent, whom, workers, said", [
     (2, 1, signal.SIGSTOP, "rank", 1, "no sign of life from rank 1; "),
     (2, 1, signal.SIGKILL, "rank", 0, "no sign of life from rank 1; "),
-    (2, 0, signal.SIGSTOP, "rank", 0, "no sign of life from rank 0, or from its machine, which "),
+    (2, 0, signal.SIGSTOP, "rank", 0, "no answer from the store, which rank 0 or its launcher"),
     (1, 0, signal.SIGKILL, "loader", 1, "DataLoader worker"),
     (1, 0, signal.SIGSTOP, "loader", 1, "the data loader gave no batch in 4 s")])
 def test_a_lost_process_stops_the_others(world, tmp_path, ranks, lost, sent, whom, workers, said):

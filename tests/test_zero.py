@@ -310,6 +310,17 @@ def test_bytes_are_planned(on_ranks, world, kind, zero, number, cuts, settings):
         assert sum(planned.values()) < (16 * p + 4 * f) / world * 1.05
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_ends_of_an_own_llm_can_be_frozen(tied):
+    """`trains = "layers"` of the LLaVA baseline: its layers and the projector are left."""
+    model, _ = tiny("tied" if tied else "c")
+    adaptor = Adaptor(ADAPTORS["tied"], model.llama.config, model.clip.config.width)
+    adaptor.freeze_embedding_and_head(torch.float32, "cpu")
+    trained = {name.split(".")[0] + "." + name.split(".")[1]
+               for name, weight in adaptor.named_parameters() if weight.requires_grad}
+    assert trained == {"projector.up", "projector.down", "llm.layers"}
+
+
 @pytest.mark.parametrize("kind", ADAPTORS)
 def test_parts_are_called_in_their_order(kind):
     """`model_parts` lists the parts as the forward pass calls them; nothing trained is missed."""

@@ -125,6 +125,11 @@ class Config:
             if stage.start not in ("", "none", *names[:place]):
                 raise ValueError(f'stage {stage.name}: start = {stage.start!r}: "", "none" or a '
                                  f"stage before it in the run ({', '.join(names[:place])})")
+            source = stage.start or (names[place - 1] if place else "none")
+            if stage.trains == "projector" and source != "none" and (
+                    self.stage[names.index(source)].trains != "projector"):
+                raise ValueError(f'stage {stage.name}: a stage that trains = "projector" cannot '
+                                 f'start from {source}, which trains more: start = "none"')
         if self.frozen_dtype and self.shard_frozen and any(s.zero == 3 for s in self.stage):
             raise ValueError("frozen_dtype = 'int8': zero = 3 cannot shard int8 weights: "
                              "set shard_frozen = false, or zero = 2")

@@ -25,6 +25,7 @@ and the end of a stop. Hooks on the modules call `advance_to(n)`, which runs all
 stop n, also for parts that this rank does not use.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iaa import IAA
+
+# Torch warns of hooks on modules whose input needs no gradient, as an embedding's.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 
 class DataParallel:
