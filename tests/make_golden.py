@@ -5,7 +5,7 @@ tests/golden are committed, so the tests need neither. Models are tiny and rando
 seed, with weights large enough that a wrong formula shows. Photographs: tests/golden/README.md.
 """
 
-import importlib.util
+import runpy
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -67,20 +67,13 @@ def llama(name: str, tied: bool, rope: dict, seed: int) -> None:
     save_file({**weights, **results}, GOLDEN / f"llama_{name}.safetensors")
 
 
-def openai_clip():
-    """The module `clip/model.py` of OpenAI's package, without the package's torchvision."""
-    path = distribution("clip-anytorch").locate_file("clip/model.py")
-    spec = importlib.util.spec_from_file_location("openai_clip_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @torch.no_grad()
 def clip(seed: int) -> None:
     """Patch features of the last layers by OpenAI's own code; also with GELU for its own."""
     width, heads, layers, patch, side = 16, 2, 3, 4, 12
-    tower = openai_clip().VisionTransformer(side, patch, width, layers, heads, 8).eval()
+    # The module alone: its package needs torchvision.
+    code = runpy.run_path(str(distribution("clip-anytorch").locate_file("clip/model.py")))
+    tower = code["VisionTransformer"](side, patch, width, layers, heads, 8).eval()
     randomise(tower, seed)
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
     seen = []
@@ -126,20 +119,15 @@ def llava(seed: int) -> None:
     model.bfloat16().save_pretrained(GOLDEN / "llava")  # the rotary table is rounded too, so last
 
 
-def photographs() -> dict[str, Image.Image]:
-    """Two photographs, small: a portrait and a landscape."""
-    hopper = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    cat = distribution("scikit-image").locate_file("skimage/data/chelsea.png")
-    sizes = {"hopper": (hopper, (97, 113)), "cat": (cat, (131, 83))}
-    return {name: Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS)
-            for name, (path, size) in sizes.items()}
-
-
 def pixels() -> None:
     """What CLIPImageProcessor makes of the photographs and odd cut-outs, padded to squares."""
-    pictures = photographs()
-    for name, picture in pictures.items():
+    hopper = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    cat = distribution("scikit-image").locate_file("skimage/data/chelsea.png")
+    pictures = {}
+    for name, path, size in (("hopper", hopper, (97, 113)), ("cat", cat, (131, 83))):
+        picture = Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS)
         picture.save(GOLDEN / f"{name}.png", optimize=True)
+        pictures[name] = picture
     cuts = {"hopper": None, "hopper 7x5": (40, 30, 47, 35), "hopper 3x113": (50, 0, 53, 113),
             "cat": None, "cat 1x1": (60, 40, 61, 41), "cat 131x9": (0, 40, 131, 49),
             "cat 40x40": (9, 7, 49, 47)}

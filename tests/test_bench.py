@@ -2,35 +2,23 @@
 
 import pytest
 import torch
+from conftest import CLIP, LLAMA, write_base
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip import Clip, ClipConfig
+from clip import Clip
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama, LlamaConfig
 from speed import bench
 from speed.bench import TransformersIAA, transformers_llama
 from training.log import count
 
-TINY = LlamaConfig(11, 6, 2, 3, 1, 2, 5, 512)  # D 6, 2 layers, H 3, K 1, E 2, F 5, V 11
-TOWER = ClipConfig(20, 2, 4, 28, 4, 8)
 
-
-def tiny_model() -> IAA:
-    """With an insertion layer after each frozen one, all weights random."""
-    model = IAA(Llama(TINY), Clip(TOWER), 10)
-    model.adaptors["mm"] = Adaptor(AdaptorConfig((0, 1)), TINY, TOWER.width)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    model.adaptors["mm"].init_from_frozen(model.llama)
-    return model
-
-
-def test_a_whole_run_on_a_tiny_model(tmp_path, write_base, capsys, monkeypatch):
+def test_a_whole_run_on_a_tiny_model(tmp_path, capsys, monkeypatch):
     """Every figure of every variant of ours has a row with its rate; sizes by name."""
     # without peers, which take minutes to import and to build
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(bench, "choose_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(bench, "frozen_config", lambda name, kind: TOWER)
+    monkeypatch.setattr(bench, "frozen_config", lambda name, kind: CLIP)
     monkeypatch.setattr(bench, "NEW", 4)
     monkeypatch.setattr(bench, "TURNS", 3)
     llama = Llama(LlamaConfig(61, 24, 3, 6, 2, 10, 26, 512, rope_theta=100.0))
@@ -64,7 +52,9 @@ def test_measuring(allowed_s, rows, capsys, monkeypatch):
 def test_peers_do_the_same_work():
     """Where transformers is installed: as many weights and FLOPs as ours; all is trained."""
     pytest.importorskip("transformers", reason="needs requirements/dev.txt")
-    model, tokens = tiny_model(), torch.zeros(1, 7, dtype=torch.int64, device="meta")
+    model, tokens = IAA(Llama(LLAMA), Clip(CLIP), 10), torch.zeros(1, 7, dtype=int, device="meta")
+    model.adaptors["mm"] = Adaptor(AdaptorConfig((0, 1)), LLAMA, CLIP.width)
+    model.adaptors["mm"].init_from_frozen(model.llama)
     batch = bench.make_batch(model, 2, 20, 5)
     theirs = TransformersIAA(model, "mm")
     trained, expected = ([w for w in m.parameters() if w.requires_grad] for m in (theirs, model))

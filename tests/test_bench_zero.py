@@ -1,7 +1,7 @@
 """bench_zero.py on tiny models: every variant trains the same model."""
 
 import pytest
-from conftest import CLIP, LLAMA
+from conftest import CLIP, LLAMA, write_base
 from processes import processes
 
 from clip import Clip
@@ -15,7 +15,7 @@ def one_turn(options: list[str]) -> list[tuple]:
     return bench_zero.main(options)
 
 
-def test_all_variants_compute_the_same_loss(tmp_path, write_base):
+def test_all_variants_compute_the_same_loss(tmp_path):
     """ZeRO's sharded stages, DDP and FSDP2 on 2 ranks: losses of two steps alike."""
     write_base(tmp_path / "llm", Llama(LLAMA))
     write_base(tmp_path / "vision", Clip(CLIP))

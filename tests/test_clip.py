@@ -16,11 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip import SIZES, Clip, ClipConfig, open_image, preprocess, to_rgb
-from common.files import load_frozen, read_frozen
+from clip import Clip, ClipConfig, open_image, preprocess, to_rgb
 
 GOLDEN = Path(__file__).parent / "golden"
 TOWER = ClipConfig(16, 3, 2, 64, 4, 12)  # as in make_golden.py
+OPENAI = {"weight.": "", "class_embedding": "class_token", "positional_embedding": "positions",
+          "conv1": "patches", "ln_pre": "pre_norm", "transformer.resblocks": "layers",
+          "ln_1": "attention_norm", "attn.in_proj_": "qkv.", "attn.out_proj": "out",
+          "ln_2": "ffn_norm", "mlp.c_fc": "up", "mlp.c_proj": "down"}
 LEVEL = 1 / 255  # one step of an 8-bit picture, in pixel units 0..1
 PIXELS = load_file(GOLDEN / "pixels.safetensors")  # "name box" -> (3, 40, 40) uint8
 
@@ -28,23 +31,14 @@ PIXELS = load_file(GOLDEN / "pixels.safetensors")  # "name box" -> (3, 40, 40) u
 def golden_tower(**changes) -> tuple[Clip, dict[str, Tensor]]:
     """Our tower with the weights of OpenAI's, options changed, and the peers' results."""
     tensors = load_file(GOLDEN / "clip.safetensors")
-    peer = {key.removeprefix("weight."): t for key, t in tensors.items() if "weight." in key}
-    state = {"class_token": peer["class_embedding"], "positions": peer["positional_embedding"],
-             "patches.weight": peer["conv1.weight"]}
-    names = {"ln_1.": "attention_norm.", "attn.in_proj_": "qkv.", "attn.out_proj.": "out.",
-             "ln_2.": "ffn_norm.", "mlp.c_fc.": "up.", "mlp.c_proj.": "down."}
-    for part in ("weight", "bias"):
-        state[f"pre_norm.{part}"] = peer[f"ln_pre.{part}"]
-        for i in range(TOWER.layers):
-            for theirs, ours in names.items():
-                source = f"transformer.resblocks.{i}.{theirs}{part}"
-                state[f"layers.{i}.{ours}{part}"] = peer[source]
     model = Clip(dataclasses.replace(TOWER, **changes)).eval()
+    state = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in OPENAI.items():
+            name = name.replace(theirs, ours)
+        state |= {name: tensor} if name in model.state_dict() else {}
     model.load_state_dict(state)
     return model, tensors
-
-
-# The tower
 
 
 @torch.no_grad()
@@ -77,53 +71,9 @@ def test_options_of_dinov2():
     torch.testing.assert_close(model(images), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_named_sizes():
-    """Tokens of each named size; parameters of ViT-L/14-336, last norm and projection aside."""
-    assert {name: config.patches for name, config in SIZES.items()} == {
-        "ViT-L/14-336": 576, "ViT-L/14": 256}
-    with torch.device("meta"):
-        model = Clip(SIZES["ViT-L/14-336"])
-    assert sum(p.numel() for p in model.parameters()) == 303_505_408
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"image_px": 20}, "image_px = 20 is not a multiple of patch = 6"),
-    ({"patch": 0}, "patch = 0: must be a whole number, 1 or more"),
-    ({"heads": 3}, "width = 40 is not a multiple of heads = 3"),
-    ({"activation": "relu"}, "'relu': quick_gelu or gelu"),
-    ({"aspect": "crop"}, "'crop': pad"),
-    ({"feature_layer": 2}, "feature_layer = 2: -3 to -1"),
-    ({"feature_layer": -4}, "feature_layer = -4"),
-])
-def test_impossible_config_raises(change, message):
-    """A config that contradicts itself names the key, the value and what is accepted."""
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CLIP, **change)
-
-
-def test_written_and_loaded_again(tmp_path, write_base):
-    """Sizes, hash and tensors come back, frozen, in the files' dtype or the one asked for."""
-    model = Clip(dataclasses.replace(CLIP, mean=(0.1, 0.2, 0.3)))
-    write_base(tmp_path / "vision", model, "cd" * 32)
-    assert read_frozen(ClipConfig, tmp_path / "vision") == (model.config, "cd" * 32)
-    loaded = load_frozen(Clip, tmp_path / "vision", torch.bfloat16)
-    assert loaded.sha256 == "cd" * 32 and loaded.stored_dtype == torch.float32
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    for name, tensor in load_frozen(Clip, tmp_path / "vision").state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
-        assert torch.equal(tensor.bfloat16(), loaded.state_dict()[name])
-
-
-# Pictures
-
-
 @pytest.mark.parametrize("key", PIXELS)
 def test_pixels_equal_clip_image_processor(key):
-    """Photographs (portrait, landscape, tiny, thin, exact size), padded as LLaVA does.
-
-    Against CLIPImageProcessor: within 1/255 everywhere and 1e-3 on average, in pixel units 0..1
-    before normalisation.
-    """
+    """Photographs, padded as LLaVA does: within 1/255 everywhere and 1e-3 on average, of 0..1."""
     name, *_, box = key.split()
     image = Image.open(GOLDEN / f"{name}.png").crop([int(n) for n in box.split(",")])
     config = dataclasses.replace(CLIP, patch=4, image_px=40)
@@ -169,8 +119,8 @@ def test_transparency_becomes_white(tmp_path):
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 100, 50)]
 
 
-def test_sixteen_bits_and_exif(tmp_path):
-    """A 16-bit grey PNG is scaled to 8 bits, not cut off; a picture marked as turned is upright."""
+def test_sixteen_bits(tmp_path):
+    """A 16-bit grey picture is scaled to 8 bits, not cut off."""
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "grey.png")
     assert np.array(open_image(tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 100, 255]
     grey = np.array([[0, 1000, 257 * 100]], ">u2")  # no white in it
@@ -178,14 +128,10 @@ def test_sixteen_bits_and_exif(tmp_path):
     (tmp_path / "grey.pgm").write_bytes(b"P5 3 1 65535\n" + grey.tobytes())
     for name in ("grey.tif", "grey.pgm"):
         assert np.array(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 4, 100]
-    image = Image.new("RGB", (32, 16), "red")
-    image.paste("blue", (0, 0, 16, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to see it upright
-    image.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
-    upright = open_image(tmp_path / "turned.jpg")
-    assert upright.size == (16, 32)
-    assert upright.getpixel((8, 4))[2] > 200 and upright.getpixel((8, 28))[0] > 200  # blue on top
+    for content, levels in ((tiff(12, 1, b"\xff\xff\xff"), [255, 255]),  # 12 bits; 0 is white
+                            (tiff(16, 0, b"\0\0\xff\xff"), [255, 0])):
+        (tmp_path / "grey.tif").write_bytes(content)
+        assert np.array(open_image(tmp_path / "grey.tif"))[0, :, 0].tolist() == levels
 
 
 def test_grey_of_any_range(tmp_path):
@@ -226,13 +172,6 @@ def tiff(bits: int, zero: int, pixels: bytes, **tags: int) -> bytes:
         6:] + pixels
 
 
-@pytest.mark.parametrize(("bits", "zero", "pixels", "levels"), [
-    (12, 1, b"\xff\xff\xff", [255, 255]), (16, 0, b"\0\0\xff\xff", [255, 0])])
-def test_grey_tiffs_of_12_bits_or_whose_0_is_white(tmp_path, bits, zero, pixels, levels):
-    (tmp_path / "a.tif").write_bytes(tiff(bits, zero, pixels))
-    assert np.array(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == levels
-
-
 TURNED = (0x0112, 3, 1, b"\6")  # orientation 6
 UPRIGHT, AS_STORED = (16, 32), (32, 16)  # size where the orientation can be read, and where not
 BROKEN_METADATA = {
@@ -258,13 +197,15 @@ BROKEN_METADATA = {
 def test_sound_pixels_with_broken_metadata(tmp_path, name):
     """The picture is read, and is upright wherever its orientation can be read."""
     kind, size, metadata = BROKEN_METADATA[name]
-    path = tmp_path / f"a.{kind}"
-    Image.new("RGB", (32, 16), "red").save(path, **{} if kind == "png" else {"exif": metadata})
+    path, image = tmp_path / f"a.{kind}", Image.new("RGB", (32, 16), "red")
+    image.paste("blue", (0, 0, 16, 16))  # left, and on top once it is turned clockwise
+    image.save(path, **{} if kind == "png" else {"exif": metadata})
     if kind == "png":  # behind the header, and again behind the pixels
         content = path.read_bytes()
         path.write_bytes(content[:33] + metadata + content[33:-12] + metadata + content[-12:])
     opened = open_image(path)
-    assert opened.size == size and opened.getpixel((4, 4))[0] > 250
+    assert opened.size == size
+    assert opened.getpixel((4, 4))[2] > 200 < opened.getpixel((size[0] - 4, size[1] - 4))[0]
     assert to_rgb(opened).size == size  # turned once, not again
 
 

@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import edit, last_line, talk, tiny_base, tiny_run, write_rows
 from PIL import Image
 from processes import processes
 
@@ -16,7 +18,7 @@ from clip import preprocess
 from data import GROUNDING_PROMPT
 from evaluation import __main__ as evaluation
 from evaluation import easy_vqa, mme, refcoco
-from evaluation.answers import ask, print_table, sample_questions
+from evaluation.answers import ask, sample_questions
 from evaluation.text_retention import compare, load_base, windows
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Llama
@@ -32,26 +34,14 @@ def picture(path, colour="red"):
     return path
 
 
-def write_rows(path, rows):
-    """A JSONL file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def question(key, prompt, image, max_tokens, workflow="mm", **facts):
     """A question as benchmarks make it."""
     return {"key": key, "prompt": prompt, "image": image, "max_tokens": max_tokens,
             "workflow": workflow, **facts}
 
 
-# ---------------------------------------------------------------------------------- questions
-
-
-def test_answers_of_a_batch_are_those_asked_alone(tmp_path, tiny_run):
-    """Pictures and lengths differ; each question gets the answer of a batch of its own.
-
-    The random weights answer with many different tokens.
-    """
+def test_answers_of_a_batch_are_those_asked_alone(tmp_path):
+    """Pictures and lengths differ; each question gets the answer of a batch of its own."""
     tiny_run(tmp_path / "run")
     chat = Chat.load(tmp_path / "run", "fp32")
     iaa, tokenizer = chat.model, chat.tokenizer
@@ -71,7 +61,7 @@ def test_answers_of_a_batch_are_those_asked_alone(tmp_path, tiny_run):
     assert len(set(got.values())) > 3  # they differ: a mix-up would show
 
 
-def test_a_question_without_its_picture_is_skipped(tmp_path, tiny_run, capsys):
+def test_a_question_without_its_picture_is_skipped(tmp_path, capsys):
     """The picture is broken, or not that of its box, or the prompt is too long: said."""
     tiny_run(tmp_path / "run")
     path, broken = picture(tmp_path / "a.png"), tmp_path / "b.png"
@@ -94,17 +84,6 @@ def test_a_limit_takes_whole_pictures():
     questions = [question(key, "?", n // 2, 1) for n, key in enumerate("abcdefgh")]
     taken = sample_questions(questions, 3)
     assert [q["key"] for q in taken] == ["e", "f", "a", "b"]
-
-
-def test_the_table(capsys):
-    """Columns as they first come, counts whole, other numbers rounded, gaps blank."""
-    print_table("t", {"a": {"score": 12.345, "asked": 3}, "long": {"score": 1.0, "x": "yes"}})
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "t        score     asked         x", "a         12.3         3          ",
-        "long       1.0                 yes"]
-
-
-# ---------------------------------------------------------------------------------- MME
 
 
 @pytest.fixture
@@ -144,8 +123,7 @@ def test_mme_questions(mme_folder):
     (lambda root: (root / "count/0001.txt").write_text("Is it?\tYes\n"), "0001.txt: not two lines"),
     (lambda root: (root / "count/0001.txt").write_text("a\tyes\nb\tno\n"), "Yes or No"),
     (lambda root: (root / "count/0001.txt").write_bytes(b"caf\xe9"), "0001.txt: not a text in UTF"),
-    (lambda root: (root / "OCR").rename(root / "ocr_"), "in OCR, picture or text of all is"),
-])
+    (lambda root: (root / "OCR").rename(root / "ocr_"), "in OCR, picture or text of all is")])
 def test_mme_damaged(mme_folder, damage, message):
     """Half a download, another folder, swapped columns: one line each."""
     damage(mme_folder)
@@ -177,15 +155,11 @@ def test_mme_score():
            "OCR": {"score": 200.0, "asked": 2}, "cognition": {"score": 50.0, "asked": 2},
            "code_reasoning": {"score": 50.0, "asked": 2}}
 
-
-# ---------------------------------------------------------------------------------- RefCOCO
-
 OFFICIAL = {"sent_id": 34, "img_path": "a.png", "expression": "left mug",
             "bbox": [10.0, 5.0, 30.0, 15.0], "width": 40, "height": 20}
 OURS = {"id": "refcocog/test/ref1/sent2", "image": "a.png", "source": "refcocog", "split": "test",
-        "width": 40, "height": 20, "boxes": [[0, 0, 9, 9]], "conversations": [
-            {"from": "human", "value": "<image>\n" + GROUNDING_PROMPT.format("mug") + "."},
-            {"from": "gpt", "value": "[0.0, 0.25, 0.22, 0.48]"}]}
+        "width": 40, "height": 20, "boxes": [[0, 0, 9, 9]], "conversations": talk(
+            "<image>\n" + GROUNDING_PROMPT.format("mug") + ".", "[0.0, 0.25, 0.22, 0.48]")}
 
 
 @pytest.fixture
@@ -220,8 +194,7 @@ def test_refcoco_questions(expressions):
     (OFFICIAL | {"img_path": "../a.png"}, "is not below"),
     (OFFICIAL | {"img_path": "b.png"}, "does not exist"), (OFFICIAL | {"width": None}, ""),
     ({"expression": "mug"}, "'img_path' is missing"), ([], ""),
-    (OURS | {"conversations": OURS["conversations"][:1]}, "human first and gpt last"),
-])
+    (OURS | {"conversations": OURS["conversations"][:1]}, "human first and gpt last")])
 def test_refcoco_damaged(expressions, row, message):
     """File and line are named; nothing outside of the root is read."""
     path = write_rows(expressions / "mine.jsonl", [OURS, row])
@@ -253,9 +226,6 @@ def test_refcoco_official_rule(answer, right):
                                       "testA": {"official": 100.0 * right, "asked": 1}}
 
 
-# ---------------------------------------------------------------------------------- easy-VQA
-
-
 def test_easy_vqa_score():
     """The last word, by kind; the commonest answer; boxes by the first in the text."""
     def line(expected, answer, commonest):
@@ -273,15 +243,14 @@ def test_easy_vqa_score():
 
 
 @pytest.fixture
-def world(tmp_path, tiny_run):
+def world(tmp_path):
     """A model in `run`, and four pictures with seven questions and a box each in `data`."""
     data = tmp_path / "data"
     data.mkdir()
     tiny_run(tmp_path / "run")
 
     def row(number, turns, **extra):
-        said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
-        said[0]["value"] = "<image>\n" + said[0]["value"]
+        said = talk("<image>\n" + turns[0], *turns[1:])
         return {"id": f"x/{number}", "image": f"{number}.png", "conversations": said, **extra}
 
     for number in range(4):
@@ -344,9 +313,7 @@ def test_a_benchmark_end_to_end(world, capsys):
 
 def test_what_cannot_be_asked(world):
     """Boxes without their adaptor are left out; no adaptor, or no picture, is one line."""
-    path = world / "run" / "iaa.json"
-    index = json.loads(path.read_text()) | {"adaptors": {"mm": "mm"}}
-    path.write_text(json.dumps(index))
+    edit(world / "run" / "iaa.json", adaptors={"mm": "mm"})
     assert "boxes" not in go(world) and len(saved(world)) == 7
     for file in (world / "data").glob("*.png"):
         file.write_bytes(b"")
@@ -361,14 +328,11 @@ def test_what_cannot_be_asked(world):
     (("easy-vqa", ".", "--workflow", "mm"), "easy-vqa takes no --workflow"),
     (("sheet", ".", "--limit", "3"), "sheet takes no --limit"),
     (("easy-vqa", ".", "--model", "nowhere"), "train-questions.jsonl"),
-    (("text-retention", "nowhere.txt"), "nowhere.txt"),
-])
+    (("text-retention", "nowhere.txt"), "nowhere.txt")])
 def test_clear_errors(arguments, message, tmp_path, monkeypatch):
     """One line that names the file or the option."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message) as error:
-        evaluation.main(list(arguments))
-    assert "\n" not in str(error.value)
+    assert re.search(message, last_line(evaluation.main, list(arguments)))
 
 
 @pytest.mark.parametrize("arguments", [("lm", "mmlu"), ("mme", ".", "--device", "cpu")])
@@ -398,18 +362,12 @@ def test_the_sheet(world):
         assert max(below)[1] == (255, 255, 255) and rgb in {found for _, found in below}
         assert tile.getpixel((120, 100)) == Image.open(asked["image"]).getpixel((20, 10))
 
-
-# ---------------------------------------------------------------------------------- text
-
 TEXT = "Some text that is long enough for two windows of the comparison. " * 9
 
 
 @pytest.fixture
-def retention(tiny_base, tmp_path):
-    """A function: the tiny base's table after `change(iaa)` of a model that holds the same LLM.
-
-    Its adaptors are mm, and llava with an LLM of its own.
-    """
+def retention(tmp_path):
+    """A function: the table of a model with the tiny base's LLM, after `change` of its weights."""
     def measure(change, text=TEXT, tokens=260):
         folder = tmp_path / f"base-{tokens}"
         llama, clip = tiny_base(folder)
@@ -464,7 +422,7 @@ def test_one_changed_weight_is_noticed(retention, value):
     assert table["text"]["identical"] == "NO" and table["llava"]["identical"] == "yes"
 
 
-def test_perplexity_and_windows(tiny_base, tmp_path, retention):
+def test_perplexity_and_windows(tmp_path, retention):
     """A text of one window by hand; pieces of 512 tokens, each behind the LLM's start token."""
     llama, _ = tiny_base(tmp_path / "plain")
     ids = torch.tensor([list(b"a short text")])
@@ -481,7 +439,7 @@ def test_perplexity_and_windows(tiny_base, tmp_path, retention):
         retention(lambda own, frozen: None, tokens=100)
 
 
-def test_text_retention_end_to_end(world, tiny_base, capsys):
+def test_text_retention_end_to_end(world, capsys):
     """A row for each workflow, then the line that says it: yes, and NO for another base."""
     path, empty = world / "data.txt", world / "empty.txt"
     path.write_text(TEXT)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_run, write_rows
 
 from evaluation import __main__ as evaluation
 from sample import Chat, generate
@@ -34,7 +35,7 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 
 
 @pytest.fixture
-def lm(tiny_run, tmp_path):
+def lm(tmp_path):
     """The text workflow of a tiny model, one token a byte, as lm-eval calls it."""
     tiny_run(tmp_path / "run")
     return WorkflowLM(Chat.load(tmp_path / "run", "fp32"), 2)
@@ -109,8 +110,7 @@ def test_the_command(lm, tmp_path, capsys):
     rows["more"] = [row | {"answer": 0} for row in rows["sums"][:2]]
     right = {name: [is_right(lm, row) for row in lines] for name, lines in rows.items()}
     for name, lines in rows.items():
-        data = tmp_path / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        data = write_rows(tmp_path / f"{name}.jsonl", lines)
         (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
     (tmp_path / "both.yaml").write_text(GROUP)
     given = ["--include", str(tmp_path), "--model", str(tmp_path / "run"), "--dtype", "fp32"]

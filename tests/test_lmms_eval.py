@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_run, write_rows
 from PIL import Image
 
 from evaluation import __main__ as evaluation
@@ -44,12 +45,8 @@ def results(doc, answers):
 """
 
 
-def test_a_task_of_our_own(tmp_path, tiny_run, capsys, monkeypatch):
-    """Each question gets the answer of being asked alone; figure and answers are saved.
-
-    Four questions, one of them without a picture, one with two. The expected answers are the
-    model's own to all but one.
-    """
+def test_a_task_of_our_own(tmp_path, capsys, monkeypatch):
+    """Answers are those of being asked alone, which are also what is expected, but for one."""
     tiny_run(tmp_path / "run")
     chat, rows = Chat.load(tmp_path / "run", "fp32"), []
     for question in ("red?", "is <image> blue, <image> teal?", "teal?", ""):
@@ -63,8 +60,7 @@ def test_a_task_of_our_own(tmp_path, tiny_run, capsys, monkeypatch):
         alone = replace(chat, chosen=workflow, images=images, max_tokens=6).ask(question)
         rows.append({"question": question, "picture": " ".join(paths), "answer": alone.answer})
     rows[2]["answer"] = "something else"
-    data = tmp_path / "shapes.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(tmp_path / "shapes.jsonl", rows)
     (tmp_path / "shapes.yaml").write_text(TASK.format(data=data))
     (tmp_path / "shapes.py").write_text(CODE)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

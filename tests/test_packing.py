@@ -8,11 +8,9 @@ from conftest import LLAMA_TIED
 from clip import Clip, ClipConfig
 from iaa import IAA, Adaptor, AdaptorConfig
 from llama import Linear, Llama
-from sample import generate
 from speed.packing import FEW, Int8Linear, PackedLinear, onednn_linear, pack
 
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16],
-                                     ids=["fp32", "bf16"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 each_way = pytest.mark.parametrize("int8", [False, True], ids=["packed", "int8"])
 TOKENS = torch.arange(9)[None]
 
@@ -72,13 +70,6 @@ def test_text_is_the_packed_llm_alone_bit_for_bit(int8, dtype):
     pack(bare, int8)
     wanted = bare.logits(bare(bare.embedding(TOKENS), bare.rope(TOKENS, dtype))).float()
     assert torch.equal(logits(packed(dtype, int8), "text"), wanted)
-
-
-def test_a_batch_answers_as_one_by_one():
-    """Prompts of different lengths, 8 tokens."""
-    iaa, prompts = packed(torch.float32), [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
-    alone = [generate(iaa, [prompt], None, "mm", 8)[0] for prompt in prompts]
-    assert generate(iaa, prompts, None, "mm", 8) == alone
 
 
 @pytest.mark.parametrize("tokens", [1, FEW // 2, 40])

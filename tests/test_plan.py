@@ -1,6 +1,5 @@
 """training/plan.py against what autograd keeps, what the allocator gave, and torch's own FLOPs."""
 
-import json
 import re
 import time
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import talk, tiny_base, write_rows
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -178,7 +178,7 @@ def test_hours_are_those_of_the_rank_that_has_most():
     assert [hours[1] / hours[n] for n in (2, 3, 4, 64)] == pytest.approx([2, 2, 4, 4], rel=1e-3)
 
 
-def test_frozen_sizes_come_from_the_folder_or_its_name(tiny_base, tmp_path):
+def test_frozen_sizes_come_from_the_folder_or_its_name(tmp_path):
     """A folder's own config first, else the longest size that the path ends with, else an error."""
     _, tower = tiny_base(tmp_path)
     assert frozen_config(f"{tmp_path}/clip", "clip") == tower.config
@@ -190,7 +190,7 @@ def test_frozen_sizes_come_from_the_folder_or_its_name(tiny_base, tmp_path):
         frozen_config(f"{tmp_path}/clip", "llama")
 
 
-def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
+def test_rows_are_measured_where_the_data_is(tmp_path):
     """Mean tokens of the rows on disk; 100 beside the picture where they are not there."""
     base, tower = tiny_base(tmp_path)
     config, stage = run_of()
@@ -199,10 +199,9 @@ def test_rows_are_measured_where_the_data_is(tiny_base, tmp_path):
     model = meta_model(config, stage, base.config, tower.config)
     patches = model.clip.config.patches
     assert average_row(config, stage, model) == Row(patches + 100, 50)
-    row = {"id": "1", "image": "1.png", "workflow": "mm", "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
-    rows = [json.dumps(row), "broken", json.dumps(row).replace("cat", "crocodile")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    rows = [{"image": "1.png", "conversations": talk("<image>\nWhat?", f"A {animal}.")}
+            for animal in ("cat", "crocodile")]
+    write_rows(tmp_path / "rows.jsonl", [rows[0], "broken", rows[1]])
     found = average_row(config, stage, model)
     assert found.source == "mean of 2 rows of the data"
     assert patches + len("A cat.") <= found.tokens <= patches + len("A crocodile.") + 4

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import last_line, write_rows
 
 from common.device import Ranks
 from common.files import one_line
@@ -25,7 +26,7 @@ def write_run(root, stages):
         rows = [{"step": i, "loss": 3 * math.exp(-i / 20), "lr": 1e-3, "flops": 1}
                 for i in range(steps)]
         rows[-1:] = [row | {"held_out": 1.0} for row in rows[-1:]]
-        (root / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(root / name / "log.jsonl", rows)
     return root
 
 
@@ -51,16 +52,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
              (write_run(tmp_path / "run", {"one": 0, "two": 0}), "nothing logged yet in one, two"),
              (write_run(tmp_path / "other", {"first": 3}), "requirements/ say which packages"))
     for path, message in cases:
-        with pytest.raises(SystemExit, match=message) as stopped:
-            plot.main([str(path)])
-        assert "\n" not in stopped.value.code
-
-
-def test_smooth_keeps_a_constant_and_skips_what_is_not_finite():
-    """A constant stays itself from end to end; NaN and infinity do not spread."""
-    values = [2.0, math.nan, 2.0, math.inf, 2.0, 2.0]
-    assert plot.smooth(values) == pytest.approx([2.0] * 6)
-    assert all(math.isnan(v) for v in plot.smooth([math.nan] * 3))
+        assert message in last_line(plot.main, [str(path)])
 
 
 @pytest.fixture

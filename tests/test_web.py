@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from conftest import tiny_run
 from PIL import Image
 
 import sample
@@ -37,7 +38,7 @@ def browser(tmp_path):
         yield driver
 
 
-def test_page(browser, tmp_path, tiny_run, monkeypatch):
+def test_page(browser, tmp_path, monkeypatch):
     """A picture, both answers as they come, the box; a second tab meanwhile; what is no picture."""
     gate = threading.Event()  # opens after the first letter of the first answer
 

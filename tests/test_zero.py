@@ -181,8 +181,7 @@ def work(
     ranks: Ranks, kind: str, zero: int, number: int, cuts: int, settings: dict,
     folder: str = "", first: int = 0, last: int = STEPS
 ) -> dict:
-    """Train for some steps; losses, norms, weights, bytes. folder: of a checkpoint to go on from,
-    and to save another in."""
+    """Train for some steps; losses, norms, weights, bytes. folder: of checkpoints to go on from."""
     config, stage = settings_of(zero, number, cuts, **settings)
     adaptor, state, optimizer = open_state(kind, config, ranks)
     if folder:
@@ -224,10 +223,7 @@ def joined(cases: list[tuple]) -> list:
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
-    """A function: number of ranks, what they do and with what -> the result of each rank.
-
-    One launch of processes does all that a number of ranks has to do.
-    """
+    """A function: ranks, what they do and with what -> result of each rank; one launch for all."""
     folder = str(tmp_path_factory.mktemp("resumed"))
     cases = [(world, work, *case) for world, *case in AS_ONE]
     cases += [(world, work, "c", zero, 16, 4, {}, folder, first, last)
