@@ -45,6 +45,7 @@ demo() {
     local word model=runs/demo packages
     for word; do
         [[ $word == ?(--set=)out=* ]] && model=${word#*out=} # the folder that train.py is told to use
+        model=${model//[\"\']} # as TOML, train.py takes it in quotes too
     done
     install requirements.txt requirements/demo.txt
     packages=$(python -c "import site; print(site.getsitepackages()[0])")

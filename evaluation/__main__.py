@@ -47,7 +47,7 @@ def run_benchmark(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def run_sheet(args: argparse.Namespace, ranks: Ranks) -> None:
     """Ask some held-out questions of the demo and draw them with their answers."""
-    questions = easy_vqa.choose(easy_vqa.read(Path(args.data[0])))
+    questions = easy_vqa.choose([q for path in args.data for q in easy_vqa.read(Path(path))])
     records, path = ask_on_all_ranks(args, questions, ranks), args.model / "answers.png"
     if ranks.rank == 0:
         with new_file(path) as new:

@@ -72,7 +72,7 @@ def sample_questions(questions: list[Record], limit: int) -> list[Record]:
 
 def load(args: argparse.Namespace, workflows: list[str] | None, chosen: str | None = None) -> Chat:
     """The command line's model with these workflows, None: all."""
-    if args.model.is_dir():
+    if args.model.is_dir() and args.what not in ("text-retention", "sheet"):
         (args.model / "eval").mkdir(exist_ok=True)  # fails now, not after all questions
     return Chat.load(args.model, args.dtype, args.device, args.quantize, workflows, chosen=chosen)
 

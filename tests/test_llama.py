@@ -1,4 +1,4 @@
-"""llama.py: parity with transformers, the hook; sizes and files of every model of llama.py, clip.py."""
+"""llama.py: parity with transformers, the hook; sizes and files of all models, also clip.py's."""
 
 import dataclasses
 from pathlib import Path

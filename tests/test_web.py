@@ -1,9 +1,11 @@
 """python -m web: the page in a real headless Chromium, over a tiny model with given words."""
 
+import json
 import shutil
 import socket
 import threading
 import time
+import urllib.request
 
 import pytest
 from conftest import tiny_run
@@ -63,6 +65,10 @@ def test_page(browser, tmp_path, monkeypatch):
     tiny_run(tmp_path / "run")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+        with pytest.raises(SystemExit, match="Address already in use"):
+            web.main(["--model", str(tmp_path / "run"), "--port", str(port)])
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing listens
     web.main(["--model", str(tmp_path / "run"), "--port", str(port)])
     browser.get(f"http://127.0.0.1:{port}/")
     browser.switch_to.new_window("tab")
@@ -95,6 +101,12 @@ def test_page(browser, tmp_path, monkeypatch):
         enter("input[type=file]", tmp_path / name)
         wait(MESSAGE, words)
         wait(PICTURE, "")
+    # A client may name any file; only what was uploaded is shown.
+    body = {"data": [{"path": str(tmp_path / "navy.png"), "orig_name": "n"}], "session_hash": "0"}
+    look = f"http://127.0.0.1:{port}/gradio_api/run/look"
+    with urllib.request.urlopen(urllib.request.Request(
+            look, json.dumps(body).encode(), {"Content-Type": "application/json"})) as answer:
+        assert json.loads(answer.read())["data"][2] is None  # the picture
     loaded = browser.execute_script(f"return {LOADED}")
     assert all(f"//127.0.0.1:{port}/" in name for name in loaded)
     with pytest.raises(ConnectionRefusedError):

@@ -57,8 +57,8 @@ def frozen_config(folder: str, kind: str) -> LlamaConfig | ClipConfig:
         if path.endswith(name.lower().replace("/", "-")):
             return sizes
     key = "llm" if kind == "llama" else "vision"
-    raise ValueError(f"{folder}: no such folder; to plan without it, name a size: "
-                     f"--set {key}=NAME, one of {', '.join(module.SIZES)}")
+    raise ValueError(f"{folder}: no such folder; without it, {key} may be a size: "
+                     f"{', '.join(module.SIZES)}")
 
 
 def activations(model: IAA, config: Config, stage: StageConfig, zero: int, row: Row) -> int:

@@ -6,6 +6,8 @@ the text workflow's: the frozen LLM. A browser tab has its own history; all tabs
 
 import argparse
 import io
+import os
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from clip import open_image
 from common.files import one_line
-from data import GROUNDING_PROMPT
+from data import GROUNDING_PROMPT, path_below
 from iaa import TEXT
 from sample import Chat, boxes_on, draw_boxes
 from tokenization.templates import IMAGE, without_tags
@@ -24,17 +26,14 @@ EXAMPLES = [["data/easy-vqa/test/7.png", "mm", "what color is the shape?"],
             ["data/easy-vqa/test/7.png", "grounding", GROUNDING_PROMPT.format("the shape")]]
 
 
-def new_chats(chat: Chat, path: str | None = None) -> list[Chat]:
+def new_chats(chat: Chat, path: Path | None = None) -> list[Chat]:
     """A tab's chats over the one model: one sees the picture, one is the text workflow's."""
     images = [] if path is None else [open_image(path)]
     return [replace(chat, images=images, turns=[]), replace(chat, chosen=TEXT, turns=[])]
 
 
 def stream(thread: ThreadPoolExecutor, chat: Chat, question: str) -> Iterator[str]:
-    """The answer so far, ten times a second. It ends where the iterator is closed.
-
-    Raises what `Chat.ask` raises; CancelledError if the model is not free within PATIENCE_S.
-    """
+    """The answer so far, ten times a second; CancelledError: no answer began in PATIENCE_S."""
     with io.StringIO() as said:  # once it is closed, the next piece of the answer raises ValueError
         asked, end = thread.submit(chat.ask, question, said.write), time.monotonic() + PATIENCE_S
         try:
@@ -50,14 +49,14 @@ def stream(thread: ThreadPoolExecutor, chat: Chat, question: str) -> Iterator[st
 
 def serve(chat: Chat, host: str, port: int) -> None:
     """The page over a loaded model, until Ctrl-C."""
+    os.environ["no_proxy"] = "*"  # Gradio asks its own address, and would ask a proxy for it
     import gradio as gr  # here: where it is missing, `main` says so in one line
-
     thread, workflows = ThreadPoolExecutor(1), [*chat.model.adaptors]
 
     def look(file: dict | None) -> dict:
         """A new picture, or none, starts new histories. A bad one is none."""
         try:
-            pair = new_chats(chat, file and file["path"])
+            pair = new_chats(chat, file and path_below(Path(picture.GRADIO_CACHE), file["path"]))
         except (ValueError, OSError) as error:
             gr.Warning(str(error).replace(file["path"], file["orig_name"]), duration=None)
             pair = new_chats(chat)
@@ -97,8 +96,7 @@ def serve(chat: Chat, host: str, port: int) -> None:
         for number, column in enumerate(columns):  # an answer under way joins its old chat only
             column.clear(lambda pair, n=number: pair.insert(n, replace(pair.pop(n), turns=[])),
                          chats, cancels=asked)
-        for event in events:  # preprocess: Gradio would open the picture, and say less of errors
-            event(look, picture, everything, cancels=asked, preprocess=False)
+        gr.on(events, look, picture, everything, cancels=asked, preprocess=False)  # `look` opens it
     print(f"open http://{host}:{port}", flush=True)
     page.launch(server_name=host, server_port=port, share=False, quiet=True, show_error=True,
                 max_file_size="20mb", footer_links=[])
@@ -113,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860, help="[%(default)s]")
     parser.add_argument("--quantize", choices=["int8"], help="as of sample.py")
     args = parser.parse_args(argv)
+    socket.create_server((args.host, args.port)).close()  # a port in use fails now
     serve(Chat.load(args.model, quantize=args.quantize, max_tokens=256), args.host, args.port)
 
 
