@@ -96,7 +96,8 @@ def serve(chat: Chat, host: str, port: int) -> None:
         for number, column in enumerate(columns):  # an answer under way joins its old chat only
             column.clear(lambda pair, n=number: pair.insert(n, replace(pair.pop(n), turns=[])),
                          chats, cancels=asked)
-        gr.on(events, look, picture, everything, cancels=asked, preprocess=False)  # `look` opens it
+        for event in events:  # preprocess: Gradio would open the picture, and say less of errors
+            event(look, picture, everything, cancels=asked, preprocess=False)
     print(f"open http://{host}:{port}", flush=True)
     page.launch(server_name=host, server_port=port, share=False, quiet=True, show_error=True,
                 max_file_size="20mb", footer_links=[])
