@@ -35,9 +35,10 @@ GPT2_BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enume
 LLAMA3_TOKENS = 128000  # ahead of the special ones
 TEMPLATE_MARKS = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("USER:", "ASSISTANT:"),
                   "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
-# A mark, then neither Jinja nor a usual role, such as "<|start_header_id|>GPT4 Correct User".
+# A mark and an unusual role ("<|start_header_id|>GPT4 User"), or Vicuna's roles in another form.
 FOREIGN_ROLE = re.compile(
-    r"<\|(?:start_header_id|im_start)\|>(?!['\"{]|system|user|assistant|ipython|tool)")
+    r"<\|(?:start_header_id|im_start)\|>(?!['\"{]|system|user|assistant|ipython|tool)"
+    r"|\[INST\]|(?:\\n|\n|# ?)(?:USER|ASSISTANT):|(?:USER|ASSISTANT):(?:\\n|\n)")
 # The first that exists stands for an image: no text makes it.
 IMAGE_TOKENS = ("<|reserved_special_token_44|>", "<empty_output>", "<filename>", "<|image_pad|>",
                 "<unk>")
@@ -70,13 +71,14 @@ def choose_template(
     """
     if stated.template:
         return stated.template, "as --template says"
-    jinja = stated.jinja and stated.jinja.replace("eos_token", " ".join(stops)).replace(
+    jinja = re.sub(r"(['\"])\s*\+\s*\1", "", stated.jinja or "")  # 'a' + 'b' is one text
+    jinja = jinja.replace("eos_token", " ".join(stops)).replace(
         "['role'].upper() + ': '", "USER:")  # so it is spelled in llava-hf/llava-1.5-7b-hf
     found = [template for template, marks in TEMPLATE_MARKS.items()
              if all(mark in (jinja or specials) for mark in marks)]
-    if set(re.findall(r"<\|\w+\|>", jinja or "")) - CONTROL or FOREIGN_ROLE.search(jinja or ""):
+    if set(re.findall(r"<\|\w+\|>", jinja)) - CONTROL or FOREIGN_ROLE.search(jinja):
         found = []  # a mark that none of ours has, or a role
-    if found == ["chatml"] and "named SmolLM" not in (jinja or ""):  # its message is not theirs
+    if found == ["chatml"] and "named SmolLM" not in jinja:  # its message is not theirs
         found = ["chatml_bare"]
     if len(found) == 1:
         return found[0], "read from chat_template" if stated.jinja else "assumed by special tokens"

@@ -276,7 +276,7 @@ def test_a_template_beside_the_processor(tmp_path):
     (BOTH, {}, None, "chatml and llama3 would fit: --template"),
     (BOTH, {"chat_template": R1}, None, "tokenizer.json: chat template not recognised, none would"),
     (BOTH, {"chat_template": CHATML + "<|im_sep|>"}, None, "not recognised, none would"),
-    (BOTH, {"chat_template": CHATML + "<|im_start|>human"}, None, "not recognised, none would"),
+    (BOTH, {"chat_template": CHATML + "'<|im_start|>' + 'human'"}, None, "not recognised, none"),
     (["<s>", IMAGE], {}, None, "none would fit: --template llama3 or chatml or vicuna or chatml_"),
     (LLAMA3[2:] + [IMAGE], {"chat_template": CHATML}, None, "no special token '<.im_start.>'"),
     (BOTH, {}, "vicuna", "no special token '</s>'"),
@@ -301,9 +301,10 @@ def test_sentencepiece_with_words_of_its_own(all_kinds, tmp_path):
     tokenizer = read_hf_tokenizer(tmp_path)
     assert tokenizer.encode("a taxpayer") == [*all_kinds["vicuna"].encode("a "), size]
     assert tokenizer.decode([size, size + 1, size]) == "taxpayertaxpayer"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST]"}))
-    with pytest.raises(ValueError, match="tokenizer_config.json: chat template not recognised"):
-        read_hf_tokenizer(tmp_path)
+    for foreign in ("[INST]", "[INST] USER: ASSISTANT:", "USER: \nASSISTANT:", "# USER:ASSISTANT:"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": foreign}))
+        with pytest.raises(ValueError, match="tokenizer_config.json: chat template not recognised"):
+            read_hf_tokenizer(tmp_path)
 
 
 def test_added_words(tmp_path):
