@@ -70,11 +70,12 @@ def pictures_of(record: dict) -> list[str]:
     RowError where it is absent and another key, of a turn too, holds a picture: none would see it.
     """
     image = record.get("image")
+    pairs = [pair for turn in record["conversations"] for pair in turn.items()]
+    pairs += [pair for pair in record.items() if image is None or pair[0] == "images"]
+    for key, value in pairs:
+        if key not in READ and value and (PICTURE.search(key) or SUFFIX.search(str(value))):
+            raise RowError(f"a picture under {key!r}: it must be under 'image'")
     if image is None:
-        turns = [pair for turn in record["conversations"] for pair in turn.items()]
-        for key, value in (*record.items(), *turns):
-            if key not in READ and value and (PICTURE.search(key) or SUFFIX.search(str(value))):
-                raise RowError(f"a picture under {key!r}: it must be under 'image'")
         return []
     paths = image if isinstance(image, list) else [image]
     if not (paths and all(isinstance(path, str) and path for path in paths)):

@@ -32,7 +32,7 @@ def read(data: Path, images: Path | None = None) -> list[Record]:
             raise ValueError(f"{data}: not MME's folder, or half of it: in {subtask}, "
                              f"picture or text of {alone[0] if alone else 'all'} is missing")
         for stem, path in sorted(texts.items()):
-            lines = map(str.strip, read_text(path).splitlines())
+            lines = map(str.strip, read_text(path).split("\n"))
             lines = [line.split("\t") for line in lines if line]
             if [len(pair) for pair in lines] != [2, 2] or {a for _, a in lines} - {"Yes", "No"}:
                 raise ValueError(f"{path}: not two lines of a question, a tab, and Yes or No")

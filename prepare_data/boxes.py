@@ -182,7 +182,7 @@ def flickr30k(path: Path, counts: Counts) -> Iterator[dict]:
     for key in (path / "train.txt").read_text(encoding="utf-8").split():
         with counts.each():
             size, boxes = entity_boxes(path / "Annotations" / f"{key}.xml")
-            lines = (path / "Sentences" / f"{key}.txt").read_text(encoding="utf-8").splitlines()
+            lines = (path / "Sentences" / f"{key}.txt").read_text(encoding="utf-8").split("\n")
             chains = phrase_chains([line for number, line in enumerate(lines, 1)
                                     if f"{key} {number}" not in unrelated])
             for number, (words, named) in enumerate(chains.items()):

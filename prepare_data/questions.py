@@ -38,7 +38,7 @@ def docvqa_cmarkea(path: Path, counts: Counts, root: Path) -> Iterator[dict]:
     """
     from pyarrow.parquet import ParquetFile  # only here: the demo's data set does without it
 
-    folder = root / "docvqa/train"
+    folder, seen = root / "docvqa/train", set()
     batches = (batch for part in sorted(path.rglob("train-*.parquet"))
                for batch in ParquetFile(part).iter_batches(16, columns=["id", "image", "qa"]))
     for record in (record for batch in batches for record in batch.to_pylist()):
@@ -46,6 +46,9 @@ def docvqa_cmarkea(path: Path, counts: Counts, root: Path) -> Iterator[dict]:
             key, content = record["id"], record["image"]["bytes"]
             if not re.fullmatch(r"[\w.-]+", key):
                 raise ValueError("'id' is no file name")
+            if key in seen:  # its picture would replace the other's
+                raise ValueError("'id' is another picture's")
+            seen.add(key)
             name = f"{key}.{SUFFIXES[content[:3]]}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 import data
 from clip import open_image
-from data import UNSCORED, JsonlDataset, RowError, Sampler, encode_row
+from data import UNSCORED, JsonlDataset, RowError, Sampler, check_row, encode_row
 from tokenization.templates import IMAGE
 
 CHATML = byte_tokenizer()
@@ -384,3 +384,15 @@ def test_iou():
     a = (0, 0, 2, 2)
     others = [a, (0, 0, 1, 2), (1, 1, 3, 3), (2, 0, 4, 2), (5, 5, 6, 6), (1, 1, 1, 1)]
     assert [data.iou(a, b) for b in others] == [1.0, 0.5, pytest.approx(1 / 7), 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("place", ["row", "turn"])
+def test_a_second_picture_under_another_key(place):
+    """It is refused beside a picture of the row's own, too."""
+    record = {"image": "0.png", "conversations": talk("<image>\nWhat?", "A cat", "This?", "A dog")}
+    if place == "row":
+        record["images"] = ["0.png", "1.png"]
+    else:
+        record["conversations"][2]["image"] = "1.png"
+    with pytest.raises(RowError, match="a picture under 'image"):
+        check_row(record)
