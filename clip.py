@@ -168,8 +168,8 @@ def open_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     try:
         with Image.open(io.BytesIO(pixel_chunks(content)), formats=FORMATS) as file:
             limit, tags = LESS_PIXELS.get(file.format, MAX_PIXELS), getattr(file, "tag_v2", {})
-            if file.width * file.height > limit:
-                raise ValueError(f"{file.width} x {file.height} is over {limit} pixels")
+            if file.width * file.height > limit or file.height > 10**6:  # 20 bytes a row
+                raise ValueError(f"{file.width} x {file.height}: over {limit} pixels or 10^6 rows")
             tile = tags.get(Tag.TileWidth, 0) * tags.get(Tag.TileLength, 0)  # of a TIFF
             scans = file.format in ("JPEG", "MPO") and content.count(b"\xff\xda\0")
             if tile > MAX_PIXELS // 4 or scans > MAX_SCANS:
@@ -239,6 +239,8 @@ def to_grey(image: Image.Image) -> Image.Image:
     # Pillow scales a PPM to 16 bits, in the 32-bit mode "I". It finds no extrema in mode "I;16B".
     is_16_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     low, high = (0, white) if is_16_bit else image.getextrema()
+    if low < 0 and tags.get(Tag.SampleFormat) == (1,):  # Pillow reads unsigned values as signed
+        raise ValueError("unsigned 32-bit values from 2^31 on are not supported")
     low = min(0, low)
     grey = Image.new("L", image.size)
     for top in range(0, image.height, 256):  # in strips, as floats take four times the memory
