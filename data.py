@@ -67,7 +67,7 @@ class Example:
 def pictures_of(record: dict) -> list[str]:
     """The pictures of a row or of a published record: the path or paths in its "image".
 
-    RowError where it is absent and another key, of a turn too, holds a picture: none would see it.
+    RowError where a key of a turn, `images` or, without "image", any other key holds a picture.
     """
     image = record.get("image")
     pairs = [pair for turn in record["conversations"] for pair in turn.items()]

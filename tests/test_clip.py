@@ -243,6 +243,8 @@ def test_broken_pictures_are_one_line(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "letters.ppm").write_text("P3 1 1 255 1 2 x")  # Pillow: ValueError without a path
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")  # refused before it is decoded
+    Image.new("1", (1, 1_000_001)).save(tmp_path / "rows.png")  # Pillow's cost of a row is high
+    (tmp_path / "unsigned.tif").write_bytes(tiff(32, 1, b"\0\0\0\x80\xff\xff\xff\xff", _339=1))
     (tmp_path / "tile.tif").write_bytes(tiff(8, 1, b"ab", _322=46_336, _323=46_336))
     Image.new("RGB", (99, 99), (255, 218, 0)).save(tmp_path / "yellow.ppm")
     assert open_image(tmp_path / "yellow.ppm").size == (99, 99)  # its pixels are a scan's mark

@@ -108,6 +108,7 @@ def mme_folder(tmp_path):
 
 def test_mme_questions(mme_folder):
     """14 subtasks; the prompt of the official file, which leaves one of two spaces."""
+    (mme_folder / "count/0001.txt").write_text("Is it\x85a hat?\tYes\nIs it?\tNo\n", "utf-8")
     questions = mme.read(mme_folder.parent)
     assert len(questions) == 28 and len({q["key"] for q in questions}) == 28
     first, second = (q for q in questions if q["subtask"] == "artwork")

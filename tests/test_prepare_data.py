@@ -129,7 +129,7 @@ def test_a_picture_that_nobody_shows(tmp_path, fails, capsys, record, texts, rea
 
 
 def test_docvqa(tmp_path, run):
-    """A row a question, a picture named by its content; no picture, a bad id."""
+    """A row a question, a picture named by its content; no picture, a bad id, an id twice."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
 
@@ -140,9 +140,11 @@ def test_docvqa(tmp_path, run):
     contents = {"d1": picture.read_bytes(), "d2": b"<html>", "../d3": b""}
     records = [{"id": name, "qa": pairs, "image": {"bytes": content, "path": None}}
                for name, content in contents.items()]
+    records.append(records[0])
     write_table(pyarrow.Table.from_pylist(records), write(part, ""))
     counts, rows = run("docvqa-cmarkea", part.parent, "--images", str(root), "--max-malformed", 0.7)
     assert counts == {"written": 2, "malformed: KeyError: b'<ht'": 1,
+                      "malformed: ValueError: 'id' is another picture's": 1,
                       "malformed: ValueError: a text is empty": 1,
                       "malformed: ValueError: 'id' is no file name": 1}
     assert brief(rows) == [
@@ -319,7 +321,7 @@ def test_flickr30k(tmp_path, run):
     """Plural boxes, 1-based pixels, distinct phrases; scenes, ambiguous and unrelated ones go."""
     write(tmp_path / "Annotations/900001.xml", ENTITIES)
     write(tmp_path / "Annotations/900002.xml", "<annotation>")
-    write(tmp_path / "Sentences/900001.txt", SENTENCES)
+    write(tmp_path / "Sentences/900001.txt", SENTENCES.replace("stir", "\u2028stir"))  # one line
     write(tmp_path / "train.txt", "900001\n900002\n")
     write(tmp_path / "UNRELATED_CAPTIONS", "# format: <imageID> <sentence number>\n900001 4\n")
     counts, (first, second) = run("flickr30k", tmp_path, "--max-malformed", 0.5)
